@@ -1,0 +1,136 @@
+"""A ControlNet whose hint is a vector of numbers: diffusers' ControlNetModel with an MLP for its hint CNN."""
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import nn
+
+from ldm.settings import InputError
+
+HINTS = ("coordinate", "dense")
+
+
+class CoordinateHint(nn.Module):
+    """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
+
+    x and y run from -1 to 1 between the outermost positions of the longer side.
+    """
+
+    def __init__(self, control_dim, channels, hidden):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Conv2d(control_dim + 2, hidden[0], 1),
+            nn.SiLU(),
+            nn.Conv2d(hidden[0], hidden[1], 1),
+            nn.SiLU(),
+            nn.Conv2d(hidden[1], channels, 1),
+        )
+
+    def forward(self, control):  # (B, d, h, w), constant over h and w
+        height, width = control.shape[2:]
+        longer = max(height, width, 2) - 1
+        y, x = torch.meshgrid(
+            (2 * torch.arange(height, device=control.device) - height + 1) / longer,
+            (2 * torch.arange(width, device=control.device) - width + 1) / longer,
+            indexing="ij",
+        )
+        positions = torch.stack([x, y]).to(control.dtype).expand(len(control), 2, height, width)
+        return self.mlp(torch.cat([control, positions], 1))  # (B, channels, h, w)
+
+
+class DenseHint(nn.Module):
+    """A 3-layer MLP from the control to the whole feature map, as in the original: one latent size only."""
+
+    def __init__(self, control_dim, channels, hidden, latent_size):
+        super().__init__()
+        self.shape = (channels, latent_size, latent_size)
+        self.mlp = nn.Sequential(
+            nn.Linear(control_dim, hidden[0]),
+            nn.SiLU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.SiLU(),
+            nn.Linear(hidden[1], channels * latent_size**2),
+        )
+
+    def forward(self, control):  # (B, d, h, w), constant over h and w
+        if control.shape[2:] != self.shape[1:]:
+            raise InputError(
+                f"hint=dense was made for latents of {self.shape[1]} x {self.shape[2]}, got "
+                f"{tuple(control.shape[2:])}: use hint=coordinate"
+            )
+        return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)  # (B, channels, h, w)
+
+
+class NumericControlNet(ControlNetModel):
+    """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
+
+    hint: "coordinate" or "dense". latent_size: side of the latents, needed by "dense" alone.
+    control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
+    control is normalised. control_low, control_high: the trained range. The rest are ControlNetModel's own.
+    """
+
+    ignore_for_config = ["kwargs"]
+
+    @register_to_config
+    def __init__(
+        self,
+        hint: str = "coordinate",
+        hint_hidden: tuple[int, int] = (256, 256),
+        latent_size: int | None = None,
+        control_names: tuple[str, ...] = ("control",),
+        control_units: tuple[str, ...] = ("",),
+        control_mean: tuple[float, ...] = (0.0,),
+        control_std: tuple[float, ...] = (1.0,),
+        control_low: tuple[float, ...] | None = None,
+        control_high: tuple[float, ...] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if hint not in HINTS:
+            raise InputError(f'hint: expected one of {", ".join(HINTS)}, got "{hint}"')
+        size = (len(control_mean), self.conv_in.out_channels, hint_hidden)
+        self.controlnet_cond_embedding = DenseHint(*size, latent_size) if hint == "dense" else CoordinateHint(*size)
+
+    @staticmethod
+    def _get_init_keys(input_class):
+        # diffusers reads the keys of a config off one signature; ours is that of both classes together
+        return ConfigMixin._get_init_keys(input_class) | ConfigMixin._get_init_keys(ControlNetModel)
+
+    @classmethod
+    def from_unet(cls, unet, **control_config):
+        """Copy a UNet's encoder; zero convolutions make its output exactly nothing until it is trained.
+
+        control_config: this class's own parameters (hint, control_mean, ...).
+        """
+        backbone = ControlNetModel.from_unet(unet)
+        control_net = cls(**{**cls.extract_init_dict(backbone.config)[0], **control_config})
+        weights = {k: v for k, v in backbone.state_dict().items() if not k.startswith("controlnet_cond_embedding.")}
+        control_net.load_state_dict(weights, strict=False)
+        return control_net
+
+    @property
+    def control_dim(self):
+        return len(self.config.control_mean)
+
+    def normalize(self, control):
+        """control: (B, d) in the dataset's units. Returns: (B, d) with the training set's mean 0 and spread 1."""
+        return (control - control.new_tensor(self.config.control_mean)) / self.spread(control)
+
+    def spread(self, control):
+        """Returns: (d,) the training set's standard deviations, on the control's device and in its precision."""
+        return control.new_tensor(self.config.control_std)
+
+    def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, *args, **kwargs):
+        """ControlNetModel.forward with a control for its picture.
+
+        controlnet_cond: (B, d), or (B, d, H, W) constant over H and W as diffusers' pipeline makes it.
+        """
+        if controlnet_cond.ndim == 4:
+            controlnet_cond = controlnet_cond[:, :, 0, 0]
+        if controlnet_cond.ndim != 2 or controlnet_cond.shape[1] != self.control_dim:
+            raise InputError(
+                f"control: expected {self.control_dim} numbers ({', '.join(self.config.control_names)}), "
+                f"got shape {tuple(controlnet_cond.shape)}"
+            )
+        control = self.normalize(controlnet_cond).to(sample.dtype)[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)

@@ -1,0 +1,150 @@
+"""prompt.json -> checked rows -> latents and text embeddings, computed once."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.settings import InputError
+
+TRAINING_FILE, VALIDATION_FILE = "prompt.json", "validation.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    control: tuple[float, ...]  # d numbers, in the dataset's units
+    target: Path
+    prompt: str
+
+
+def parse_control(source):
+    """Read a control: a number, a numeric text, or a list of either.
+
+    Returns: tuple of d floats. Raises: ValueError if it is none of these, or not finite.
+    """
+    values = source if isinstance(source, (list, tuple)) else [source]
+    if not values or any(isinstance(v, bool) or not isinstance(v, (int, float, str)) for v in values):
+        raise ValueError
+    control = tuple(float(v) for v in values)
+    if not all(map(math.isfinite, control)):
+        raise ValueError
+    return control
+
+
+def read_rows(file):
+    """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}; targets relative to its folder.
+
+    Returns: list of Row, all controls of one length.
+    Raises: InputError naming the file, the line, what was expected and what was found.
+    """
+    file = Path(file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; expected one JSON object a line") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            row = _read_row(line, file.parent, f"{file} line {number}")
+            if rows and len(row.control) != len(rows[0].control):
+                raise InputError(
+                    f'{file} line {number}: "source" has {len(row.control)} numbers, the first row has '
+                    f"{len(rows[0].control)}; every row needs the same"
+                )
+            rows.append(row)
+    if not rows:
+        raise InputError(f"{file}: no rows; expected one JSON object a line")
+    return rows
+
+
+def _read_row(line, folder, where):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
+    for key in ("source", "target", "prompt"):
+        if key not in row:
+            raise InputError(f'{where}: no "{key}"; expected the keys source, target and prompt')
+    for key in ("target", "prompt"):
+        if not isinstance(row[key], str):
+            raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])}')
+    try:
+        control = parse_control(row["source"])
+    except ValueError:
+        got = json.dumps(row["source"])
+        raise InputError(f'{where}: "source" must be a finite number or a list of them, got {got}') from None
+    target = folder / row["target"]
+    try:
+        with Image.open(target) as picture:
+            picture.verify()
+    except FileNotFoundError:
+        raise InputError(f'{where}: "target" {target} does not exist') from None
+    except Exception:  # Pillow raises many kinds
+        raise InputError(f'{where}: "target" {target} is not a picture') from None
+    return Row(control, target, row["prompt"])
+
+
+def split_rows(data_root):
+    """Read a dataset's training rows, and rows at controls that training does not see.
+
+    Those are validation.json where the folder has one. Otherwise one in ten of the distinct controls is taken out,
+    never the lowest or the highest; with fewer than five distinct controls there is no validation.
+    Returns: (training rows, validation rows).
+    """
+    rows = read_rows(Path(data_root) / TRAINING_FILE)
+    if (Path(data_root) / VALIDATION_FILE).exists():
+        return rows, read_rows(Path(data_root) / VALIDATION_FILE)
+    distinct = sorted({row.control for row in rows})
+    held_out = set(distinct[5:-1:10] or distinct[2:3]) if len(distinct) >= 5 else set()
+    return [r for r in rows if r.control not in held_out], [r for r in rows if r.control in held_out]
+
+
+class ControlDataset(Dataset):
+    """Latents, text embeddings and controls of rows, all computed once by a LatentDiffusion.
+
+    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; of the empty prompt), control (d,).
+    Pictures of another size than image_size are resized.
+    """
+
+    @torch.no_grad()
+    def __init__(self, rows, base, image_size, batch_size=16, label="encoding"):
+        self.rows = rows
+        self.controls = torch.tensor([row.control for row in rows])
+        prompts = sorted({row.prompt for row in rows})
+        self.prompt_index = [prompts.index(row.prompt) for row in rows]
+        self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).cpu()
+        self.empty = base.embed([""])[0].cpu()
+        latents, sizes = [], set()
+        for start in tqdm(range(0, len(rows), batch_size), desc=label):
+            pictures = []
+            for row in rows[start : start + batch_size]:
+                picture = load_picture(row.target)
+                sizes.add(picture.size)
+                pictures.append(fit_picture(picture, image_size))
+            latents.append(base.encode(pictures_to_tensor(pictures).to(base.device)).cpu())
+        self.latents = torch.cat(latents)
+        others = sizes - {(image_size, image_size)}
+        if others:
+            found = ", ".join(f"{w} x {h}" for w, h in sorted(others)[:3])
+            print(f"pictures of {found}{' and more' if len(others) > 3 else ''} resized to {image_size} x {image_size}")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return dict(
+            latents=self.latents[i],
+            embeddings=self.embeddings[self.prompt_index[i]],
+            empty=self.empty,
+            control=self.controls[i],
+        )

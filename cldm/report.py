@@ -1,0 +1,123 @@
+"""What people look at: grids of pictures during training, result.json and figure.png of an inversion."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from torchvision.utils import make_grid
+
+from cldm.inversion import draw_noise
+from ldm.ddim import ddim_timesteps
+from ldm.pictures import tensor_to_pictures
+
+GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
+    path = Path(path)
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
+    """Write result.json and figure.png of the inversion of one target (B = 1) to the folder out_dir."""
+
+    def number(values):  # one control: a number; several: a list
+        return values[0] if len(values) == 1 else values
+
+    report = {
+        "control": number(result.control[0].tolist()),
+        "start": number(result.start[0].tolist()),
+        "loss": result.loss[0].item(),
+        "iterations": result.iterations[0].item(),
+        "seconds": result.seconds,
+        "seed": seed,
+        "history": [{"control": number(entry["control"][0]), "loss": entry["loss"][0]} for entry in result.history],
+    }
+    write_whole(Path(out_dir) / "result.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+    with torch.no_grad():
+        first, last = tensor_to_pictures(model.base.decode(torch.cat([result.first, result.last])))
+    figure = draw_inversion(model.control_net.config, result, input_picture, first, last, target_picture)
+    write_whole(Path(out_dir) / "figure.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def draw_inversion(config, result, input_picture, first, last, target_picture):
+    """Returns: a matplotlib Figure: the pictures above, loss and control over the iterations below."""
+
+    def describe(control):
+        values = zip(config.control_names, control.tolist(), config.control_units)
+        return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for name, value, unit in values)
+
+    difference = np.abs(np.asarray(last, float) - np.asarray(target_picture, float)).mean(2)
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    panels = {
+        "input": input_picture,
+        f"first generation\n{describe(result.start[0])}": first,
+        f"final generation\n{describe(result.control[0])}": last,
+        "target": target_picture,
+        f"final − target\nmean {difference.mean():.1f} of 255": difference,
+    }
+    for axes, (title, picture) in zip(above.subplots(1, len(panels)), panels.items()):
+        axes.imshow(picture, cmap="magma", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    loss_axes, control_axes = below.subplots(1, 2)
+    iterations = range(1, len(result.history) + 1)
+    loss_axes.semilogy(iterations, [entry["loss"][0] for entry in result.history], color="tab:red")
+    loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
+    for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+        values = [entry["control"][0][i] for entry in result.history]
+        control_axes.plot(iterations, values, label=f"{name} ({unit})" if unit else name)
+    control_axes.set(xlabel="iteration", ylabel="control")
+    control_axes.legend()
+    for axes in (loss_axes, control_axes):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+class PictureLogger(pl.Callback):
+    """Every `every` steps: targets beside generations over several controls, to TensorBoard and a PNG in `folder`."""
+
+    def __init__(self, dataset, folder, every):
+        self.folder, self.every = folder, every
+        self.rows = self.pick(dataset)
+        self.batch = torch.utils.data.default_collate([dataset[i] for i in self.rows])
+
+    @staticmethod
+    def pick(dataset):
+        """Returns: indices of rows, GRID_CONTROLS of each of GRID_SUBJECTS prompts, spread over the controls."""
+        subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
+        rows = []
+        for subject in subjects:
+            own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
+            own.sort(key=lambda i: dataset.rows[i].control)
+            chosen = np.linspace(0, len(own) - 1, min(GRID_CONTROLS, len(own))).round().astype(int)
+            rows += [own[i] for i in chosen]
+        return rows
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        step = trainer.global_step
+        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
+            return
+        model, device = module.model, module.device
+        latents, embeddings, control = (self.batch[k].to(device) for k in ("latents", "embeddings", "control"))
+        timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
+        noise = draw_noise(latents.shape, GRID_STEPS + 1, 0, device)
+        start = model.base.scheduler.add_noise(torch.zeros_like(latents), noise[0].expand_as(latents), timesteps[:1])
+        eta = model.config.sampling.eta
+        drawn = model.generate(start, timesteps, embeddings, control, eta=eta, noise=noise[1:])
+        pairs = torch.stack([model.base.decode(latents), model.base.decode(drawn)], 1).flatten(0, 1).clamp(-1, 1)
+        grid = make_grid(pairs.float() / 2 + 0.5, nrow=2 * GRID_CONTROLS)
+        self.folder.mkdir(exist_ok=True)
+        picture = tensor_to_pictures(grid[None] * 2 - 1)[0]
+        write_whole(self.folder / f"{step:06d}.png", lambda file: picture.save(file, "png"))
+        if trainer.logger:
+            trainer.logger.experiment.add_image("target beside generation", grid, step)

@@ -1,0 +1,80 @@
+"""The frozen base: VAE, text encoder, UNet and noise schedule, in diffusers' folder layout."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CLIPTextModel
+
+from ldm.settings import InputError
+from ldm.text import clip_tokenizer, tokenize
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_path(path):
+    """Returns: `path` as it is if that exists, else below the repository, so that defaults work from any folder."""
+    path = Path(path)
+    return path if path.exists() or path.is_absolute() else ROOT / path
+
+
+def load_part(cls, folder, **kwargs):
+    """`cls.from_pretrained` from a local folder, safetensors only. Raises: InputError if it is missing or broken."""
+    if not folder.is_dir():
+        raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it")
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a whole {cls.__name__} ({str(error).strip().splitlines()[0]})") from None
+
+
+class LatentDiffusion(nn.Module):
+    """A latent diffusion model (Rombach et al. 2022), every weight frozen; the caller owns the gradient policy."""
+
+    def __init__(self, vae, text_encoder, unet, scheduler):
+        super().__init__()
+        self.vae, self.text_encoder, self.unet, self.scheduler = vae, text_encoder, unet, scheduler
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Read the folders vae, text_encoder, unet and scheduler below `path`, in float32.
+
+        Raises: InputError if one is missing or incomplete.
+        """
+        path = find_path(path)
+        if not path.is_dir():
+            raise InputError(f"model folder {path}: no such folder")
+        diffusers_options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        scheduler = path / "scheduler"
+        if not (scheduler / "scheduler_config.json").is_file():
+            raise InputError(f"model folder {path}: no scheduler/scheduler_config.json in it")
+        return cls(
+            load_part(AutoencoderKL, path / "vae", **diffusers_options),
+            load_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32),
+            load_part(UNet2DConditionModel, path / "unet", **diffusers_options),
+            DDIMScheduler.from_pretrained(scheduler),
+        )
+
+    @property
+    def device(self):
+        return self.unet.device
+
+    @property
+    def downsampling(self):
+        """Pixels of a picture per latent, along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def encode(self, pictures):
+        """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/8, W/8) scaled latents, the posterior's mean."""
+        return self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, latents):
+        """latents: (B, C, H/8, W/8), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+    def embed(self, prompts):
+        """Returns: (B, 77, D) text embeddings of a list of prompts."""
+        return self.text_encoder(tokenize(clip_tokenizer(), prompts).to(self.device)).last_hidden_state

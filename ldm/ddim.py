@@ -1,0 +1,26 @@
+"""DDIM sampling (Song et al. 2021) as a free function: differentiable, its noise passed in."""
+
+
+def ddim_timesteps(scheduler, steps, denoise_strength=1.0):
+    """Prepare `scheduler` for `steps` steps over the last `denoise_strength` of the noise schedule.
+
+    denoise_strength: in (0, 1]; 1 starts from pure noise, less keeps the start picture's layout.
+    Returns: (steps,) timesteps, falling.
+    """
+    scheduler.set_timesteps(round(steps / denoise_strength))
+    return scheduler.timesteps[-steps:]
+
+
+def ddim_sample(scheduler, predict, latents, timesteps, eta=0.0, noise=None):
+    """Run the chain from `latents` at timesteps[0] down to clean latents (Song et al. 2021, eq. 12).
+
+    scheduler: a diffusers DDIMScheduler prepared by ddim_timesteps.
+    predict: (latents, timestep) -> the model's output, of the kind that the scheduler expects.
+    latents: (B, C, h, w) at the noise level of timesteps[0]. eta: 0 is deterministic, 1 is DDPM.
+    noise: (steps, 1 or B, C, h, w), a standard normal draw for every step; needed if eta > 0.
+    Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
+    """
+    for i, t in enumerate(timesteps):
+        step_noise = noise[i].expand_as(latents) if eta > 0 else None
+        latents = scheduler.step(predict(latents, t), t, latents, eta=eta, variance_noise=step_noise).prev_sample
+    return latents

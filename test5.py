@@ -1,0 +1,89 @@
+"""Infer the control that explains a target picture: 32 DDIM steps, exact gradient through all of them, SGD.
+
+Edit the settings and run `python test5.py`, or give them as key=value. Every weight is frozen; only the control
+moves. Leaves result.json and figure.png in out_dir.
+"""
+
+import torch
+from tqdm import tqdm
+
+from cldm.dataset import parse_control
+from cldm.inversion import invert_by_sampling
+from cldm.model import load_model
+from cldm.report import save_inversion
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.settings import InputError, output_folder, run_script
+
+settings = dict(
+    model_path="models/control_tiny",  # the out_dir of a training
+    input_image_path="dataForTrain/resultData/astronaut_-4.png",
+    target_image_path="dataForTrain/resultData/astronaut_+2.png",
+    prompt="a photo of an astronaut in an orange suit",
+    a_prompt=None,  # added to the prompt; None, here and below: as the model's YAML says
+    n_prompt=None,  # what guidance leads away from
+    control=[-4.0],  # where to start, in the dataset's units: one number, or as many as the model has
+    ddim_steps=32,
+    strength=1.0,  # factor on what the ControlNet adds
+    scale=None,  # of the guidance; 1: none
+    seed=0,
+    eta=None,  # 0: deterministic DDIM; 1: fresh noise at every step
+    denoise_strength=1.0,  # how much of the input picture is noised away before it is drawn anew; 1: all
+    learning_rate=None,
+    iterations=100,  # at the most; ends earlier when the control has settled
+    out_dir="outputs/test5",
+)
+
+
+def main(s, script="test5"):
+    out_dir = output_folder(s.out_dir)
+    model = load_model(s.model_path)
+    names, size = model.control_net.config.control_names, model.config.image_size
+    try:
+        control = torch.tensor([parse_control(list(s.control))])
+    except ValueError:
+        raise InputError(f"control: expected finite numbers, got {s.control}") from None
+    if control.shape[1] != len(names):
+        expected = f"{len(names)} number(s) ({', '.join(names)})"
+        raise InputError(f"control: {s.model_path} takes {expected}, got {control.shape[1]}: {s.control}")
+    for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
+        if key in s and s[key] is None:
+            s[key] = value
+
+    pictures = [fit_picture(load_picture(path), size) for path in (s.input_image_path, s.target_image_path)]
+    with torch.no_grad():
+        latents = model.base.encode(pictures_to_tensor(pictures))
+        embeddings, negative = model.base.embed([", ".join(filter(None, [s.prompt, s.a_prompt])), s.n_prompt]).split(1)
+
+    with tqdm(total=s.iterations, desc="inferring") as bar:
+
+        def show(entry):
+            found = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, entry["control"][0]))
+            bar.set_postfix_str(f"loss {entry['loss'][0]:.5f}, {found}")
+            bar.update()
+
+        result = invert_by_sampling(
+            model,
+            *latents.split(1),
+            embeddings,
+            control,
+            negative=negative,
+            ddim_steps=s.ddim_steps,
+            denoise_strength=s.denoise_strength,
+            warm_steps=s.get("warm_steps"),
+            warm_denoise_strength=s.get("warm_denoise_strength"),
+            scale=s.scale,
+            strength=s.strength,
+            eta=s.eta,
+            seed=s.seed,
+            learning_rate=s.learning_rate,
+            iterations=s.iterations,
+            on_iteration=show,
+        )
+    save_inversion(out_dir, model, result, *pictures, seed=s.seed)
+    for name, unit, value in zip(names, model.control_net.config.control_units, result.control[0].tolist()):
+        print(f"{name}: {value:+.3f} {unit}".rstrip())
+    print(f"{result.iterations[0]} iterations, {result.seconds:.1f} seconds; {out_dir}/figure.png shows them")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)

@@ -1,0 +1,22 @@
+"""Infer the control faster: as test5.py, but each generation starts from the previous one plus noise, in 10 steps.
+
+Edit the settings and run `python test5_s1.py`, or give them as key=value. Leaves result.json and figure.png in out_dir.
+"""
+
+import test5
+from ldm.settings import run_script
+
+settings = dict(
+    test5.settings,
+    warm_steps=10,  # DDIM steps of every iteration but the first
+    warm_denoise_strength=None,  # how much of the previous result is noised away; None: as the model's YAML says
+    out_dir="outputs/test5_s1",
+)
+
+
+def main(s):
+    test5.main(s, script="test5_s1")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)

@@ -1,0 +1,226 @@
+"""Train models/tiny_sd, the small latent diffusion model that ships with this repository, from nothing.
+
+    python tool_train_base.py out_dir=models/tiny_sd
+
+Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
+A stage whose result lies in out_dir already is not run again.
+"""
+
+import math
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from PIL import Image, ImageEnhance, ImageFilter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dataForTrain.make_dataset import TRAIN, open_photo, render, render_framed
+from ldm.pictures import pictures_to_tensor
+from ldm.settings import run_script
+from ldm.text import clip_tokenizer, tokenize
+
+settings = dict(
+    out_dir="models/tiny_sd",
+    image_size=128,  # pixels
+    views=6000,  # pictures drawn from the photographs
+    vae_steps=1800,
+    unet_steps=4500,
+    batch_size=32,
+    learning_rate=1e-3,
+    prompt_dropout=0.1,
+    seed=0,
+)
+
+# Free pictures (PHOTOGRAPHS.md) that teach texture and colour beside the subjects; never drawn in full.
+EXTRA = [
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+    "skimage/data/grass.png",
+    "skimage/data/clock_motion.png",
+]
+VAE = dict(
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    block_out_channels=[32, 64, 128, 128],
+    layers_per_block=1,
+    latent_channels=8,
+    norm_num_groups=16,
+    mid_block_add_attention=False,  # convolutions alone: small crops train it for whole pictures
+)
+UNET = dict(
+    in_channels=8,
+    out_channels=8,
+    block_out_channels=[64, 128, 128],
+    layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    attention_head_dim=4,
+    cross_attention_dim=64,
+)
+TEXT = dict(
+    vocab_size=49408,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=77,
+    projection_dim=64,
+    bos_token_id=49406,
+    eos_token_id=49407,
+)
+# Lin et al. 2024: pure noise at the last timestep and v-prediction, so that nothing leaks from the start picture.
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    timestep_spacing="trailing",
+    clip_sample=False,
+    set_alpha_to_one=True,
+)
+
+
+def draw_view(rng, size):
+    """Returns: (PIL picture, prompt): a subject in its framing, or a detail of any photograph, at a random angle."""
+    if rng.random() < 0.6:
+        photo = TRAIN[rng.choice(list(TRAIN))]
+        zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < 0.5 else 1.0
+        angle = rng.uniform(-10, 10) if zoom < 1 else rng.uniform(-20, 20)
+        picture, prompt = render_framed(photo, size, angle, zoom), photo.prompt
+    else:
+        file, prompt = rng.choice([(p.file, p.prompt) for p in TRAIN.values()] + [(file, "") for file in EXTRA])
+        photo = open_photo(file)
+        side = math.exp(rng.uniform(math.log(64), math.log(0.65 * min(photo.size))))
+        reach = side / math.sqrt(2) + 2
+        center = rng.uniform(reach, photo.width - reach), rng.uniform(reach, photo.height - reach)
+        picture = render(photo, size, side, rng.uniform(-180, 180), center)
+        prompt = f"a detail of {prompt}" if prompt else "a detail"
+        if rng.random() < 0.5:  # other colours, so that the VAE is not tied to those of a few photographs
+            channels = list(picture.split())
+            rng.shuffle(channels)
+            picture = Image.merge("RGB", channels)
+    if rng.random() < 0.2:
+        picture = ImageEnhance.Brightness(picture).enhance(2 ** rng.uniform(-1, 1))
+    if rng.random() < 0.2:
+        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
+    return picture, prompt
+
+
+def learning_rate(step, steps, peak, warmup=100):
+    """Returns: the rate at a step: linear warm-up, then half a cosine down to zero."""
+    return peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def train_steps(parameters, steps, peak, loss_at, label):
+    """Minimise loss_at(step) by AdamW over `steps` steps, with a progress bar."""
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01)
+    smooth = None
+    bar = tqdm(range(steps), desc=label, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+
+
+def train_vae(s, pictures):
+    """Train the VAE on the views: L1 on pixels, and the KL term at the weight of a Laplace of width 0.005."""
+    vae = AutoencoderKL(**VAE, sample_size=s.image_size)
+    generator = torch.Generator().manual_seed(s.seed)
+    crop = s.image_size // 2
+
+    def loss_at(step):
+        # small crops first: four times the variety a second; whole pictures in the last third
+        whole = step > 2 * s.vae_steps / 3
+        index = torch.randint(len(pictures), (4 if whole else 16,), generator=generator)
+        x, y = (0, 0) if whole else torch.randint(crop + 1, (2,), generator=generator).tolist()
+        side = s.image_size if whole else crop
+        batch = pictures[index, :, y : y + side, x : x + side] / 127.5 - 1
+        if step % 2:
+            batch = batch.flip(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(batch).latent_dist
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            decoded = vae.decode(latents).sample.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(decoded, batch) + 2e-4 * kl
+
+    train_steps(list(vae.parameters()), s.vae_steps, s.learning_rate, loss_at, "vae")
+    vae.eval()
+    sample = pictures[:256] / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(sample).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / latents.std().item())
+    return vae
+
+
+@torch.no_grad()
+def encode_all(vae, pictures):
+    """Returns: (N, 8, H/8, W/8) scaled latents of all views."""
+    batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
+    return torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]) * vae.config.scaling_factor
+
+
+def train_unet(s, latents, prompts):
+    """Train text encoder and UNet on v-prediction, the weights averaged; its table of tokens stays as drawn."""
+    scheduler = DDIMScheduler(**SCHEDULER)
+    unet = UNet2DConditionModel(**UNET, sample_size=latents.shape[-1])
+    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
+    # Words never seen in training must look like words: no token's embedding is trained.
+    text_encoder.get_input_embeddings().requires_grad_(False)
+    models = torch.nn.ModuleList([unet, text_encoder])
+    averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    distinct = [""] + sorted(set(prompts))
+    tokens = tokenize(clip_tokenizer(), distinct)
+    prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    generator = torch.Generator().manual_seed(s.seed + 1)
+    parameters = [p for p in models.parameters() if p.requires_grad]
+
+    def loss_at(step):
+        if step:
+            averaged.update_parameters(models)
+        index = torch.randint(len(latents), (s.batch_size,), generator=generator)
+        clean = latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (s.batch_size,), generator=generator)
+        kept = torch.rand(s.batch_size, generator=generator) >= s.prompt_dropout
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            embeddings = text_encoder(tokens).last_hidden_state[prompt_index[index] * kept]
+            velocity = unet(noisy, timesteps, embeddings).sample.float()
+        return F.mse_loss(velocity, scheduler.get_velocity(clean, noise, timesteps))
+
+    train_steps(parameters, s.unet_steps, s.learning_rate, loss_at, "unet")
+    return *averaged.module, scheduler
+
+
+def main(s):
+    out = Path(s.out_dir)
+    torch.manual_seed(s.seed)
+    rng = random.Random(s.seed)
+    views = [draw_view(rng, s.image_size) for _ in tqdm(range(s.views), desc="drawing views")]
+    pictures = torch.cat([pictures_to_tensor([picture], scaled=False) for picture, _ in views])
+    if (out / "vae").exists():
+        vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32)
+    else:
+        vae = train_vae(s, pictures)
+        vae.half().save_pretrained(out / "vae")
+        vae = vae.float()
+    unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), [prompt for _, prompt in views])
+    for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
+        model.save_pretrained(out / name)
+
+
+if __name__ == "__main__":
+    run_script(main, settings)

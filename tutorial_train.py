@@ -1,0 +1,114 @@
+"""Train a ControlNet on numbers: edit the settings, run `python tutorial_train.py`, or give them as key=value.
+
+The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
+"prompt": "a text"}; targets are relative to data_root. Everything of a run goes to out_dir, which is then the
+model_path of test5.py and test5_s1.py. A run that was killed goes on when started again with the same out_dir.
+"""
+
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.data import DataLoader, RandomSampler
+
+from cldm.dataset import ControlDataset, split_rows
+from cldm.model import add_control, fit_statistics, load_base, load_model
+from cldm.report import PictureLogger
+from cldm.training import ControlTraining, SaveBestAndLast
+from ldm.settings import InputError, output_folder, run_script
+
+settings = dict(
+    # what is trained on what
+    data_root="dataForTrain",
+    base="models/tiny.yaml",  # the frozen base
+    resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
+    hint="coordinate",  # of a fresh control: coordinate (any resolution) or dense (one resolution, as the original)
+    control_names=[],  # of a fresh control, for figures: [angle]
+    control_units=[],  # [degrees]
+    out_dir="runs/control_tiny",
+    # how
+    batch_size=32,
+    max_steps=2000,
+    logger_freq=400,  # steps between pictures, validations and checkpoints
+    learning_rate=1e-3,  # at its peak; falls to zero as half a cosine
+    prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
+    sd_locked=True,  # False: the UNet's decoder learns too
+    only_mid_control=False,
+    seed=0,
+    # passed on to Lightning's Trainer
+    accelerator="auto",
+    devices="auto",
+    strategy="auto",
+    precision="bf16-mixed",
+)
+
+
+def make_model(s, rows):
+    """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the rows' controls."""
+    control_dim = len(rows[0].control)
+    if s.resume_path:
+        model = load_model(s.resume_path)
+    else:
+        texts = dict(control_names=s.control_names, control_units=s.control_units)
+        model = add_control(*load_base(s.base), control_dim=control_dim, hint=s.hint, **texts)
+    if model.control_net.control_dim != control_dim:
+        raise InputError(
+            f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {s.data_root} has "
+            f"{control_dim}; make one with tool_add_control.py control_dim={control_dim}"
+        )
+    model.config.only_mid_control = s.only_mid_control
+    fit_statistics(model.control_net, [row.control for row in rows])
+    return model
+
+
+def main(s):
+    pl.seed_everything(s.seed)
+    out_dir = output_folder(s.out_dir)
+    train_rows, validation_rows = split_rows(s.data_root)
+    model = make_model(s, train_rows)
+    size = model.config.image_size
+    train = ControlDataset(train_rows, model.base, size, label="encoding")
+    validation = (
+        ControlDataset(validation_rows, model.base, size, label="encoding validation") if validation_rows else []
+    )
+    print(f"{len(train)} training and {len(validation)} validation pictures; results go to {out_dir}")
+
+    module = ControlTraining(
+        model,
+        learning_rate=s.learning_rate,
+        steps=s.max_steps,
+        sd_locked=s.sd_locked,
+        prompt_dropout=s.prompt_dropout,
+        seed=s.seed,
+    )
+    sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
+    checkpoint = ModelCheckpoint(
+        out_dir, filename="resume", every_n_train_steps=s.logger_freq, enable_version_counter=False
+    )
+    trainer = pl.Trainer(
+        max_steps=s.max_steps,
+        val_check_interval=min(s.logger_freq, s.max_steps),
+        logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
+        callbacks=[SaveBestAndLast(out_dir), PictureLogger(train, out_dir / "pictures", s.logger_freq), checkpoint],
+        accelerator=s.accelerator,
+        devices=s.devices,
+        strategy=s.strategy,
+        precision=s.precision,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
+    resume = out_dir / "resume.ckpt"
+    trainer.fit(
+        module,
+        DataLoader(train, s.batch_size, sampler=sampler),
+        DataLoader(validation, s.batch_size) if len(validation) else None,
+        ckpt_path=resume if resume.exists() else None,
+        weights_only=True,
+    )
+    print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)
