@@ -1,0 +1,16 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+
+demo: .venv/installed  ## infer an angle from a photograph with the shipped control
+	.venv/bin/python test5.py out_dir=outputs/demo
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: demo test
