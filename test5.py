@@ -11,6 +11,7 @@ from cldm.dataset import parse_control
 from cldm.inversion import invert_by_sampling
 from cldm.model import load_model
 from cldm.report import save_inversion
+from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
 from ldm.settings import InputError, output_folder, run_script
 
@@ -28,42 +29,43 @@ settings = dict(
     seed=0,
     eta=None,  # 0: deterministic DDIM; 1: fresh noise at every step
     denoise_strength=1.0,  # how much of the input picture is noised away before it is drawn anew; 1: all
-    learning_rate=None,
+    learning_rate=None,  # of plain SGD; None: as the YAML says, there null: found from the first gradient
     iterations=100,  # at the most; ends earlier when the control has settled
     out_dir="outputs/test5",
 )
 
 
-def main(s, script="test5"):
-    out_dir = output_folder(s.out_dir)
-    model = load_model(s.model_path)
-    names, size = model.control_net.config.control_names, model.config.image_size
+def infer(model, s, input_picture, target_picture, script="test5"):
+    """Invert one target (PIL pictures) as the settings `s` say; a setting of None is the model's own for `script`.
+
+    Returns: Inversion.
+    """
+    names = model.control_net.config.control_names
+    for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
+        if key in s and s[key] is None:
+            s[key] = value
     try:
         control = torch.tensor([parse_control(list(s.control))])
     except ValueError:
         raise InputError(f"control: expected finite numbers, got {s.control}") from None
     if control.shape[1] != len(names):
         expected = f"{len(names)} number(s) ({', '.join(names)})"
-        raise InputError(f"control: {s.model_path} takes {expected}, got {control.shape[1]}: {s.control}")
-    for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
-        if key in s and s[key] is None:
-            s[key] = value
-
-    pictures = [fit_picture(load_picture(path), size) for path in (s.input_image_path, s.target_image_path)]
+        raise InputError(f"control: the model takes {expected}, got {control.shape[1]}: {s.control}")
     with torch.no_grad():
-        latents = model.base.encode(pictures_to_tensor(pictures))
-        embeddings, negative = model.base.embed([", ".join(filter(None, [s.prompt, s.a_prompt])), s.n_prompt]).split(1)
-
-    with tqdm(total=s.iterations, desc="inferring") as bar:
+        start, target = model.base.encode(pictures_to_tensor([input_picture, target_picture])).split(1)
+        prompt = ", ".join(filter(None, [s.prompt, s.a_prompt]))
+        embeddings, negative = model.base.embed([prompt, s.n_prompt]).split(1)
+    with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:
 
         def show(entry):
             found = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, entry["control"][0]))
             bar.set_postfix_str(f"loss {entry['loss'][0]:.5f}, {found}")
             bar.update()
 
-        result = invert_by_sampling(
+        return invert_by_sampling(
             model,
-            *latents.split(1),
+            start,
+            target,
             embeddings,
             control,
             negative=negative,
@@ -79,8 +81,17 @@ def main(s, script="test5"):
             iterations=s.iterations,
             on_iteration=show,
         )
+
+
+def main(s, script="test5"):
+    out_dir = output_folder(s.out_dir)
+    model = load_model(s.model_path)
+    paths = (s.input_image_path, s.target_image_path)
+    pictures = [fit_picture(load_picture(find_path(path)), model.config.image_size) for path in paths]
+    result = infer(model, s, *pictures, script=script)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
-    for name, unit, value in zip(names, model.control_net.config.control_units, result.control[0].tolist()):
+    config = model.control_net.config
+    for name, unit, value in zip(config.control_names, config.control_units, result.control[0].tolist()):
         print(f"{name}: {value:+.3f} {unit}".rstrip())
     print(f"{result.iterations[0]} iterations, {result.seconds:.1f} seconds; {out_dir}/figure.png shows them")
 

@@ -14,11 +14,11 @@ class Inversion:
 
     control: torch.Tensor  # (B, d), in the dataset's units
     start: torch.Tensor  # (B, d)
-    loss: torch.Tensor  # (B,) latent mean squared error, of the control it stopped at
     iterations: torch.Tensor  # (B,) until each control settled
-    seconds: float
-    first: torch.Tensor  # (B, C, h, w) latents generated at the start
-    last: torch.Tensor  # (B, C, h, w) latents generated at the end
+    loss: torch.Tensor = None  # (B,) latent mean squared error of the control
+    seconds: float = 0.0
+    first: torch.Tensor = None  # (B, C, h, w) latents generated at the start
+    last: torch.Tensor = None  # (B, C, h, w) latents generated at the control
     history: list = field(default_factory=list)  # per iteration: {"control": (B, d), "loss": (B,)} as lists
 
 
@@ -44,9 +44,10 @@ def invert_by_sampling(
     strength=1.0,
     eta=1.0,
     seed=0,
-    learning_rate=1.0,
+    learning_rate=None,
+    max_step=0.5,
     iterations=100,
-    tolerance=0.01,
+    tolerance=0.002,
     patience=3,
     on_iteration=None,
 ):
@@ -58,29 +59,30 @@ def invert_by_sampling(
 
     model: ControlLDM, frozen. input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D).
     control: (B, d), where to start. scale, strength, eta: as ControlLDM.generate has them.
-    learning_rate: of SGD on the normalised control, over the target's own variance, so that one rate suits
-    pictures of any contrast. tolerance: in units of the control's spread in training; a control that moves less
-    for `patience` iterations has settled. on_iteration: called with the iteration's entry of the history.
+    learning_rate: of plain SGD on the normalised control. None: such that the first step has length max_step, and
+    halved whenever the gradient turns around, so that one setting suits pictures of any contrast.
+    max_step, tolerance: lengths in units of the control's spread in training. No step is longer than max_step; a
+    control whose steps were shorter than tolerance `patience` times in a row has settled.
+    on_iteration: called with the iteration's entry of the history.
     Returns: Inversion.
     """
     scheduler = model.base.scheduler
     began = time.perf_counter()
-    std = model.control_net.spread(control)
-    position = (control / std).clone().requires_grad_(True)  # offset left out: only steps matter
-    optimizer = torch.optim.SGD([position], lr=learning_rate)
+    spread = model.control_net.spread(control)
     noise = draw_noise(target_latents.shape, 1 + max(ddim_steps, warm_steps or 0), seed, control.device)
-    contrast = target_latents.var((2, 3)).mean(1)  # (B,)
-    result = Inversion(control, control.clone(), None, torch.full((len(control),), iterations), 0.0, None, None)
-    still = torch.zeros(len(control), dtype=torch.long, device=control.device)  # iterations without a move
+    result = Inversion(control, control.clone(), iterations=torch.full((len(control),), iterations))
+    rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
+    still = torch.zeros(len(control), dtype=torch.long, device=control.device)  # short steps in a row
     picture, steps, share = input_latents, ddim_steps, denoise_strength
     for iteration in range(iterations):
+        position = (control / spread).requires_grad_(True)
         timesteps = ddim_timesteps(scheduler, steps, share)
         noisy = scheduler.add_noise(picture, noise[0].expand_as(picture), timesteps[:1].to(picture.device))
         generated = model.generate(
             noisy,
             timesteps,
             embeddings,
-            position * std,
+            position * spread,
             negative=negative,
             scale=scale,
             strength=strength,
@@ -88,23 +90,26 @@ def invert_by_sampling(
             noise=noise[1:],
         )
         loss = (generated - target_latents).square().mean((1, 2, 3))  # (B,)
-        optimizer.zero_grad()
-        (loss / contrast).sum().backward()
-        before = position.detach().clone()
-        entry = {"control": (before * std).tolist(), "loss": loss.tolist()}
-        result.history.append(entry)
-        settled = still >= patience
-        position.grad[settled] = 0  # the others of the batch go on
-        optimizer.step()
-        moved = (position.detach() - before).abs().amax(1) > tolerance
-        still = torch.where(settled | ~moved, still + 1, torch.zeros_like(still))
-        result.iterations[(still == patience).cpu() & ~settled.cpu()] = iteration + 1
-        result.first = generated.detach() if result.first is None else result.first
-        result.last, result.loss, result.control = generated.detach(), loss.detach(), before * std
+        (gradient,) = torch.autograd.grad(loss.sum(), position)  # (B, d), of the position alone
+        result.control, result.loss, result.last = control, loss.detach(), generated.detach()
+        result.first = result.last if result.first is None else result.first
+        result.history.append({"control": control.tolist(), "loss": loss.tolist()})
         if on_iteration:
-            on_iteration(entry)
+            on_iteration(result.history[-1])
+        if rate is None:
+            rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        elif learning_rate is None and iteration:
+            rate = torch.where((gradient * before).sum(1, keepdim=True) < 0, rate / 2, rate)
+        step = rate * gradient
+        length = step.norm(dim=1, keepdim=True)
+        step = step * (max_step / length.clamp_min(max_step))
+        settled = still >= patience
+        still = torch.where(settled | (length[:, 0] < tolerance), still + 1, 0)
+        result.iterations[(still == patience).cpu()] = iteration + 1
         if (still >= patience).all():
             break
+        control = torch.where(settled[:, None], control, control - step * spread)
+        before = gradient
         if warm_steps:
             picture, steps, share = result.last, warm_steps, warm_denoise_strength
     result.seconds = time.perf_counter() - began

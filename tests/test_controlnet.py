@@ -1,0 +1,194 @@
+"""The numeric ControlNet: adds nothing when fresh, keeps its settings on disk, checks what it is given."""
+
+import pytest
+import torch
+from conftest import CHANNELS, LATENT_SIZE
+
+import tool_add_control
+from cldm.controlnet import HINTS, NumericControlNet
+from cldm.model import fit_statistics, load_base, load_model, save_model
+from ldm.settings import InputError, override
+
+
+@pytest.fixture
+def inputs(base, normal):
+    """Noisy latents of two pictures, their timesteps and their text embeddings."""
+    latents = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    return latents, torch.tensor([20, 700]), base.embed(["a cup", "a cat"])
+
+
+@torch.no_grad()
+def predict(model, inputs, control, **options):
+    return model.predict(*inputs, torch.tensor(control), **options)
+
+
+@torch.no_grad()
+def residuals(control_net, inputs, control):
+    down, mid = control_net(*inputs, control, return_dict=False)
+    return [*down, mid]
+
+
+@pytest.mark.parametrize("control_dim", [1, 2])
+@pytest.mark.parametrize("hint", HINTS)
+class TestFreshControl:
+    def test_adds_exactly_nothing(self, make_model, base, inputs, hint, control_dim):
+        model, control = make_model(control_dim, hint, fresh=True), [[3.0] * control_dim, [-3.0] * control_dim]
+        assert torch.equal(predict(model, inputs, control), base.unet(*inputs, return_dict=False)[0])
+
+    def test_from_the_tool_adds_exactly_nothing(self, base_yaml, base, inputs, hint, control_dim, tmp_path):
+        s = override(tool_add_control.settings, [f"control_dim={control_dim}", f"hint={hint}"])
+        tool_add_control.main(s, [str(base_yaml), str(tmp_path / "control")])
+        model, control = load_model(tmp_path / "control"), [[3.0] * control_dim, [-3.0] * control_dim]
+        assert model.control_net.config.hint == hint and model.control_net.control_dim == control_dim
+        assert torch.equal(predict(model, inputs, control), base.unet(*inputs, return_dict=False)[0])
+
+    def test_begins_with_the_encoder_of_the_unet(self, make_model, base, hint, control_dim):
+        copied = make_model(control_dim, hint, fresh=True).control_net.down_blocks.state_dict()
+        assert copied.keys() == base.unet.down_blocks.state_dict().keys()
+        assert all(torch.equal(copied[k], v) for k, v in base.unet.down_blocks.state_dict().items())
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_control_moves_the_prediction(make_model, inputs, hint):
+    model = make_model(hint=hint)
+    assert (predict(model, inputs, [[3.0], [3.0]]) - predict(model, inputs, [[-3.0], [-3.0]])).abs().max() > 1e-3
+
+
+def test_strength_scales_what_is_added(make_model, base, inputs):
+    model = make_model()
+    none = base.unet(*inputs, return_dict=False)[0]
+    assert torch.equal(predict(model, inputs, [[3.0], [3.0]], strength=0.0), none)
+    weak, full = (
+        (predict(model, inputs, [[3.0], [3.0]], strength=strength) - none).abs().mean() for strength in (0.1, 1.0)
+    )
+    assert 0 < weak < full
+
+
+def test_only_mid_control_leaves_the_skip_connections_alone(make_model, inputs):
+    model = make_model()
+    everywhere = predict(model, inputs, [[3.0], [3.0]])
+    model.config.only_mid_control = True
+    only_mid = predict(model, inputs, [[3.0], [3.0]])
+    model.config.only_mid_control = False
+    for parameter in model.control_net.controlnet_down_blocks.parameters():
+        parameter.zero_()
+    assert torch.equal(only_mid, predict(model, inputs, [[3.0], [3.0]]))
+    assert (only_mid - everywhere).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_round_trip_through_a_folder(make_model, inputs, hint, tmp_path):
+    model = make_model(2, hint)
+    model.control_net.register_to_config(
+        control_names=["angle", "zoom"],
+        control_units=["degrees", ""],
+        control_mean=[0.25, 1.0],
+        control_std=[3.0, 0.5],
+        control_low=[-5.0, 0.1],
+        control_high=[5.0, 2.0],
+    )
+    model.control_net.save_pretrained(tmp_path)
+    read = NumericControlNet.from_pretrained(tmp_path, local_files_only=True, low_cpu_mem_usage=False)
+    for key in ("hint", "latent_size", "names", "units", "mean", "std", "low", "high"):
+        key = key if key in ("hint", "latent_size") else f"control_{key}"
+        before, after = model.control_net.config[key], read.config[key]
+        assert (list(after) if isinstance(after, (list, tuple)) else after) == before
+    control = torch.tensor([[2.0, 0.5], [-1.0, 1.5]])
+    for before, after in zip(residuals(model.control_net, inputs, control), residuals(read, inputs, control)):
+        assert torch.equal(before, after)
+
+
+def test_saved_control_is_read_in_half_precision(make_model, inputs, tmp_path):
+    model = make_model()
+    save_model(model, tmp_path)
+    before, after = predict(model, inputs, [[3.0], [1.0]]), predict(load_model(tmp_path), inputs, [[3.0], [1.0]])
+    torch.testing.assert_close(before, after, atol=5e-3, rtol=5e-3)
+    assert not any(p.requires_grad for p in load_model(tmp_path).parameters())
+
+
+def test_save_without_unet_leaves_no_earlier_unet(make_model, tmp_path):
+    """Else the next load would use weights that this control was not trained with."""
+    save_model(make_model(), tmp_path, with_unet=True)
+    assert (tmp_path / "unet").is_dir()
+    save_model(make_model(), tmp_path)
+    assert not (tmp_path / "unet").exists()
+
+
+def test_coordinate_hint_works_at_another_resolution(make_model, base, normal):
+    control_net, embeddings = make_model().control_net, base.embed(["a cup"])
+    down, _ = control_net(normal(1, CHANNELS, 12, 20), 5, embeddings, torch.tensor([[1.0]]), return_dict=False)
+    assert down[0].shape[2:] == (12, 20)
+
+
+def test_dense_hint_names_the_resolution_it_was_made_for(make_model, base, normal):
+    control_net, embeddings = make_model(hint="dense").control_net, base.embed(["a cup"])
+    with pytest.raises(InputError, match=r"8 x 8, got \(16, 16\).*hint=coordinate"):
+        control_net(normal(1, CHANNELS, 16, 16), 5, embeddings, torch.tensor([[1.0]]))
+
+
+def test_coordinate_hint_sees_the_position(make_model):
+    hint = make_model().control_net.controlnet_cond_embedding
+    features = hint(torch.zeros(1, 1, 4, 6))[0]  # (channels, 4, 6)
+    assert features.flatten(1).unique(dim=1).shape[1] == 4 * 6
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 3), (2,), (2, 3, 8, 8), (2, 2, 8)])
+def test_control_of_another_length_is_refused(make_model, inputs, shape):
+    with pytest.raises(InputError, match="expected 2 numbers"):
+        make_model(2).control_net(*inputs, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_constant_map_equals_vector(make_model, inputs, hint):
+    control_net, control = make_model(2, hint).control_net, torch.tensor([[2.0, 0.5], [-1.0, 1.5]])
+    as_map = control[:, :, None, None].expand(-1, -1, 32, 32)
+    for vector, constant in zip(residuals(control_net, inputs, control), residuals(control_net, inputs, as_map)):
+        assert torch.equal(vector, constant)
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_control_is_normalised_by_the_statistics(make_model, inputs, hint):
+    control_net = make_model(2, hint).control_net
+    control_net.register_to_config(control_mean=[10.0, -1.0], control_std=[5.0, 0.5])
+    raw = residuals(control_net, inputs, torch.tensor([[15.0, -1.0], [0.0, -2.0]]))
+    control_net.register_to_config(control_mean=[0.0, 0.0], control_std=[1.0, 1.0])
+    normalised = residuals(control_net, inputs, torch.tensor([[1.0, 0.0], [-2.0, -2.0]]))
+    assert all(torch.equal(a, b) for a, b in zip(raw, normalised))
+
+
+def test_statistics_are_those_of_the_data_and_are_taken_once(make_model):
+    control_net = make_model(2, fresh=True).control_net
+    fit_statistics(control_net, [(1.0, 7.0), (3.0, 7.0)])
+    config = control_net.config
+    assert (config.control_mean, config.control_low, config.control_high) == ([2.0, 7.0], [1.0, 7.0], [3.0, 7.0])
+    assert config.control_std == [1.0, 1.0]  # a control that never varies must not divide by zero
+    fit_statistics(control_net, [(100.0, 0.0), (300.0, 1.0)])
+    assert control_net.config.control_mean == [2.0, 7.0]
+
+
+@pytest.mark.parametrize("key", ["control_names", "control_units"])
+def test_names_must_be_as_many_as_numbers(base_yaml, tmp_path, key):
+    s = override(tool_add_control.settings, ["control_dim=2", f"{key}=[angle]"])
+    with pytest.raises(InputError, match=f"{key}: expected 2.*got 1"):
+        tool_add_control.main(s, [base_yaml, tmp_path / "control"])
+    assert not (tmp_path / "control").exists()
+
+
+def test_unknown_hint_is_refused(base_yaml, tmp_path):
+    s = override(tool_add_control.settings, ["hint=cnn"])
+    with pytest.raises(InputError, match='coordinate, dense, got "cnn"'):
+        tool_add_control.main(s, [base_yaml, tmp_path / "control"])
+
+
+def test_base_folder_without_yaml_gets_its_own_picture_size(base_yaml):
+    _, config = load_base(base_yaml.parent / "mini_sd")
+    assert config.image_size == 32 and config.base == str(base_yaml.parent / "mini_sd")
+
+
+def test_pictures_survive_the_latents_scale(base, normal):
+    """encode multiplies by the scaling factor that decode divides by."""
+    pictures = normal(1, 3, 32, 32).clamp(-1, 1)
+    latents = base.encode(pictures)
+    assert latents.shape == (1, CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    assert torch.equal(latents, base.vae.encode(pictures).latent_dist.mean * 0.5)
+    torch.testing.assert_close(base.decode(latents), base.vae.decode(latents / 0.5).sample)

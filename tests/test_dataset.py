@@ -1,0 +1,201 @@
+"""prompt.json: what is read, what is refused and how, what is held out, what is computed of it."""
+
+import json
+
+import pytest
+import torch
+
+from cldm.dataset import ControlDataset, parse_control, read_rows, split_rows
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
+from ldm.settings import InputError
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        (5, (5.0,)),
+        (-3.5, (-3.5,)),
+        ("-3.5", (-3.5,)),
+        (" 1e-2 ", (0.01,)),
+        ([5, 0.8], (5.0, 0.8)),
+        (["5", 0.8, "-1"], (5.0, 0.8, -1.0)),
+    ],
+)
+def test_source_is_a_number_a_text_or_a_list(write_dataset, source, expected):
+    (row,) = read_rows(write_dataset([source]) / "prompt.json")
+    assert row.control == expected
+    assert row.prompt == "a square" and row.target.is_file()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["abc", "", "nan", "-inf", float("nan"), float("inf"), True, [], None, {}, [1, None], [[1]], ["abc", 2], [False]],
+    ids=repr,
+)
+def test_bad_source_names_file_and_line(write_dataset, source):
+    folder = write_dataset([1, 2, source])
+    with pytest.raises(InputError) as error:
+        read_rows(folder / "prompt.json")
+    expected = f'{folder}/prompt.json line 3: "source" must be a finite number or a list of them, got '
+    assert str(error.value) == expected + json.dumps(source)
+    with pytest.raises(ValueError):
+        parse_control(source)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_source_too_large_for_a_float(write_dataset, digits):
+    folder = write_dataset([1, 2])
+    file = folder / "prompt.json"
+    file.write_text(file.read_text().replace('"source": 2', '"source": ' + "9" * digits))
+    with pytest.raises(InputError, match="prompt.json line 2: "):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("key", ["source", "target", "prompt"])
+def test_missing_key_names_file_and_line(write_dataset, key):
+    file = write_dataset([1, 2]) / "prompt.json"
+    first, second = file.read_text().splitlines()
+    row = json.loads(second)
+    del row[key]
+    file.write_text(f"{first}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=f'prompt.json line 2: no "{key}"'):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("key, value", [("target", 5), ("target", None), ("prompt", None), ("prompt", ["a"])])
+def test_text_that_is_no_text_names_file_and_line(write_dataset, key, value):
+    file = write_dataset([1]) / "prompt.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(InputError, match=f'prompt.json line 1: "{key}" must be a text'):
+        read_rows(file)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"source": 1,', "not JSON"),
+        ("source: 1", "not JSON"),
+        ("[1, 2]", r"expected a JSON object, got \[1, 2\]"),
+        ("5", "expected a JSON object, got 5"),
+    ],
+)
+def test_line_that_is_no_object_names_file_and_line(write_dataset, line, message):
+    file = write_dataset([1, 2]) / "prompt.json"
+    file.write_text(file.read_text() + f"\n{line}\n")  # the empty line counts but is no row
+    with pytest.raises(InputError, match=f"prompt.json line 4: {message}"):
+        read_rows(file)
+
+
+def test_sources_of_different_lengths_name_file_and_line(write_dataset):
+    folder = write_dataset([[1, 2], [3, 4], 5])
+    with pytest.raises(InputError, match='prompt.json line 3: "source" has 1 numbers, the first row has 2'):
+        read_rows(folder / "prompt.json")
+
+
+def test_validation_of_another_length_than_training(write_dataset):
+    write_dataset([[1, 2], [3, 4]])
+    folder = write_dataset([5], file="validation.json")
+    with pytest.raises(InputError, match="validation.json"):
+        split_rows(folder)
+
+
+def test_missing_target_names_file_and_line(write_dataset):
+    folder = write_dataset([1, 2])
+    (folder / "prompt.json_1.png").unlink()
+    with pytest.raises(InputError, match='prompt.json line 2: "target" .*prompt.json_1.png does not exist'):
+        read_rows(folder / "prompt.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", "half"], ids=["empty", "text", "cut off"])
+def test_target_that_is_no_picture_names_file_and_line(write_dataset, content):
+    folder = write_dataset([1, 2])
+    target = folder / "prompt.json_1.png"
+    target.write_bytes(target.read_bytes()[:1000] if content == "half" else content)
+    with pytest.raises(InputError, match='prompt.json line 2: "target" .*prompt.json_1.png is not a picture'):
+        read_rows(folder / "prompt.json")
+
+
+def test_target_that_is_a_folder_names_file_and_line(write_dataset):
+    folder = write_dataset([1])
+    (folder / "prompt.json_0.png").unlink()
+    (folder / "prompt.json_0.png").mkdir()
+    with pytest.raises(InputError, match="prompt.json line 1: .*is not a picture"):
+        read_rows(folder / "prompt.json")
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such file"), ("", "no rows"), (" \n\n", "no rows")])
+def test_missing_or_empty_file_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "prompt.json").write_text(content)
+    with pytest.raises(InputError, match=f"prompt.json: {message}"):
+        split_rows(tmp_path)
+
+
+def test_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "prompt.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="prompt.json: cannot be read as UTF-8 text"):
+        read_rows(tmp_path / "prompt.json")
+
+
+def controls(rows):
+    return [row.control for row in rows]
+
+
+def test_validation_file_is_used_where_there_is_one(write_dataset):
+    write_dataset(list(range(20)))
+    folder = write_dataset([0.5, 2.5], file="validation.json")
+    train, validation = split_rows(folder)
+    assert len(train) == 20 and controls(validation) == [(0.5,), (2.5,)]
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 11, 30])
+def test_held_out_controls_are_never_trained_and_never_the_extremes(write_dataset, count):
+    folder = write_dataset(list(range(count)) * 2)
+    train, validation = split_rows(folder)
+    assert validation and len(train) + len(validation) == 2 * count
+    assert not set(controls(train)) & set(controls(validation))
+    assert {(0.0,), (count - 1.0,)} <= set(controls(train))
+    assert len(set(controls(validation))) <= max(1, count // 10 + 1)
+
+
+def test_few_distinct_controls_give_no_validation(write_dataset):
+    train, validation = split_rows(write_dataset([0, 1, 2, 3] * 3))
+    assert len(train) == 12 and validation == []
+
+
+@pytest.fixture
+def dataset(write_dataset, base):
+    write_dataset([1, 2, 3], size=32, prompt="a cup")
+    folder = write_dataset([[4], "5"], file="more.json", size=32, prompt="a cat")
+    rows = read_rows(folder / "prompt.json") + read_rows(folder / "more.json")
+    return ControlDataset(rows, base, 32, batch_size=2)
+
+
+def test_items_are_what_the_base_makes_of_the_row(dataset, base, capsys):
+    assert len(dataset) == 5
+    for row, item in zip(dataset.rows, dataset):
+        picture = pictures_to_tensor([load_picture(row.target)])
+        torch.testing.assert_close(item["latents"], base.encode(picture)[0])
+        torch.testing.assert_close(item["embeddings"], base.embed([row.prompt])[0])
+        torch.testing.assert_close(item["empty"], base.embed([""])[0])
+        assert item["control"].tolist() == list(row.control)
+        assert not any(value.requires_grad for value in item.values())
+    assert dataset.rows[0].prompt == "a cup" and dataset.rows[4].prompt == "a cat"
+    assert "resized" not in capsys.readouterr().out
+
+
+def test_pictures_of_another_size_are_resized_and_said_to_be(write_dataset, base, capsys):
+    rows = read_rows(write_dataset([1, 2], size=40) / "prompt.json")
+    dataset = ControlDataset(rows, base, 32)
+    assert "pictures of 40 x 40 resized to 32 x 32" in capsys.readouterr().out
+    picture = pictures_to_tensor([fit_picture(load_picture(rows[1].target), 32)])
+    torch.testing.assert_close(dataset[1]["latents"], base.encode(picture)[0])
+
+
+def test_picture_to_tensor_and_back(picture):
+    original = load_picture(picture)
+    tensor = pictures_to_tensor([original])
+    assert tensor.shape == (1, 3, 32, 32) and -1 <= tensor.min() < -0.9 and 0.9 < tensor.max() <= 1
+    red, green, blue = original.getpixel((3, 5))
+    assert (127.5 * (tensor[0, :, 5, 3] + 1)).round().tolist() == [red, green, blue]
+    assert tensor_to_pictures(tensor)[0].tobytes() == original.tobytes()

@@ -1,0 +1,106 @@
+"""The data set: the committed pictures are what the code renders, turned the right way about the right point."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tool_train_base
+from dataForTrain import make_dataset
+from dataForTrain.make_dataset import HELD_OUT, TRAIN, VALIDATION_ANGLES, open_photo, render, render_framed
+from ldm.settings import InputError, override
+
+FOLDER = Path(make_dataset.__file__).parent
+
+
+def run(*arguments):
+    make_dataset.main(override(make_dataset.settings, [str(argument) for argument in arguments]))
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_committed_pictures_are_reproduced_byte_for_byte(tmp_path):
+    run("photos=astronaut,hubble", f"out_dir={tmp_path}")
+    for file, angles in {"prompt.json": range(-5, 6), "validation.json": VALIDATION_ANGLES}.items():
+        rows = read(tmp_path / file)
+        assert [float(row["source"]) for row in rows] == [float(angle) for angle in angles] * 2
+        committed = read(FOLDER / file)
+        for row in rows:
+            assert row in committed
+            assert (tmp_path / row["target"]).read_bytes() == (FOLDER / row["target"]).read_bytes()
+
+
+def test_other_angles_and_photos(tmp_path):
+    run("angles=[-3.37,1.61]", "photos=astronaut,coffee", "image_size=48", f"out_dir={tmp_path}")
+    rows = read(tmp_path / "prompt.json")
+    assert [row["source"] for row in rows] == ["-3.37", "1.61"] * 2
+    assert [row["prompt"] for row in rows[1:3]] == [TRAIN["astronaut"].prompt, TRAIN["coffee"].prompt]
+    for row in rows:
+        assert Image.open(tmp_path / row["target"]).size == (48, 48)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompt.json", "resultData"]
+    assert len(list((tmp_path / "resultData").iterdir())) == 4
+
+
+def test_held_out_photos_are_in_no_training_list():
+    assert not set(HELD_OUT) & set(TRAIN)
+    held_out = {photo.file for photo in HELD_OUT.values()}
+    assert not held_out & ({photo.file for photo in TRAIN.values()} | set(tool_train_base.EXTRA))
+    rows = read(FOLDER / "prompt.json") + read(FOLDER / "validation.json")
+    assert {Path(row["target"]).name.rpartition("_")[0] for row in rows} == set(TRAIN)
+    assert not {row["prompt"] for row in rows} & {photo.prompt for photo in HELD_OUT.values()}
+
+
+def test_validation_angles_are_not_trained():
+    trained, seen = ({row["source"] for row in read(FOLDER / f"{f}.json")} for f in ("prompt", "validation"))
+    assert len(trained) == 11 and not trained & seen
+
+
+def difference(a, b):
+    """Mean absolute difference of the middles, where a turned picture has no border."""
+    a, b = (np.asarray(picture, float)[32:96, 32:96] for picture in (a, b))
+    return np.abs(a - b).mean()
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "text"])
+def test_positive_angle_turns_counterclockwise_about_the_middle(name):
+    straight, turned = (render_framed(TRAIN[name], 128, angle) for angle in (0, 5))
+    expected = difference(straight.rotate(5, Image.Resampling.BICUBIC), turned)
+    others = [difference(straight.rotate(angle, Image.Resampling.BICUBIC), turned) for angle in (-5, 0, 4, 6)]
+    assert expected < 0.6 * min(others)  # not nothing: it was interpolated twice
+
+
+def test_framing_does_not_depend_on_the_angle():
+    """A quarter turn of the rendered picture and of the photograph are the same."""
+    straight, turned = (render_framed(TRAIN["astronaut"], 64, angle) for angle in (0, 90))
+    quarter = np.rot90(np.asarray(straight, int))
+    assert np.abs(np.asarray(turned, int) - quarter).mean() < 1
+
+
+@pytest.mark.parametrize("name", [*TRAIN, *HELD_OUT])
+def test_every_photo_holds_its_frame_at_any_angle(name):
+    photo = {**TRAIN, **HELD_OUT}[name]
+    width, height = open_photo(photo.file).size
+    side = photo.frame * min(width, height)
+    assert side * 2**0.5 < min(width, height)
+
+
+def test_frame_over_the_border_is_refused():
+    with pytest.raises(ValueError, match="turned by 45 degrees leaves the photo"):
+        render(Image.new("RGB", (100, 100)), 32, 90, 45)
+
+
+def test_unknown_photo_is_named(tmp_path):
+    with pytest.raises(InputError, match='no photograph "astronat".*astronaut'):
+        run("photos=coffee,astronat", f"out_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("angles", ["abc", "2", "[1,abc]", "[.nan]", "[[1]]", "[true]", "[]"])
+def test_bad_angles_are_named(tmp_path, angles):
+    with pytest.raises(InputError, match="angles: expected a list of numbers"):
+        run(f"angles={angles}", "photos=coffee", f"out_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,282 @@
+"""The scripts: what they leave, and one line and exit code 2 for whatever the user got wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+import test5
+import test5_s1
+import tool_add_control
+import tool_train_base
+import tutorial_train
+from cldm.model import save_model
+from dataForTrain import make_dataset
+from ldm.base import ROOT
+from ldm.settings import run_script
+
+SCRIPTS = {
+    "test5.py": test5,
+    "test5_s1.py": test5_s1,
+    "tutorial_train.py": tutorial_train,
+    "tool_add_control.py": tool_add_control,
+    "tool_train_base.py": tool_train_base,
+    "dataForTrain/make_dataset.py": make_dataset,
+}
+INFERENCE = pytest.mark.parametrize("script", [test5, test5_s1], ids=lambda module: module.__name__)
+
+
+def nothing_in(folder):
+    return not folder.exists() or not any(path.is_file() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def out_dir(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def arguments(control_folder, picture, out_dir):
+    """Arguments of an inference that works, and soon ends; later ones win."""
+    pictures = [f"input_image_path={picture}", f"target_image_path={picture}"]
+    return [f"model_path={control_folder}", f"out_dir={out_dir}", *pictures, "iterations=2", "ddim_steps=3"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_setting_ends_every_script_in_one_line(script, tmp_path):
+    paths = ["in", "out"] if script == "tool_add_control.py" else []
+    name = list(SCRIPTS[script].settings)[0]
+    command = [sys.executable, str(ROOT / script), *paths, f"{name}x=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f'error: unknown setting "{name}x" (did you mean "{name}"?)\n'
+    assert done.stdout == "" and nothing_in(tmp_path)
+
+
+@INFERENCE
+@pytest.mark.parametrize("control", [[1.0], [1.0, -2.0]], ids=["one number", "two numbers"])
+def test_inference_leaves_a_report_and_a_figure(script, control, arguments, out_dir, make_model, tmp_path):
+    save_model(make_model(len(control)), tmp_path / "control")
+    warm = ["warm_steps=2"] if script is test5_s1 else []
+    run_script(script.main, script.settings, [*arguments, *warm, f"control={control}", "seed=5", "scale=2"])
+    report = json.loads((out_dir / "result.json").read_text())
+    assert sorted(report) == sorted(["control", "start", "loss", "iterations", "seconds", "seed", "history"])
+    assert report["start"] == (control if len(control) > 1 else control[0])
+    assert type(report["control"]) is type(report["start"]) and report["control"] != report["start"]
+    assert (report["iterations"], report["seed"], len(report["history"])) == (2, 5, 2)
+    assert report["history"][-1] == {"control": report["control"], "loss": report["loss"]}
+    assert report["loss"] > 0 and report["seconds"] > 0
+    with Image.open(out_dir / "figure.png") as figure:
+        assert figure.format == "PNG" and figure.width > figure.height > 100
+    assert sorted(path.name for path in out_dir.iterdir()) == ["figure.png", "result.json"]
+
+
+def remove(*names):
+    def spoil(folder):
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return spoil
+
+
+def cut(name):
+    def spoil(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return spoil
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def drop_weights(name):
+    """A file of weights that can be read but lacks one of them."""
+
+    def spoil(folder):
+        weights = safetensors.torch.load_file(folder / name)
+        del weights[sorted(weights)[-1]]
+        safetensors.torch.save_file(weights, folder / name, {"format": "pt"})
+
+    return spoil
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SPOILT_CONTROLS = {
+    "no folder": shutil.rmtree,
+    "no model.yaml": remove("model.yaml"),
+    "no config.json": remove("config.json"),
+    "no weights": remove(WEIGHTS),
+    "half the weights": cut(WEIGHTS),
+    "one weight missing": drop_weights(WEIGHTS),
+    "half the config.json": cut("config.json"),
+    "no YAML": write("model.yaml", "base: ["),
+    "empty YAML": write("model.yaml", ""),
+    "half a unet": lambda folder: (folder / "unet").mkdir(),
+}
+SPOILT_BASES = {
+    "no folder": shutil.rmtree,
+    "no unet": remove("unet"),
+    "no vae": remove("vae"),
+    "no text_encoder": remove("text_encoder"),
+    "no scheduler": remove("scheduler"),
+    "half the scheduler": cut("scheduler/scheduler_config.json"),
+    "no weights": remove(f"vae/{WEIGHTS}"),
+    "half the weights": cut(f"unet/{WEIGHTS}"),
+    "one weight missing": drop_weights(f"unet/{WEIGHTS}"),
+    "half the words": cut("text_encoder/model.safetensors"),
+    "one word missing": drop_weights("text_encoder/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT_CONTROLS.values(), ids=SPOILT_CONTROLS)
+def test_incomplete_control_is_named(arguments, control_folder, out_dir, fails_in_one_line, spoil):
+    spoil(control_folder)
+    assert str(control_folder) in fails_in_one_line(test5.main, test5.settings, arguments)
+    assert nothing_in(out_dir)
+
+
+@pytest.mark.parametrize("key", ["sampling", "test5", "only_mid_control", "a_prompt"])
+def test_model_yaml_without_a_key_is_named(arguments, control_folder, out_dir, fails_in_one_line, key):
+    config = OmegaConf.load(control_folder / "model.yaml")
+    del config[key]
+    OmegaConf.save(config, control_folder / "model.yaml")
+    assert key in fails_in_one_line(test5.main, test5.settings, arguments)
+    assert nothing_in(out_dir)
+
+
+@pytest.mark.parametrize("spoil", SPOILT_BASES.values(), ids=SPOILT_BASES)
+def test_incomplete_base_is_named(base_yaml, tmp_path, fails_in_one_line, spoil):
+    folder = tmp_path / "mini_sd"
+    shutil.copytree(base_yaml.parent / "mini_sd", folder)
+    spoil(folder)
+
+    def main(s):
+        tool_add_control.main(s, [str(folder), str(tmp_path / "control")])
+
+    assert str(tmp_path) in fails_in_one_line(main, tool_add_control.settings, [])
+    assert not (tmp_path / "control").exists()
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("control=[1,2]", "error: control: "),
+        ("control=[]", "error: control: "),
+        ("control=nan", "error: control: expected finite numbers"),
+        ("control=[1,abc]", "error: control: expected finite numbers"),
+        ("iterations=0", "iterations"),
+        ("ddim_steps=0", "ddim_steps"),
+        ("ddim_steps=1001", "ddim_steps"),
+        ("denoise_strength=0", "denoise_strength"),
+        ("denoise_strength=1.5", "denoise_strength"),
+        ("learning_rate=fast", "learning_rate"),
+        ("eta=much", "eta"),
+        ("scale=[1]", "scale"),
+    ],
+)
+def test_bad_value_is_named(arguments, out_dir, fails_in_one_line, argument, message):
+    assert message in fails_in_one_line(test5.main, test5.settings, [*arguments, argument])
+    assert nothing_in(out_dir)
+
+
+@pytest.mark.parametrize("key", ["input_image_path", "target_image_path"])
+@pytest.mark.parametrize("content", [None, "", "no picture"], ids=["missing", "empty", "text"])
+def test_bad_picture_is_named(arguments, out_dir, tmp_path, fails_in_one_line, key, content):
+    path = tmp_path / "bad.png"
+    if content is not None:
+        path.write_text(content)
+    assert f"{path}: " in fails_in_one_line(test5.main, test5.settings, [*arguments, f"{key}={path}"])
+    assert nothing_in(out_dir)
+
+
+@INFERENCE
+def test_unwritable_out_dir_of_an_inference_is_named(script, arguments, unwritable, fails_in_one_line):
+    line = fails_in_one_line(script.main, script.settings, [*arguments, f"out_dir={unwritable}"])
+    assert f"out_dir {unwritable}: cannot be written" in line
+
+
+@pytest.mark.parametrize("script", [tutorial_train, make_dataset], ids=["tutorial_train", "make_dataset"])
+def test_unwritable_out_dir_is_named(script, unwritable, fails_in_one_line):
+    line = fails_in_one_line(script.main, script.settings, [f"out_dir={unwritable}"])
+    assert f"out_dir {unwritable}: cannot be written" in line
+
+
+def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fails_in_one_line):
+    line = fails_in_one_line(
+        lambda s: tool_add_control.main(s, [str(base_yaml), str(unwritable)]), tool_add_control.settings, []
+    )
+    assert f"{unwritable}: cannot be written" in line
+
+
+@pytest.mark.parametrize("paths", [[], ["in"], ["in", "out", "more"]], ids=len)
+def test_add_control_takes_two_paths(fails_in_one_line, paths):
+    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, [])
+    assert "expected two paths" in line
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("control_dim=0", "control_dim"),
+        ("control_dim=-1", "control_dim"),
+        ("hint=cnn", "hint"),
+    ],
+)
+def test_add_control_names_a_bad_value(base_yaml, tmp_path, fails_in_one_line, argument, message):
+    paths = [str(base_yaml), str(tmp_path / "control")]
+    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, [argument])
+    assert message in line and not (tmp_path / "control").exists()
+
+
+class TestTraining:
+    @pytest.fixture
+    def train_arguments(self, base_yaml, write_dataset, out_dir):
+        return [f"data_root={write_dataset([1, 2])}", f"base={base_yaml}", f"out_dir={out_dir}", "max_steps=1"]
+
+    def test_broken_prompt_json_is_named(self, train_arguments, out_dir, tmp_path, fails_in_one_line):
+        (tmp_path / "data" / "prompt.json").write_text('{"source": 1, "target": "x.png"}\n')
+        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, train_arguments)
+        assert line.endswith('data/prompt.json line 1: no "prompt"; expected the keys source, target and prompt')
+        assert nothing_in(out_dir)
+
+    @pytest.mark.parametrize(
+        "argument, message",
+        [
+            ("data_root=nowhere", "nowhere/prompt.json: no such file"),
+            ("base=nowhere.yaml", "nowhere.yaml: no such file"),
+            ("resume_path=nowhere", "nowhere: no such folder"),
+            ("hint=cnn", 'got "cnn"'),
+            ("control_names=[a,b]", "control_names: expected 1"),
+            ("batch_size=0", "batch_size"),
+            ("max_steps=0", "max_steps"),
+            ("logger_freq=0", "logger_freq"),
+            ("precision=17", "17"),
+        ],
+    )
+    def test_bad_value_is_named(self, train_arguments, out_dir, fails_in_one_line, argument, message):
+        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*train_arguments, argument])
+        assert message in line and nothing_in(out_dir)
+
+    def test_yaml_without_a_picture_size_is_named(self, train_arguments, base_yaml, tmp_path, fails_in_one_line):
+        (tmp_path / "base.yaml").write_text(f"base: {base_yaml.parent / 'mini_sd'}\n")
+        arguments = [*train_arguments, f"base={tmp_path / 'base.yaml'}"]
+        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+        assert 'base.yaml: no "image_size" in it' in line
+
+
+def test_scripts_work_from_any_folder(arguments, out_dir, tmp_path, monkeypatch):
+    """Given paths are of the folder one stands in, the defaults' of the repository."""
+    monkeypatch.chdir(tmp_path)
+    relative = [a.replace(f"={tmp_path}/", "=") for a in arguments if not a.startswith("target_image_path")]
+    assert all(str(tmp_path) not in argument for argument in relative)
+    run_script(test5.main, test5.settings, relative)
+    assert (out_dir / "result.json").is_file() and Path.cwd() == tmp_path
