@@ -4,6 +4,8 @@ Edit the settings and run `python test5.py`, or give them as key=value. Every we
 moves. Leaves result.json and figure.png in out_dir.
 """
 
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -13,7 +15,7 @@ from cldm.model import load_model
 from cldm.report import save_inversion
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, output_folder, run_script
+from ldm.settings import InputError, check_numbers, output_folder, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -44,6 +46,10 @@ def infer(model, s, input_picture, target_picture, script="test5"):
     for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
         if key in s and s[key] is None:
             s[key] = value
+    positive = (1e-6, math.inf)
+    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), iterations=(1, math.inf), learning_rate=positive)
+    check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
+    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
     try:
         control = torch.tensor([parse_control(list(s.control))])
     except ValueError:

@@ -7,10 +7,11 @@ INPUT: a base's YAML, or its folder in diffusers' layout. OUTPUT: a folder, for 
 With the result the model draws exactly what the base draws.
 """
 
+import math
 import sys
 
 from cldm.model import add_control, load_base, save_model
-from ldm.settings import InputError, run_script
+from ldm.settings import InputError, check_numbers, run_script
 
 settings = dict(
     control_dim=1,  # how many numbers
@@ -23,6 +24,7 @@ settings = dict(
 def main(s, paths):
     if len(paths) != 2:
         raise InputError("expected two paths: python tool_add_control.py INPUT OUTPUT")
+    check_numbers(s, control_dim=(1, math.inf))
     model = add_control(*load_base(paths[0]), **s)
     save_model(model, paths[1])
     weights = sum(p.numel() for p in model.control_net.parameters())

@@ -5,18 +5,19 @@ The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or 
 model_path of test5.py and test5_s1.py. A run that was killed goes on when started again with the same out_dir.
 """
 
+import math
 from pathlib import Path
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, RandomSampler
 
 from cldm.dataset import ControlDataset, split_rows
 from cldm.model import add_control, fit_statistics, load_base, load_model
 from cldm.report import PictureLogger
-from cldm.training import ControlTraining, SaveBestAndLast
-from ldm.settings import InputError, output_folder, run_script
+from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
+from ldm.settings import InputError, check_numbers, output_folder, run_script
 
 settings = dict(
     # what is trained on what
@@ -63,6 +64,9 @@ def make_model(s, rows):
 
 
 def main(s):
+    at_least_one = (1, math.inf)
+    check_numbers(s, batch_size=at_least_one, max_steps=at_least_one, logger_freq=at_least_one)
+    check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1), seed=(0, 2**32 - 1))
     pl.seed_everything(s.seed)
     out_dir = output_folder(s.out_dir)
     train_rows, validation_rows = split_rows(s.data_root)
@@ -83,28 +87,29 @@ def main(s):
         seed=s.seed,
     )
     sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
-    checkpoint = ModelCheckpoint(
-        out_dir, filename="resume", every_n_train_steps=s.logger_freq, enable_version_counter=False
-    )
-    trainer = pl.Trainer(
-        max_steps=s.max_steps,
-        val_check_interval=min(s.logger_freq, s.max_steps),
-        logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
-        callbacks=[SaveBestAndLast(out_dir), PictureLogger(train, out_dir / "pictures", s.logger_freq), checkpoint],
-        accelerator=s.accelerator,
-        devices=s.devices,
-        strategy=s.strategy,
-        precision=s.precision,
-        gradient_clip_val=1.0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-    )
-    resume = out_dir / "resume.ckpt"
+    pictures = PictureLogger(train, out_dir / "pictures", s.logger_freq)
+    try:
+        trainer = pl.Trainer(
+            max_steps=s.max_steps,
+            val_check_interval=min(s.logger_freq, s.max_steps),
+            logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
+            callbacks=[SaveBestAndLast(out_dir, s.logger_freq), pictures],
+            enable_checkpointing=False,
+            accelerator=s.accelerator,
+            devices=s.devices,
+            strategy=s.strategy,
+            precision=s.precision,
+            gradient_clip_val=1.0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
     trainer.fit(
         module,
         DataLoader(train, s.batch_size, sampler=sampler),
         DataLoader(validation, s.batch_size) if len(validation) else None,
-        ckpt_path=resume if resume.exists() else None,
+        ckpt_path=find_checkpoint(out_dir, module),
         weights_only=True,
     )
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")

@@ -61,17 +61,15 @@ def main(s):
                 row.update(iterations=iterations[script][-1], seconds=result.seconds)
                 file.write(json.dumps(row) + "\n")
                 file.flush()
-    print(
-        f"\n{len(targets)} targets, seed {s.seed}, {torch.get_num_threads()} threads, {platform.machine()}, {s.model_path}\n"
-    )
+    machine = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    print(f"\n{len(targets)} targets, seed {s.seed}, {machine}, {s.model_path}\n")
     print("| | median error | 90% within | worst | within 0.3 | iterations (median) | seconds (median, worst) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for script, e in errors.items():
         e, t = np.array(e), np.array(seconds[script])
-        print(
-            f"| {script} | {np.median(e):.3f}° | {np.quantile(e, 0.9):.3f}° | {e.max():.3f}° | {np.mean(e <= 0.3):.0%} | "
-            f"{np.median(iterations[script]):.0f} | {np.median(t):.1f}, {t.max():.1f} |"
-        )
+        accuracy = f"{np.median(e):.3f}° | {np.quantile(e, 0.9):.3f}° | {e.max():.3f}° | {np.mean(e <= 0.3):.0%}"
+        cost = f"{np.median(iterations[script]):.0f} | {np.median(t):.1f}, {t.max():.1f}"
+        print(f"| {script} | {accuracy} | {cost} |")
     print(f"\ntest5_s1 took {sum(seconds['test5_s1']) / sum(seconds['test5']):.0%} of test5's time.")
 
 

@@ -31,7 +31,10 @@ def parse_control(source):
     values = source if isinstance(source, (list, tuple)) else [source]
     if not values or any(isinstance(v, bool) or not isinstance(v, (int, float, str)) for v in values):
         raise ValueError
-    control = tuple(float(v) for v in values)
+    try:
+        control = tuple(float(v) for v in values)
+    except OverflowError:
+        raise ValueError from None
     if not all(map(math.isfinite, control)):
         raise ValueError
     return control
@@ -68,8 +71,8 @@ def read_rows(file):
 def _read_row(line, folder, where):
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); expected one JSON object a line") from None
+    except ValueError as error:  # JSONDecodeError, or a number of too many digits
+        raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
     for key in ("source", "target", "prompt"):
@@ -103,7 +106,13 @@ def split_rows(data_root):
     """
     rows = read_rows(Path(data_root) / TRAINING_FILE)
     if (Path(data_root) / VALIDATION_FILE).exists():
-        return rows, read_rows(Path(data_root) / VALIDATION_FILE)
+        validation = read_rows(Path(data_root) / VALIDATION_FILE)
+        if len(validation[0].control) != len(rows[0].control):
+            raise InputError(
+                f'{Path(data_root) / VALIDATION_FILE}: "source" has {len(validation[0].control)} numbers, '
+                f"{TRAINING_FILE} has {len(rows[0].control)}"
+            )
+        return rows, validation
     distinct = sorted({row.control for row in rows})
     held_out = set(distinct[5:-1:10] or distinct[2:3]) if len(distinct) >= 5 else set()
     return [r for r in rows if r.control not in held_out], [r for r in rows if r.control in held_out]

@@ -73,6 +73,7 @@ def invert_by_sampling(
     result = Inversion(control, control.clone(), iterations=torch.full((len(control),), iterations))
     rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
     still = torch.zeros(len(control), dtype=torch.long, device=control.device)  # short steps in a row
+    previous_gradient = torch.zeros_like(control)
     picture, steps, share = input_latents, ddim_steps, denoise_strength
     for iteration in range(iterations):
         position = (control / spread).requires_grad_(True)
@@ -91,6 +92,10 @@ def invert_by_sampling(
         )
         loss = (generated - target_latents).square().mean((1, 2, 3))  # (B,)
         (gradient,) = torch.autograd.grad(loss.sum(), position)  # (B, d), of the position alone
+        settled = still >= patience
+        if iteration:  # a settled target keeps what it settled with, whatever its batch still does
+            loss = torch.where(settled, result.loss, loss)
+            generated = torch.where(settled[:, None, None, None], result.last, generated)
         result.control, result.loss, result.last = control, loss.detach(), generated.detach()
         result.first = result.last if result.first is None else result.first
         result.history.append({"control": control.tolist(), "loss": loss.tolist()})
@@ -98,18 +103,18 @@ def invert_by_sampling(
             on_iteration(result.history[-1])
         if rate is None:
             rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        elif learning_rate is None and iteration:
-            rate = torch.where((gradient * before).sum(1, keepdim=True) < 0, rate / 2, rate)
+        if learning_rate is None:
+            turned = (gradient * previous_gradient).sum(1, keepdim=True) < 0
+            rate = torch.where(turned, rate / 2, rate)
         step = rate * gradient
         length = step.norm(dim=1, keepdim=True)
         step = step * (max_step / length.clamp_min(max_step))
-        settled = still >= patience
         still = torch.where(settled | (length[:, 0] < tolerance), still + 1, 0)
         result.iterations[(still == patience).cpu()] = iteration + 1
         if (still >= patience).all():
             break
-        control = torch.where(settled[:, None], control, control - step * spread)
-        before = gradient
+        control = torch.where((still >= patience)[:, None], control, control - step * spread)
+        previous_gradient = gradient
         if warm_steps:
             picture, steps, share = result.last, warm_steps, warm_denoise_strength
     result.seconds = time.perf_counter() - began

@@ -5,6 +5,8 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 """
 
 import copy
+import shutil
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,6 +27,7 @@ class ControlLDM(nn.Module):
     def __init__(self, base, control_net, config):
         super().__init__()
         self.base, self.control_net, self.config = base, control_net, config
+        self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
 
     def predict(self, latents, timesteps, embeddings, control, strength=1.0):
         """One call of ControlNet and UNet.
@@ -79,7 +82,7 @@ def load_base(path):
     path = find_path(path)
     if not path.is_dir():
         config = read_yaml(path)
-        for key in ("base", "image_size"):
+        for key in read_yaml(ROOT / "models" / "tiny.yaml"):
             if key not in config:
                 raise InputError(f'{path}: no "{key}" in it, expected a model description like models/tiny.yaml')
         return LatentDiffusion.from_pretrained(config.base), config
@@ -144,13 +147,17 @@ def load_model(path):
     control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     if (path / "unet").is_dir():
         base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    return ControlLDM(base, control_net, config).requires_grad_(False).eval()
+    model = ControlLDM(base, control_net, config).requires_grad_(False).eval()
+    model.own_unet = (path / "unet").is_dir()
+    return model
 
 
-def save_model(model, path, with_unet=False):
-    """Write a control's folder, weights in half precision; with_unet: the base's UNet too, where it was trained."""
+def save_model(model, path):
+    """Write a control's folder, weights in half precision, with the UNet if that was trained too."""
     with whole_folder(path) as folder:
         copy.deepcopy(model.control_net).half().save_pretrained(folder)
-        if with_unet:
+        if model.own_unet:
             copy.deepcopy(model.base.unet).half().save_pretrained(folder / "unet")
+        elif (Path(path) / "unet").is_dir():
+            shutil.rmtree(Path(path) / "unet")
         OmegaConf.save(model.config, folder / MODEL_YAML)

@@ -1,7 +1,6 @@
 """What people look at: grids of pictures during training, result.json and figure.png of an inversion."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,9 @@ from torchvision.utils import make_grid
 from cldm.inversion import draw_noise
 from ldm.ddim import ddim_timesteps
 from ldm.pictures import tensor_to_pictures
+from ldm.settings import write_whole
 
 GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
-
-
-def write_whole(path, write):
-    """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
-    path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    os.replace(partial, path)
 
 
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from cldm.model import save_model
+from ldm.settings import InputError, write_whole
 
+RESUME_FILE = "resume.ckpt"
 VALIDATION_TIMESTEPS = 4  # noise levels that a validation picture is judged at, always the same
 
 
@@ -21,11 +23,12 @@ class ControlTraining(pl.LightningModule):
     def __init__(self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, seed=0):
         super().__init__()
         self.model = model
-        self.learning_rate, self.steps, self.sd_locked = learning_rate, steps, sd_locked
+        self.learning_rate, self.steps = learning_rate, steps
         self.prompt_dropout, self.seed = prompt_dropout, seed
         self.strict_loading = False  # checkpoints hold only what is trained
         model.control_net.requires_grad_(True)
         if not sd_locked:
+            model.own_unet = True
             for part in (model.base.unet.up_blocks, model.base.unet.conv_norm_out, model.base.unet.conv_out):
                 part.requires_grad_(True)
 
@@ -82,11 +85,32 @@ class ControlTraining(pl.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
 
-class SaveBestAndLast(pl.Callback):
-    """Writes out_dir (the lowest val_loss so far; the last without validation) and out_dir/last."""
+def find_checkpoint(out_dir, module):
+    """Returns: the path of a killed run's checkpoint in out_dir, None without one.
 
-    def __init__(self, out_dir):
-        self.out_dir, self.best = out_dir, math.inf
+    Raises: InputError if it is broken, or of another model than `module`.
+    """
+    file = out_dir / RESUME_FILE
+    if not file.exists():
+        return None
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # zip, pickle, key: torch raises many kinds
+        raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
+    trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+    if {name: p.shape for name, p in saved.items()} != trained:
+        raise InputError(f"{file}: checkpoint of another model; delete it to start anew, or choose another out_dir")
+    return file
+
+
+class SaveBestAndLast(pl.Callback):
+    """Writes out_dir (the lowest val_loss so far; the last without validation), out_dir/last and out_dir/resume.ckpt.
+
+    The checkpoint is written after every validation; without validation, every `every` steps.
+    """
+
+    def __init__(self, out_dir, every):
+        self.out_dir, self.every, self.best = out_dir, every, math.inf
 
     def state_dict(self):
         return {"best": self.best}
@@ -96,13 +120,21 @@ class SaveBestAndLast(pl.Callback):
 
     def save(self, trainer, module, folder):
         if trainer.is_global_zero:
-            save_model(module.model, folder, with_unet=not module.sd_locked)
+            save_model(module.model, folder)
+
+    def checkpoint(self, trainer):
+        write_whole(self.out_dir / RESUME_FILE, trainer.save_checkpoint)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        if not trainer.val_dataloaders and trainer.global_step % self.every == 0:
+            self.checkpoint(trainer)
 
     def on_validation_end(self, trainer, module):
         loss = trainer.callback_metrics["val_loss"].item()
         if not trainer.sanity_checking and loss < self.best:
             self.best = loss
             self.save(trainer, module, self.out_dir)
+        self.checkpoint(trainer)
 
     def on_train_end(self, trainer, module):
         self.save(trainer, module, self.out_dir / "last")

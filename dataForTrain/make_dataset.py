@@ -123,8 +123,10 @@ def main(s):
     files = {"prompt.json": s.angles}
     if s.angles is None:
         files = {"prompt.json": TRAIN_ANGLES, "validation.json": VALIDATION_ANGLES}
-    elif not isinstance(s.angles, ListConfig) or not all(
-        isinstance(a, (int, float)) and math.isfinite(a) for a in s.angles
+    elif (
+        not isinstance(s.angles, ListConfig)
+        or not s.angles
+        or not all(type(a) in (int, float) and math.isfinite(a) for a in s.angles)
     ):
         raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}")
     with whole_folder(s.out_dir) as out:

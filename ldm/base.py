@@ -25,9 +25,14 @@ def load_part(cls, folder, **kwargs):
     if not folder.is_dir():
         raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it")
     try:
-        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **kwargs)
+        part, info = cls.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a whole {cls.__name__} ({str(error).strip().splitlines()[0]})") from None
+    if info["missing_keys"]:
+        raise InputError(f"{folder}: not a whole {cls.__name__} (no weights for {min(info['missing_keys'])})")
+    return part
 
 
 class LatentDiffusion(nn.Module):
@@ -36,6 +41,8 @@ class LatentDiffusion(nn.Module):
     def __init__(self, vae, text_encoder, unet, scheduler):
         super().__init__()
         self.vae, self.text_encoder, self.unet, self.scheduler = vae, text_encoder, unet, scheduler
+        # In float32, rounding makes a variance of ddim_sample negative where the last timestep is pure noise.
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -51,11 +58,15 @@ class LatentDiffusion(nn.Module):
         scheduler = path / "scheduler"
         if not (scheduler / "scheduler_config.json").is_file():
             raise InputError(f"model folder {path}: no scheduler/scheduler_config.json in it")
+        try:
+            schedule = DDIMScheduler.from_pretrained(scheduler)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{scheduler}: not a whole DDIMScheduler ({str(error).strip().splitlines()[0]})") from None
         return cls(
             load_part(AutoencoderKL, path / "vae", **diffusers_options),
             load_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32),
             load_part(UNet2DConditionModel, path / "unet", **diffusers_options),
-            DDIMScheduler.from_pretrained(scheduler),
+            schedule,
         )
 
     @property

@@ -20,6 +20,7 @@ def ddim_sample(scheduler, predict, latents, timesteps, eta=0.0, noise=None):
     noise: (steps, 1 or B, C, h, w), a standard normal draw for every step; needed if eta > 0.
     Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
     """
+    eta = min(eta, 1 - 1e-12)  # at 1, nothing is left of the model's noise, and rounding makes less than nothing of it
     for i, t in enumerate(timesteps):
         step_noise = noise[i].expand_as(latents) if eta > 0 else None
         latents = scheduler.step(predict(latents, t), t, latents, eta=eta, variance_noise=step_noise).prev_sample

@@ -1,6 +1,7 @@
 """Settings of a script: a dict at its top, `key=value` on its command line, one clear line for a mistake."""
 
 import difflib
+import math
 import os
 import shutil
 import sys
@@ -55,9 +56,20 @@ def _parse(key, text, default):
         value = float(value)
     if isinstance(default, list) and not isinstance(value, list):
         value = [value]
-    if default is not None and value is not None and type(value) is not type(default):
+    if default is not None and type(value) is not type(default):
         raise InputError(f'setting "{key}": expected {type(default).__name__}, got "{text}"')
     return value
+
+
+def check_numbers(settings, **limits):
+    """limits: key=(lowest, highest). Raises: InputError for a setting that is neither None nor a number in them."""
+    for key, (low, high) in limits.items():
+        value = settings.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            limit = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a number, at least {low:g}"
+            raise InputError(f'setting "{key}": expected {limit}, got {value}')
 
 
 def read_yaml(path):
@@ -82,6 +94,14 @@ def output_folder(path):
     except OSError as error:
         raise InputError(f"out_dir {path}: cannot be written ({error.strerror})") from None
     return path
+
+
+def write_whole(path, write):
+    """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    if partial.exists():  # of several processes, one writes
+        os.replace(partial, path)
 
 
 @contextmanager

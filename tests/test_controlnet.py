@@ -35,7 +35,7 @@ class TestFreshControl:
         model, control = make_model(control_dim, hint, fresh=True), [[3.0] * control_dim, [-3.0] * control_dim]
         assert torch.equal(predict(model, inputs, control), base.unet(*inputs, return_dict=False)[0])
 
-    def test_from_the_tool_adds_exactly_nothing(self, base_yaml, base, inputs, hint, control_dim, tmp_path):
+    def test_saved_and_loaded_adds_exactly_nothing(self, base_yaml, base, inputs, hint, control_dim, tmp_path):
         s = override(tool_add_control.settings, [f"control_dim={control_dim}", f"hint={hint}"])
         tool_add_control.main(s, [str(base_yaml), str(tmp_path / "control")])
         model, control = load_model(tmp_path / "control"), [[3.0] * control_dim, [-3.0] * control_dim]

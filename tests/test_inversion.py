@@ -8,7 +8,7 @@ from cldm.inversion import draw_noise, invert_by_sampling
 from ldm.ddim import ddim_timesteps
 
 STEPS, WARM_STEPS, WARM_SHARE = 4, 2, 0.8
-RATE = 3000.0  # random weights react to the control weakly
+RATE = 3000.0  # of plain SGD; random weights react to the control weakly
 WARM = dict(warm_steps=WARM_STEPS, warm_denoise_strength=WARM_SHARE)
 VARIANTS = pytest.mark.parametrize("variant", [{}, WARM], ids=["cold", "warm"])
 
@@ -28,19 +28,20 @@ def draw(model, input_latents, embeddings, control, seed=0, **options):
 
 
 def invert(model, input_latents, target_latents, embeddings, control, **options):
-    defaults = dict(ddim_steps=STEPS, learning_rate=RATE, iterations=3)
+    defaults = dict(ddim_steps=STEPS, iterations=3)
     return invert_by_sampling(model, input_latents, target_latents, embeddings, control, **{**defaults, **options})
 
 
 @pytest.mark.parametrize("options", [dict(eta=0.0), dict(eta=1.0), dict(eta=1.0, scale=2.0)], ids=str)
-def test_finds_the_control_that_made_the_target(make_model, normal, embeddings, options):
+@pytest.mark.parametrize("learning_rate", [None, RATE])
+def test_finds_the_control_that_made_the_target(make_model, normal, embeddings, options, learning_rate):
     model, truth = make_model(), torch.tensor([[2.0]])
     if "scale" in options:
         options = dict(options, negative=embeddings[2:3])
     pictures = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE)
     target = draw(model, pictures, embeddings[:1], truth, **options)
-    start = torch.tensor([[0.5]])
-    result = invert(model, pictures, target, embeddings[:1], start, iterations=60, tolerance=1e-3, **options)
+    settings = dict(options, learning_rate=learning_rate, iterations=60, tolerance=1e-3)
+    result = invert(model, pictures, target, embeddings[:1], torch.tensor([[0.5]]), **settings)
     assert abs(result.control - truth).item() < 0.02
     assert result.loss.item() < 1e-3 * result.history[0]["loss"][0]
     assert result.iterations.item() == len(result.history) < 60  # it noticed that it had settled
@@ -91,7 +92,7 @@ def test_weights_stay_as_they_were(make_model, normal, embeddings, variant):
 def four(make_model, normal, embeddings):
     """Four targets, each from another control, and where to start each."""
     model, pictures = make_model(), normal(4, CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    targets = draw(model, pictures, embeddings, torch.tensor([[3.0], [1.0], [-1.0], [0.2]]), eta=1.0)
+    targets = draw(model, pictures, embeddings, torch.tensor([[3.0], [1.2], [-1.0], [-2.0]]), eta=1.0)
     return model, pictures, targets, embeddings, torch.tensor([[0.0], [0.5], [0.0], [0.0]])
 
 
@@ -110,7 +111,7 @@ def test_four_targets_together_equal_each_alone(four, variant):
 def test_settled_targets_equal_each_alone(four, variant):
     """A target that settles early must not go on moving because another of its batch has not settled."""
     model, *inputs = four
-    options = dict(iterations=25, tolerance=0.05, patience=2, learning_rate=1500.0, **variant)
+    options = dict(iterations=25, tolerance=0.05, patience=2, **variant)
     together = invert(model, *inputs, **options)
     assert len(set(together.iterations.tolist())) > 1  # some settled before others
     for i in range(4):
@@ -135,12 +136,21 @@ def test_on_iteration_sees_every_entry(four):
     assert seen == result.history and len(seen) == 3
 
 
-def test_learning_rate_is_in_units_of_spread_and_contrast(four):
-    """The same dataset in other units, and pictures of another contrast, take the same steps."""
-    model, *inputs = four
-    pictures, targets, embeddings, control = inputs
-    degrees = invert(model, *inputs)
+@pytest.mark.parametrize("learning_rate", [None, RATE])
+def test_steps_are_in_units_of_the_spread(four, learning_rate):
+    """The same dataset in minutes of arc takes the same steps as in degrees."""
+    model, pictures, targets, embeddings, control = four
+    degrees = invert(model, pictures, targets, embeddings, control, learning_rate=learning_rate)
     mean, std = torch.tensor(model.control_net.config.control_mean), torch.tensor(model.control_net.config.control_std)
     model.control_net.register_to_config(control_mean=(60 * mean).tolist(), control_std=(60 * std).tolist())
-    minutes = invert(model, pictures, targets, embeddings, 60 * control)
+    minutes = invert(model, pictures, targets, embeddings, 60 * control, learning_rate=learning_rate)
     torch.testing.assert_close(minutes.control, 60 * degrees.control, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("learning_rate", [None, 1e9])
+def test_no_step_is_longer_than_max_step(four, learning_rate):
+    model, *inputs = four
+    history = invert(model, *inputs, learning_rate=learning_rate, max_step=0.25, iterations=4).history
+    controls = torch.tensor([entry["control"] for entry in history])  # (4, B, 1)
+    longest = controls.diff(dim=0).abs().amax((0, 2)) / model.control_net.config.control_std[0]
+    torch.testing.assert_close(longest, torch.full((4,), 0.25))  # every target takes one such step, and no longer
