@@ -79,11 +79,11 @@ class LatentDiffusion(nn.Module):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode(self, pictures):
-        """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/8, W/8) scaled latents, the posterior's mean."""
+        """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/f, W/f) scaled latents, the means; f: downsampling."""
         return self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
 
     def decode(self, latents):
-        """latents: (B, C, H/8, W/8), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
+        """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
     def embed(self, prompts):

@@ -108,7 +108,9 @@ def test_saved_control_is_read_in_half_precision(make_model, inputs, tmp_path):
 
 def test_save_without_unet_leaves_no_earlier_unet(make_model, tmp_path):
     """Else the next load would use weights that this control was not trained with."""
-    save_model(make_model(), tmp_path, with_unet=True)
+    trained = make_model()
+    trained.own_unet = True
+    save_model(trained, tmp_path)
     assert (tmp_path / "unet").is_dir()
     save_model(make_model(), tmp_path)
     assert not (tmp_path / "unet").exists()

@@ -122,8 +122,9 @@ def test_unlocked_unet_is_saved_and_used(train, base):
 def test_resume_path_keeps_a_trained_unet(train, make_model, tmp_path):
     """What was trained on this UNet is worth nothing without it, whether or not it goes on learning."""
     earlier = make_model(2)
+    earlier.own_unet = True
     earlier.base.unet.conv_out.bias.add_(1.0)
-    save_model(earlier, tmp_path / "earlier", with_unet=True)
+    save_model(earlier, tmp_path / "earlier")
     out_dir = train(f"resume_path={tmp_path / 'earlier'}", "max_steps=1")
     assert not changed(load_model(tmp_path / "earlier").base.unet, load_model(out_dir).base.unet)
 
