@@ -37,12 +37,12 @@ settings = dict(
 )
 
 
-def infer(model, s, input_picture, target_picture, script="test5"):
-    """Invert one target (PIL pictures) as the settings `s` say; a setting of None is the model's own for `script`.
+def infer(model, s, input_pictures, target_pictures, control, script="test5"):
+    """Invert B targets (PIL pictures) of one prompt as the settings `s` say; None there is the model's own setting.
 
+    control: (B, d), where to start.
     Returns: Inversion.
     """
-    names = model.control_net.config.control_names
     for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
         if key in s and s[key] is None:
             s[key] = value
@@ -50,17 +50,14 @@ def infer(model, s, input_picture, target_picture, script="test5"):
     check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), iterations=(1, math.inf), learning_rate=positive)
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
-    try:
-        control = torch.tensor([parse_control(list(s.control))])
-    except ValueError:
-        raise InputError(f"control: expected finite numbers, got {s.control}") from None
+    names = model.control_net.config.control_names
     if control.shape[1] != len(names):
         expected = f"{len(names)} number(s) ({', '.join(names)})"
-        raise InputError(f"control: the model takes {expected}, got {control.shape[1]}: {s.control}")
+        raise InputError(f"control: the model takes {expected}, got {control.shape[1]}: {control[0].tolist()}")
     with torch.no_grad():
-        start, target = model.base.encode(pictures_to_tensor([input_picture, target_picture])).split(1)
+        start, target = model.base.encode(pictures_to_tensor([*input_pictures, *target_pictures])).chunk(2)
         prompt = ", ".join(filter(None, [s.prompt, s.a_prompt]))
-        embeddings, negative = model.base.embed([prompt, s.n_prompt]).split(1)
+        embeddings, negative = model.base.embed([prompt, s.n_prompt]).repeat_interleave(len(control), 0).chunk(2)
     with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:
 
         def show(entry):
@@ -92,9 +89,13 @@ def infer(model, s, input_picture, target_picture, script="test5"):
 def main(s, script="test5"):
     out_dir = output_folder(s.out_dir)
     model = load_model(s.model_path)
+    try:
+        control = torch.tensor([parse_control(list(s.control))])
+    except ValueError:
+        raise InputError(f"control: expected finite numbers, got {s.control}") from None
     paths = (s.input_image_path, s.target_image_path)
     pictures = [fit_picture(load_picture(find_path(path)), model.config.image_size) for path in paths]
-    result = infer(model, s, *pictures, script=script)
+    result = infer(model, s, pictures[:1], pictures[1:], control, script)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config
     for name, unit, value in zip(config.control_names, config.control_units, result.control[0].tolist()):

@@ -1,7 +1,7 @@
 """Give a base model a fresh numeric ControlNet, to start trainings from: encoder copied, zero convolutions, new MLP.
 
     python tool_add_control.py INPUT OUTPUT [key=value ...]
-    python tool_add_control.py models/tiny_sd models/control_tiny_init control_names=[angle] control_units=[degrees]
+    python tool_add_control.py models/tiny_sd models/control_tiny_init
 
 INPUT: a base's YAML, or its folder in diffusers' layout. OUTPUT: a folder, for tutorial_train.py resume_path=OUTPUT.
 With the result the model draws exactly what the base draws.
@@ -16,8 +16,6 @@ from ldm.settings import InputError, check_numbers, run_script
 settings = dict(
     control_dim=1,  # how many numbers
     hint="coordinate",  # coordinate (any resolution) or dense (one resolution, as the original)
-    control_names=[],
-    control_units=[],
 )
 
 

@@ -1,11 +1,14 @@
 """Train a ControlNet on numbers: edit the settings, run `python tutorial_train.py`, or give them as key=value.
 
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
-"prompt": "a text"}; targets are relative to data_root. Everything of a run goes to out_dir, which is then the
-model_path of test5.py and test5_s1.py. A run that was killed goes on when started again with the same out_dir.
+"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. Everything of a run
+goes to out_dir, which is then the model_path of test5.py and test5_s1.py. A run that was killed goes on when started
+again with the same out_dir.
 """
 
+import logging
 import math
+import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -13,7 +16,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, RandomSampler
 
-from cldm.dataset import ControlDataset, split_rows
+from cldm.dataset import ControlDataset, read_controls, split_rows
 from cldm.model import add_control, fit_statistics, load_base, load_model
 from cldm.report import PictureLogger
 from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
@@ -25,8 +28,6 @@ settings = dict(
     base="models/tiny.yaml",  # the frozen base
     resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
     hint="coordinate",  # of a fresh control: coordinate (any resolution) or dense (one resolution, as the original)
-    control_names=[],  # of a fresh control, for figures: [angle]
-    control_units=[],  # [degrees]
     out_dir="runs/control_tiny",
     # how
     batch_size=32,
@@ -51,15 +52,14 @@ def make_model(s, rows):
     if s.resume_path:
         model = load_model(s.resume_path)
     else:
-        texts = dict(control_names=s.control_names, control_units=s.control_units)
-        model = add_control(*load_base(s.base), control_dim=control_dim, hint=s.hint, **texts)
+        model = add_control(*load_base(s.base), control_dim=control_dim, hint=s.hint)
     if model.control_net.control_dim != control_dim:
         raise InputError(
             f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {s.data_root} has "
             f"{control_dim}; make one with tool_add_control.py control_dim={control_dim}"
         )
     model.config.only_mid_control = s.only_mid_control
-    fit_statistics(model.control_net, [row.control for row in rows])
+    fit_statistics(model.control_net, [row.control for row in rows], *read_controls(s.data_root, control_dim))
     return model
 
 
@@ -67,7 +67,9 @@ def main(s):
     at_least_one = (1, math.inf)
     check_numbers(s, batch_size=at_least_one, max_steps=at_least_one, logger_freq=at_least_one)
     check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1), seed=(0, 2**32 - 1))
-    pl.seed_everything(s.seed)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers: both are meant so
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    pl.seed_everything(s.seed, verbose=False)
     out_dir = output_folder(s.out_dir)
     train_rows, validation_rows = split_rows(s.data_root)
     model = make_model(s, train_rows)
@@ -95,6 +97,7 @@ def main(s):
             logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
             callbacks=[SaveBestAndLast(out_dir, s.logger_freq), pictures],
             enable_checkpointing=False,
+            enable_model_summary=False,
             accelerator=s.accelerator,
             devices=s.devices,
             strategy=s.strategy,

@@ -10,6 +10,11 @@ from ldm.settings import InputError
 HINTS = ("coordinate", "dense")
 
 
+def default_names(control_dim):
+    """Returns: names for control_dim numbers that nobody named."""
+    return ["control"] if control_dim == 1 else [f"control {i + 1}" for i in range(control_dim)]
+
+
 class CoordinateHint(nn.Module):
     """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
 
@@ -66,7 +71,8 @@ class NumericControlNet(ControlNetModel):
 
     hint: "coordinate" or "dense". latent_size: side of the latents, needed by "dense" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
-    control is normalised. control_low, control_high: the trained range. The rest are ControlNetModel's own.
+    control is normalised. control_low, control_high: the trained range, None before training. The rest are
+    ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]

@@ -10,10 +10,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from cldm.controlnet import default_names
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError
+from ldm.settings import InputError, read_yaml
 
-TRAINING_FILE, VALIDATION_FILE = "prompt.json", "validation.json"
+TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,22 @@ def split_rows(data_root):
     distinct = sorted({row.control for row in rows})
     held_out = set(distinct[5:-1:10] or distinct[2:3]) if len(distinct) >= 5 else set()
     return [r for r in rows if r.control not in held_out], [r for r in rows if r.control in held_out]
+
+
+def read_controls(data_root, control_dim):
+    """Read what a dataset calls its controls: controls.yaml, {names: [angle], units: [degrees]}, where there is one.
+
+    Returns: (names, units), control_dim texts each.
+    Raises: InputError if the file has another number of them.
+    """
+    file = Path(data_root) / CONTROLS_FILE
+    if not file.exists():
+        return default_names(control_dim), [""] * control_dim
+    config = read_yaml(file)
+    names, units = ([str(text) for text in config.get(key, [])] for key in ("names", "units"))
+    if not len(names) == len(units) == control_dim:
+        raise InputError(f"{file}: expected {control_dim} names and units, got {names} and {units}")
+    return names, units
 
 
 class ControlDataset(Dataset):

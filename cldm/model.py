@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 from torch import nn
 
-from cldm.controlnet import NumericControlNet
+from cldm.controlnet import NumericControlNet, default_names
 from ldm.base import ROOT, LatentDiffusion, find_path, load_part
 from ldm.ddim import ddim_sample
 from ldm.settings import InputError, read_yaml, whole_folder
@@ -96,36 +96,32 @@ def load_base(path):
     return base, OmegaConf.merge(config, {"base": str(path.resolve()), "image_size": size})
 
 
-def add_control(base, config, *, control_dim=1, hint="coordinate", control_names=(), control_units=()):
+def add_control(base, config, *, control_dim=1, hint="coordinate"):
     """Give a base a fresh control: encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
     Returns: ControlLDM whose output equals the base's exactly, until it is trained.
-    Raises: InputError if the names or units are not control_dim many.
     """
-    names = list(control_names) or [f"control {i + 1}" if control_dim > 1 else "control" for i in range(control_dim)]
-    units = list(control_units) or [""] * control_dim
-    for key, texts in {"control_names": names, "control_units": units}.items():
-        if len(texts) != control_dim:
-            raise InputError(f"{key}: expected {control_dim}, one for each control, got {len(texts)}: {texts}")
     control_net = NumericControlNet.from_unet(
         base.unet,
         hint=hint,
         latent_size=config.image_size // base.downsampling if hint == "dense" else None,
-        control_names=names,
-        control_units=units,
+        control_names=default_names(control_dim),
+        control_units=[""] * control_dim,
         control_mean=[0.0] * control_dim,
         control_std=[1.0] * control_dim,
     )
     return ControlLDM(base, control_net, config)
 
 
-def fit_statistics(control_net, controls):
-    """Take mean, spread and range of a training set's controls (N, d) into a control that was never trained."""
+def fit_statistics(control_net, controls, names, units):
+    """Take a training set's controls (N, d) and what it calls them into a control that was never trained."""
     if control_net.config.control_low is not None:
         return  # trained before: its weights belong to the statistics they were trained with
     controls = torch.tensor(controls, dtype=torch.float64)
     std = controls.std(0, correction=0)
     control_net.register_to_config(
+        control_names=names,
+        control_units=units,
         control_mean=controls.mean(0).tolist(),
         control_std=torch.where(std > 0, std, 1.0).tolist(),
         control_low=controls.amin(0).tolist(),

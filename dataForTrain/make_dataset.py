@@ -15,7 +15,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import ListConfig
+from omegaconf import ListConfig, OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
@@ -131,6 +131,7 @@ def main(s):
         raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}")
     with whole_folder(s.out_dir) as out:
         (out / "resultData").mkdir()
+        OmegaConf.save({"names": ["angle"], "units": ["degrees"]}, out / "controls.yaml")
         for file, angles in files.items():
             lines = []
             for name, photo in tqdm(photos.items(), desc=file):

@@ -160,20 +160,12 @@ def test_control_is_normalised_by_the_statistics(make_model, inputs, hint):
 
 def test_statistics_are_those_of_the_data_and_are_taken_once(make_model):
     control_net = make_model(2, fresh=True).control_net
-    fit_statistics(control_net, [(1.0, 7.0), (3.0, 7.0)])
+    fit_statistics(control_net, [(1.0, 7.0), (3.0, 7.0)], ["a", "b"], ["", ""])
     config = control_net.config
     assert (config.control_mean, config.control_low, config.control_high) == ([2.0, 7.0], [1.0, 7.0], [3.0, 7.0])
     assert config.control_std == [1.0, 1.0]  # a control that never varies must not divide by zero
-    fit_statistics(control_net, [(100.0, 0.0), (300.0, 1.0)])
+    fit_statistics(control_net, [(100.0, 0.0), (300.0, 1.0)], ["c", "d"], ["", ""])
     assert control_net.config.control_mean == [2.0, 7.0]
-
-
-@pytest.mark.parametrize("key", ["control_names", "control_units"])
-def test_names_must_be_as_many_as_numbers(base_yaml, tmp_path, key):
-    s = override(tool_add_control.settings, ["control_dim=2", f"{key}=[angle]"])
-    with pytest.raises(InputError, match=f"{key}: expected 2.*got 1"):
-        tool_add_control.main(s, [base_yaml, tmp_path / "control"])
-    assert not (tmp_path / "control").exists()
 
 
 def test_unknown_hint_is_refused(base_yaml, tmp_path):

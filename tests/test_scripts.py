@@ -255,7 +255,6 @@ class TestTraining:
             ("base=nowhere.yaml", "nowhere.yaml: no such file"),
             ("resume_path=nowhere", "nowhere: no such folder"),
             ("hint=cnn", 'got "cnn"'),
-            ("control_names=[a,b]", "control_names: expected 1"),
             ("batch_size=0", "batch_size"),
             ("max_steps=0", "max_steps"),
             ("logger_freq=0", "logger_freq"),

@@ -21,6 +21,7 @@ def train(base_yaml, write_dataset, tmp_path):
     """train(*arguments) -> out_dir, after 4 steps of two pictures on a tiny dataset of two numbers."""
     write_dataset(SOURCES)
     data_root = write_dataset(VALIDATION, file="validation.json")
+    (data_root / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
 
     def run(*arguments):
         defaults = [
@@ -62,7 +63,7 @@ def steps_done(out_dir):
 
 def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, capsys):
     on_disk = files(base_yaml.parent)
-    out_dir = train("control_names=[angle, zoom]", "control_units=[degrees, '']", "only_mid_control=true")
+    out_dir = train("only_mid_control=true")
     assert files(base_yaml.parent) == on_disk
     assert "pictures of 40 x 40 resized to 32 x 32" in capsys.readouterr().out
     for folder in (out_dir, out_dir / "last"):
@@ -131,7 +132,7 @@ def test_resume_path_keeps_a_trained_unet(train, make_model, tmp_path):
 
 def test_resume_path_keeps_weights_and_statistics(train, make_model, tmp_path):
     model = make_model(2)
-    fit_statistics(model.control_net, [(0.0, 0.0), (10.0, 20.0)])
+    fit_statistics(model.control_net, [(0.0, 0.0), (10.0, 20.0)], ["a", "b"], ["", ""])
     save_model(model, tmp_path / "earlier")
     earlier = load_model(tmp_path / "earlier").control_net
     out_dir = train(f"resume_path={tmp_path / 'earlier'}", "max_steps=1", "learning_rate=1e-12")
