@@ -48,7 +48,7 @@ def invert_by_sampling(
     max_step=0.5,
     iterations=100,
     tolerance=0.002,
-    patience=3,
+    patience=2,
     on_iteration=None,
 ):
     """Find the control at which the model generates the target: SGD through a whole DDIM chain.
@@ -59,12 +59,13 @@ def invert_by_sampling(
 
     model: ControlLDM, frozen. input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D).
     control: (B, d), where to start. scale, strength, eta: as ControlLDM.generate has them.
-    learning_rate: of plain SGD on the normalised control. None: such that the first step has length max_step, and
-    halved whenever the gradient turns around, so that one setting suits pictures of any contrast.
+    learning_rate: of plain SGD on the normalised control. None: such that the first step has length max_step, then
+    SGD-BB, whose rate follows the curvature that the last step met; one setting suits pictures of any contrast.
     max_step, tolerance: lengths in units of the control's spread in training. No step is longer than max_step; a
     control whose steps were shorter than tolerance `patience` times in a row has settled.
     on_iteration: called with the iteration's entry of the history.
     Returns: Inversion.
+    Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
     scheduler = model.base.scheduler
     began = time.perf_counter()
@@ -73,7 +74,7 @@ def invert_by_sampling(
     result = Inversion(control, control.clone(), iterations=torch.full((len(control),), iterations))
     rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
     still = torch.zeros(len(control), dtype=torch.long, device=control.device)  # short steps in a row
-    previous_gradient = torch.zeros_like(control)
+    moved = previous_gradient = torch.zeros_like(control)
     picture, steps, share = input_latents, ddim_steps, denoise_strength
     for iteration in range(iterations):
         position = (control / spread).requires_grad_(True)
@@ -103,9 +104,9 @@ def invert_by_sampling(
             on_iteration(result.history[-1])
         if rate is None:
             rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        if learning_rate is None:
-            turned = (gradient * previous_gradient).sum(1, keepdim=True) < 0
-            rate = torch.where(turned, rate / 2, rate)
+        if learning_rate is None and iteration:
+            bend = (moved * (gradient - previous_gradient)).sum(1, keepdim=True)
+            rate = torch.where(bend > 0, moved.square().sum(1, keepdim=True) / bend, rate)
         step = rate * gradient
         length = step.norm(dim=1, keepdim=True)
         step = step * (max_step / length.clamp_min(max_step))
@@ -113,8 +114,8 @@ def invert_by_sampling(
         result.iterations[(still == patience).cpu()] = iteration + 1
         if (still >= patience).all():
             break
-        control = torch.where((still >= patience)[:, None], control, control - step * spread)
-        previous_gradient = gradient
+        moved = torch.where((still >= patience)[:, None], 0, -step)
+        control, previous_gradient = control + moved * spread, gradient
         if warm_steps:
             picture, steps, share = result.last, warm_steps, warm_denoise_strength
     result.seconds = time.perf_counter() - began
