@@ -26,9 +26,12 @@ from ldm.text import clip_tokenizer, tokenize
 settings = dict(
     out_dir="models/tiny_sd",
     image_size=128,  # pixels
-    views=6000,  # pictures drawn from the photographs
+    vae_views=6000,  # pictures drawn from the photographs
+    vae_details=0.4,  # share of details among them; the rest show a subject in its framing
     vae_steps=5500,
-    unet_steps=4500,
+    unet_views=4000,
+    unet_details=0.1,
+    unet_steps=3700,
     batch_size=16,
     learning_rate=1e-3,
     prompt_dropout=0.1,
@@ -62,6 +65,7 @@ UNET = dict(
     up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     attention_head_dim=4,
     cross_attention_dim=64,
+    addition_embed_type="text",  # the prompt, pooled, in every block beside the time: attention alone learns slowly
 )
 TEXT = dict(
     vocab_size=49408,
@@ -87,12 +91,15 @@ SCHEDULER = dict(
 )
 
 
-def draw_view(rng, size):
-    """Returns: (PIL picture, prompt): a subject in its framing, or a detail of any photograph, at a random angle."""
-    if rng.random() < 0.6:
+def draw_view(rng, size, details):
+    """Draw a subject in its framing, or, of a share `details`, a detail of any photograph, at a random angle.
+
+    Returns: (PIL picture, prompt).
+    """
+    if rng.random() >= details:
         photo = TRAIN[rng.choice(list(TRAIN))]
-        zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < 0.5 else 1.0
-        angle = rng.uniform(-10, 10) if zoom < 1 else rng.uniform(-20, 20)
+        zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < details else 1.0
+        angle = rng.uniform(-10, 10)
         picture, prompt = render_framed(photo, size, angle, zoom), photo.prompt
     else:
         file, prompt = rng.choice([(p.file, p.prompt) for p in TRAIN.values()] + [(file, "") for file in EXTRA])
@@ -106,11 +113,18 @@ def draw_view(rng, size):
             channels = list(picture.split())
             rng.shuffle(channels)
             picture = Image.merge("RGB", channels)
-    if rng.random() < 0.2:
+    if rng.random() < details / 2:
         picture = ImageEnhance.Brightness(picture).enhance(2 ** rng.uniform(-1, 1))
-    if rng.random() < 0.2:
+    if rng.random() < details / 2:
         picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
     return picture, prompt
+
+
+def draw_views(seed, count, size, details):
+    """Returns: (count, 3, size, size) bytes, and their prompts."""
+    rng = random.Random(seed)
+    views = [draw_view(rng, size, details) for _ in tqdm(range(count), desc="drawing views")]
+    return torch.cat([pictures_to_tensor([picture], scaled=False) for picture, _ in views]), [p for _, p in views]
 
 
 def learning_rate(step, steps, peak, warmup=100):
@@ -210,16 +224,13 @@ def train_unet(s, latents, prompts):
 def main(s):
     out = Path(s.out_dir)
     torch.manual_seed(s.seed)
-    rng = random.Random(s.seed)
-    views = [draw_view(rng, s.image_size) for _ in tqdm(range(s.views), desc="drawing views")]
-    pictures = torch.cat([pictures_to_tensor([picture], scaled=False) for picture, _ in views])
-    if (out / "vae").exists():
-        vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32)
-    else:
-        vae = train_vae(s, pictures)
-        vae.half().save_pretrained(out / "vae")
-        vae = vae.float()
-    unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), [prompt for _, prompt in views])
+    if not (out / "vae").exists():
+        train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0]).half().save_pretrained(
+            out / "vae"
+        )
+    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    pictures, prompts = draw_views(s.seed + 1, s.unet_views, s.image_size, s.unet_details)
+    unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), prompts)
     for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
         model.save_pretrained(out / name)
 

@@ -30,8 +30,8 @@ settings = dict(
     hint="coordinate",  # of a fresh control: coordinate (any resolution) or dense (one resolution, as the original)
     out_dir="runs/control_tiny",
     # how
-    batch_size=32,
-    max_steps=2000,
+    batch_size=16,
+    max_steps=1600,
     logger_freq=400,  # steps between pictures, validations and checkpoints
     learning_rate=1e-3,  # at its peak; falls to zero as half a cosine
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
@@ -75,9 +75,7 @@ def main(s):
     model = make_model(s, train_rows)
     size = model.config.image_size
     train = ControlDataset(train_rows, model.base, size, label="encoding")
-    validation = (
-        ControlDataset(validation_rows, model.base, size, label="encoding validation") if validation_rows else []
-    )
+    validation = ControlDataset(validation_rows, model.base, size, label="validation") if validation_rows else []
     print(f"{len(train)} training and {len(validation)} validation pictures; results go to {out_dir}")
 
     module = ControlTraining(
@@ -94,6 +92,7 @@ def main(s):
         trainer = pl.Trainer(
             max_steps=s.max_steps,
             val_check_interval=min(s.logger_freq, s.max_steps),
+            check_val_every_n_epoch=None,  # count steps: several processes see several epochs
             logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
             callbacks=[SaveBestAndLast(out_dir, s.logger_freq), pictures],
             enable_checkpointing=False,

@@ -94,12 +94,14 @@ def find_checkpoint(out_dir, module):
     if not file.exists():
         return None
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        saved, step = checkpoint["state_dict"], checkpoint["global_step"]
     except Exception as error:  # zip, pickle, key: torch raises many kinds
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
     if {name: p.shape for name, p in saved.items()} != trained:
         raise InputError(f"{file}: checkpoint of another model; delete it to start anew, or choose another out_dir")
+    print(f"going on from step {step} of {file}")
     return file
 
 
