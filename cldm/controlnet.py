@@ -15,6 +15,13 @@ def default_names(control_dim):
     return ["control"] if control_dim == 1 else [f"control {i + 1}" for i in range(control_dim)]
 
 
+def initialize_hint(mlp):
+    """Draw weights that keep the control's variance through the layers: PyTorch's own shrink it twentyfold."""
+    for layer in mlp[::2]:
+        torch.nn.init.kaiming_normal_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+
+
 class CoordinateHint(nn.Module):
     """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
 
@@ -30,6 +37,7 @@ class CoordinateHint(nn.Module):
             nn.SiLU(),
             nn.Conv2d(hidden[1], channels, 1),
         )
+        initialize_hint(self.mlp)
 
     def forward(self, control):  # (B, d, h, w), constant over h and w
         height, width = control.shape[2:]
@@ -56,6 +64,7 @@ class DenseHint(nn.Module):
             nn.SiLU(),
             nn.Linear(hidden[1], channels * latent_size**2),
         )
+        initialize_hint(self.mlp)
 
     def forward(self, control):  # (B, d, h, w), constant over h and w
         if control.shape[2:] != self.shape[1:]:

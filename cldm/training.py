@@ -51,7 +51,8 @@ class ControlTraining(pl.LightningModule):
         size = len(batch["latents"])
         noise = torch.randn(batch["latents"].shape, generator=generator).to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(total, (size,), generator=generator).to(self.device)
+        # the noisier, the more often: there the control decides, further down the picture itself shows it
+        timesteps = (total * torch.rand(size, generator=generator).sqrt()).long().clamp_max(total - 1).to(self.device)
         kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
         loss = self.denoising_loss(batch, noise, timesteps, kept).mean()
         self.log("loss", loss, prog_bar=True)

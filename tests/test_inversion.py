@@ -8,7 +8,7 @@ from cldm.inversion import draw_noise, invert_by_sampling
 from ldm.ddim import ddim_timesteps
 
 STEPS, WARM_STEPS, WARM_SHARE = 4, 2, 0.8
-RATE = 3000.0  # of plain SGD; random weights react to the control weakly
+RATE = 80.0  # of plain SGD, for the miniature model
 WARM = dict(warm_steps=WARM_STEPS, warm_denoise_strength=WARM_SHARE)
 VARIANTS = pytest.mark.parametrize("variant", [{}, WARM], ids=["cold", "warm"])
 
@@ -126,7 +126,7 @@ def test_seed_decides_the_result(four, variant):
     first, again, other = (invert(model, *inputs, seed=seed, **variant) for seed in (0, 0, 1))
     assert torch.equal(first.control, again.control) and torch.equal(first.last, again.last)
     assert first.history == again.history
-    assert (first.control != other.control).all()
+    assert (first.loss != other.loss).all()
 
 
 def test_on_iteration_sees_every_entry(four):

@@ -41,7 +41,7 @@ def test_other_angles_and_photos(tmp_path):
     assert [row["prompt"] for row in rows[1:3]] == [TRAIN["astronaut"].prompt, TRAIN["coffee"].prompt]
     for row in rows:
         assert Image.open(tmp_path / row["target"]).size == (48, 48)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompt.json", "resultData"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["controls.yaml", "prompt.json", "resultData"]
     assert len(list((tmp_path / "resultData").iterdir())) == 4
 
 

@@ -173,7 +173,7 @@ def module_and_batch(make_model, write_dataset):
 
     def make(**options):
         model, (rows, _) = make_model(fresh=True), split_rows(write_dataset([-2, -1, 1, 2], size=32))
-        fit_statistics(model.control_net, [row.control for row in rows])
+        fit_statistics(model.control_net, [row.control for row in rows], ["a", "b"], ["", ""])
         module = ControlTraining(model, **{**dict(learning_rate=1e-2, steps=30), **options})
         return module, torch.utils.data.default_collate(list(ControlDataset(rows, model.base, 32)))
 
