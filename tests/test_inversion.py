@@ -8,7 +8,7 @@ from cldm.inversion import draw_noise, invert_by_sampling
 from ldm.ddim import ddim_timesteps
 
 STEPS, WARM_STEPS, WARM_SHARE = 4, 2, 0.8
-RATE = 80.0  # of plain SGD, for the miniature model
+RATE = 20.0  # of plain SGD, for the miniature model
 WARM = dict(warm_steps=WARM_STEPS, warm_denoise_strength=WARM_SHARE)
 VARIANTS = pytest.mark.parametrize("variant", [{}, WARM], ids=["cold", "warm"])
 
