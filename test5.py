@@ -26,6 +26,7 @@ settings = dict(
     n_prompt=None,  # what guidance leads away from
     control=[-4.0],  # where to start, in the dataset's units: one number, or as many as the model has
     ddim_steps=32,
+    num_samples=None,  # pictures drawn in every iteration, each from noise of its own; their losses are averaged
     strength=1.0,  # factor on what the ControlNet adds
     scale=None,  # of the guidance; 1: none
     seed=0,
@@ -47,7 +48,8 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
         if key in s and s[key] is None:
             s[key] = value
     positive = (1e-6, math.inf)
-    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), iterations=(1, math.inf), learning_rate=positive)
+    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, iterations=(1, math.inf), learning_rate=positive)
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
     names = model.control_net.config.control_names
@@ -76,6 +78,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
             denoise_strength=s.denoise_strength,
             warm_steps=s.get("warm_steps"),
             warm_denoise_strength=s.get("warm_denoise_strength"),
+            num_samples=s.num_samples,
             scale=s.scale,
             strength=s.strength,
             eta=s.eta,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dataForTrain.make_dataset import TRAIN, open_photo, render, render_framed
+from ldm.ddim import draw_timesteps
 from ldm.pictures import pictures_to_tensor
 from ldm.settings import run_script
 from ldm.text import clip_tokenizer, tokenize
@@ -31,7 +32,7 @@ settings = dict(
     vae_steps=5500,
     unet_views=4000,
     unet_details=0.1,
-    unet_steps=3700,
+    unet_steps=5500,
     batch_size=16,
     learning_rate=1e-3,
     prompt_dropout=0.1,
@@ -65,7 +66,9 @@ UNET = dict(
     up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     attention_head_dim=4,
     cross_attention_dim=64,
-    addition_embed_type="text",  # the prompt, pooled, in every block beside the time: attention alone learns slowly
+    # the prompt, pooled, beside the time, and both scale every block's features: attention alone learns slowly
+    addition_embed_type="text",
+    resnet_time_scale_shift="scale_shift",
 )
 TEXT = dict(
     vocab_size=49408,
@@ -99,7 +102,7 @@ def draw_view(rng, size, details):
     if rng.random() >= details:
         photo = TRAIN[rng.choice(list(TRAIN))]
         zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < details else 1.0
-        angle = rng.uniform(-10, 10)
+        angle = rng.uniform(-7, 7)
         picture, prompt = render_framed(photo, size, angle, zoom), photo.prompt
     else:
         file, prompt = rng.choice([(p.file, p.prompt) for p in TRAIN.values()] + [(file, "") for file in EXTRA])
@@ -209,7 +212,7 @@ def train_unet(s, latents, prompts):
         index = torch.randint(len(latents), (s.batch_size,), generator=generator)
         clean = latents[index]
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (s.batch_size,), generator=generator)
+        timesteps = draw_timesteps(s.batch_size, scheduler.config.num_train_timesteps, generator)
         kept = torch.rand(s.batch_size, generator=generator) >= s.prompt_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):

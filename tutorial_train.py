@@ -31,7 +31,7 @@ settings = dict(
     out_dir="runs/control_tiny",
     # how
     batch_size=16,
-    max_steps=1600,
+    max_steps=1500,
     logger_freq=400,  # steps between pictures, validations and checkpoints
     learning_rate=1e-3,  # at its peak; falls to zero as half a cosine
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs

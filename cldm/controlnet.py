@@ -1,5 +1,7 @@
 """A ControlNet whose hint is a vector of numbers: diffusers' ControlNetModel with an MLP for its hint CNN."""
 
+import math
+
 import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,13 +27,16 @@ def initialize_hint(mlp):
 class CoordinateHint(nn.Module):
     """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
 
-    x and y run from -1 to 1 between the outermost positions of the longer side.
+    x and y run from -1 to 1 between the outermost positions of the longer side, and come with their sines and
+    cosines at `octaves` frequencies, without which an MLP is slow to learn detail.
+    Source: Tancik et al. 2020, Fourier features.
     """
 
-    def __init__(self, control_dim, channels, hidden):
+    def __init__(self, control_dim, channels, hidden, octaves):
         super().__init__()
+        self.octaves = octaves
         self.mlp = nn.Sequential(
-            nn.Conv2d(control_dim + 2, hidden[0], 1),
+            nn.Conv2d(control_dim + 2 + 4 * octaves, hidden[0], 1),
             nn.SiLU(),
             nn.Conv2d(hidden[0], hidden[1], 1),
             nn.SiLU(),
@@ -47,8 +52,10 @@ class CoordinateHint(nn.Module):
             (2 * torch.arange(width, device=control.device) - width + 1) / longer,
             indexing="ij",
         )
-        positions = torch.stack([x, y]).to(control.dtype).expand(len(control), 2, height, width)
-        return self.mlp(torch.cat([control, positions], 1))  # (B, channels, h, w)
+        phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
+        features = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
+        features = features.to(control.dtype).expand(len(control), -1, height, width)
+        return self.mlp(torch.cat([control, features], 1))  # (B, channels, h, w)
 
 
 class DenseHint(nn.Module):
@@ -78,7 +85,8 @@ class DenseHint(nn.Module):
 class NumericControlNet(ControlNetModel):
     """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
 
-    hint: "coordinate" or "dense". latent_size: side of the latents, needed by "dense" alone.
+    hint: "coordinate" or "dense". hint_octaves: frequencies of the positions, used by "coordinate" alone.
+    latent_size: side of the latents, needed by "dense" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. The rest are
     ControlNetModel's own.
@@ -91,6 +99,7 @@ class NumericControlNet(ControlNetModel):
         self,
         hint: str = "coordinate",
         hint_hidden: tuple[int, int] = (256, 256),
+        hint_octaves: int = 4,
         latent_size: int | None = None,
         control_names: tuple[str, ...] = ("control",),
         control_units: tuple[str, ...] = ("",),
@@ -104,7 +113,9 @@ class NumericControlNet(ControlNetModel):
         if hint not in HINTS:
             raise InputError(f'hint: expected one of {", ".join(HINTS)}, got "{hint}"')
         size = (len(control_mean), self.conv_in.out_channels, hint_hidden)
-        self.controlnet_cond_embedding = DenseHint(*size, latent_size) if hint == "dense" else CoordinateHint(*size)
+        self.controlnet_cond_embedding = (
+            DenseHint(*size, latent_size) if hint == "dense" else CoordinateHint(*size, hint_octaves)
+        )
 
     @staticmethod
     def _get_init_keys(input_class):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cldm.model import save_model
+from ldm.ddim import draw_timesteps
 from ldm.settings import InputError, write_whole
 
 RESUME_FILE = "resume.ckpt"
@@ -51,8 +52,7 @@ class ControlTraining(pl.LightningModule):
         size = len(batch["latents"])
         noise = torch.randn(batch["latents"].shape, generator=generator).to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
-        # the noisier, the more often: there the control decides, further down the picture itself shows it
-        timesteps = (total * torch.rand(size, generator=generator).sqrt()).long().clamp_max(total - 1).to(self.device)
+        timesteps = draw_timesteps(size, total, generator).to(self.device)
         kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
         loss = self.denoising_loss(batch, noise, timesteps, kept).mean()
         self.log("loss", loss, prog_bar=True)

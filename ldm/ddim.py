@@ -1,5 +1,15 @@
 """DDIM sampling (Song et al. 2021) as a free function: differentiable, its noise passed in."""
 
+import torch
+
+
+def draw_timesteps(count, total, generator):
+    """Draw training timesteps, the noisier the more often: there the prompt and the control decide.
+
+    Returns: (count,) integers below `total`, with a density that rises linearly.
+    """
+    return (total * torch.rand(count, generator=generator).sqrt()).long().clamp_max(total - 1)
+
 
 def ddim_timesteps(scheduler, steps, denoise_strength=1.0):
     """Prepare `scheduler` for `steps` steps over the last `denoise_strength` of the noise schedule.

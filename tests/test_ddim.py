@@ -5,7 +5,7 @@ import torch
 from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE, build_scheduler
 from diffusers import StableDiffusionControlNetPipeline
 
-from ldm.ddim import ddim_sample, ddim_timesteps
+from ldm.ddim import ddim_sample, ddim_timesteps, draw_timesteps
 
 STEPS = 5
 
@@ -150,3 +150,9 @@ def test_perfect_predictions_lead_back_to_the_clean_latents(base, normal):
     noisy = base.scheduler.add_noise(clean, noise, timesteps[:1])
     drawn = ddim_sample(base.scheduler, lambda x, t: base.scheduler.get_velocity(clean, noise, t), noisy, timesteps)
     torch.testing.assert_close(drawn, clean, atol=1e-4, rtol=1e-4)
+
+
+def test_training_timesteps_lean_toward_noise():
+    drawn = draw_timesteps(10_000, 1000, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0 and drawn.max() == 999
+    assert drawn.double().mean() == pytest.approx(2 / 3 * 1000, abs=10)

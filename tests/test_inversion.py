@@ -10,7 +10,7 @@ from ldm.ddim import ddim_timesteps
 STEPS, WARM_STEPS, WARM_SHARE = 4, 2, 0.8
 RATE = 20.0  # of plain SGD, for the miniature model
 WARM = dict(warm_steps=WARM_STEPS, warm_denoise_strength=WARM_SHARE)
-VARIANTS = pytest.mark.parametrize("variant", [{}, WARM], ids=["cold", "warm"])
+VARIANTS = pytest.mark.parametrize("variant", [{}, WARM, {"num_samples": 2}], ids=["cold", "warm", "two samples"])
 
 
 @pytest.fixture
