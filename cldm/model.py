@@ -17,6 +17,7 @@ from cldm.controlnet import NumericControlNet, default_names
 from ldm.base import ROOT, LatentDiffusion, find_path, load_part
 from ldm.ddim import ddim_sample
 from ldm.settings import InputError, read_yaml, whole_folder
+from ldm.unet import decode_unet
 
 MODEL_YAML = "model.yaml"
 
@@ -29,11 +30,12 @@ class ControlLDM(nn.Module):
         self.base, self.control_net, self.config = base, control_net, config
         self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
 
-    def predict(self, latents, timesteps, embeddings, control, strength=1.0):
+    def predict(self, latents, timesteps, embeddings, control, strength=1.0, encoded=None):
         """One call of ControlNet and UNet.
 
         latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D).
         control: (B, d), in the dataset's units. strength: factor on what the ControlNet adds.
+        encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, to spare its time.
         Returns: (B, C, h, w), noise or velocity, whichever the base was trained to predict.
         """
         down, mid = self.control_net(
@@ -41,6 +43,8 @@ class ControlLDM(nn.Module):
         )
         if self.config.only_mid_control:
             down = [torch.zeros_like(residual) for residual in down]
+        if encoded is not None:
+            return decode_unet(self.base.unet, encoded, down, mid)
         return self.base.unet(
             latents,
             timesteps,
