@@ -4,6 +4,7 @@ An objective of B targets maps controls (B, d) to residuals (B, K, N): K draws o
 their mean square. Everything that does not depend on the control is computed once.
 """
 
+from abc import ABC, abstractmethod
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from ldm.unet import Encoded, encode_unet
 CHUNK = 64  # pictures in one call of the model
 
 
-class Objective:
+class Objective(ABC):
     """Losses, gradients and Gauss-Newton curvature of residuals, by forward-mode differentiation.
 
     calls: how many pictures the model was evaluated on so far; a derivative counts as one more.
@@ -25,25 +26,24 @@ class Objective:
     draws: int  # K
     calls = 0
 
+    @abstractmethod
     def residuals(self, control, targets, draws):
         """control: (P, d). targets: (P,) which target each is for. draws: a slice of the K. Returns: (P, k, N)."""
-        raise NotImplementedError
 
-    def _chunks(self, count, draws):
-        """Returns: pairs (slice of `count` controls, slice of `draws`), each at most CHUNK pictures."""
-        rows = max(1, CHUNK // draws)
+    def _chunks(self, count):
+        """Returns: pairs (slice of `count` controls, slice of the draws), each at most CHUNK pictures."""
+        rows = max(1, CHUNK // self.draws)
         for start in range(0, count, rows):
-            for first in range(0, draws, CHUNK):
-                yield slice(start, start + rows), slice(first, min(first + CHUNK, draws))
+            for first in range(0, self.draws, CHUNK):
+                yield slice(start, start + rows), slice(first, first + CHUNK)
 
     @torch.no_grad()
-    def losses(self, control, targets, draws=None):
-        """control: (P, d). targets: (P,). draws: the first so many; None: all. Returns: (P, K), one of every draw."""
-        draws = draws or self.draws
-        losses = torch.zeros(len(control), draws, dtype=control.dtype, device=control.device)
-        for rows, some in self._chunks(len(control), draws):
-            residuals = self.residuals(control[rows], targets[rows], some)
-            losses[rows, some] = residuals.square().mean(2)
+    def losses(self, control, targets):
+        """control: (P, d). targets: (P,). Returns: (P, K), one of every draw."""
+        losses = control.new_zeros(len(control), self.draws)
+        for rows, draws in self._chunks(len(control)):
+            residuals = self.residuals(control[rows], targets[rows], draws)
+            losses[rows, draws] = residuals.square().mean(2)
             self.calls += residuals.shape[0] * residuals.shape[1]
         return losses
 
@@ -59,7 +59,7 @@ class Objective:
         losses, gradients, curvature = (
             control.new_zeros(count, *shape) for shape in ((self.draws,), (self.draws, dim), (dim, dim))
         )
-        for rows, draws in self._chunks(count, self.draws):
+        for rows, draws in self._chunks(count):
             columns = []
             for axis in torch.eye(dim, dtype=control.dtype, device=control.device):
                 with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
@@ -83,24 +83,22 @@ class DenoisingObjective(Objective):
 
     target_latents: (B, C, h, w). embeddings: (B, 77, D). draws: K noises and timesteps, the same for every target, in
     pairs of opposite sign. levels: share of the noise schedule that the timesteps cover.
-    Residuals are those of the predicted clean latents times `weight`.
+    Residuals are those of whatever the base predicts, noise or velocity.
     Source: Li et al. 2023, the diffusion classifier.
     """
 
     def __init__(self, model, target_latents, embeddings, *, draws=16, levels=(0.5, 1.0), seed=0):
-        scheduler, self.model, self.draws, self.target = model.base.scheduler, model, draws, target_latents
+        scheduler, self.model, self.draws = model.base.scheduler, model, draws
         count, device = len(target_latents), target_latents.device
         low, high = (share * (scheduler.config.num_train_timesteps - 1) for share in levels)
         pairs = (draws + 1) // 2
-        # the noisiest first: the coarse probe sees those alone, and their valleys are wide
-        timesteps = (high - (high - low) * (torch.arange(pairs) + 0.5) / pairs).long()
-        noise = torch.randn(pairs, *target_latents.shape[1:], generator=torch.Generator().manual_seed(seed))
-        noise = torch.stack([noise, -noise], 1).flatten(0, 1)[:draws].to(device)
+        timesteps = (low + (high - low) * (torch.arange(pairs) + 0.5) / pairs).long()
+        noise = draw_noise(target_latents.shape, pairs, seed, device)
+        noise = torch.cat([noise, -noise], 1).flatten(0, 1)[:draws]
         self.timesteps = timesteps.repeat_interleave(2)[:draws].repeat(count).to(device)  # (B K,), as all below
         noise, clean = noise.repeat(count, 1, 1, 1), target_latents.repeat_interleave(draws, 0)
         self.noisy = scheduler.add_noise(clean, noise, self.timesteps)
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        self.wanted = scheduler.get_velocity(clean, noise, self.timesteps) if velocity else noise
+        self.wanted = model.base.prediction_target(clean, noise, self.timesteps)
         with torch.no_grad():
             inputs = (self.noisy, self.timesteps, embeddings.repeat_interleave(draws, 0))
             chunks = zip(*(tensor.split(CHUNK) for tensor in inputs))

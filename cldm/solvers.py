@@ -1,4 +1,4 @@
-"""Solvers for a few controls and many residuals: Levenberg-Marquardt, Adam. Targets are independent, batched."""
+"""Levenberg-Marquardt for a few controls and many residuals. Targets are independent, batched."""
 
 import torch
 

@@ -39,12 +39,11 @@ class ControlTraining(pl.LightningModule):
         batch: an item of ControlDataset, batched. noise: (B, C, h, w). timesteps: (B,). kept: (B,) bool, prompts.
         Returns: (B,). Source: Ho et al. 2020, eq. 14; Salimans & Ho 2022 for velocity.
         """
-        scheduler, latents = self.model.base.scheduler, batch["latents"]
+        latents = batch["latents"]
         embeddings = torch.where(kept[:, None, None], batch["embeddings"], batch["empty"])
-        noisy = scheduler.add_noise(latents, noise, timesteps)
+        noisy = self.model.base.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"])
-        velocity = scheduler.config.prediction_type == "v_prediction"
-        target = scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        target = self.model.base.prediction_target(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
 
     def training_step(self, batch, _):

@@ -86,6 +86,11 @@ class LatentDiffusion(nn.Module):
         """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
 
+    def prediction_target(self, latents, noise, timesteps):
+        """Returns: (B, C, h, w), what the UNet is to predict of latents so noised: the noise, or the velocity."""
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        return self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+
     def embed(self, prompts):
         """Returns: (B, 77, D) text embeddings of a list of prompts."""
         return self.text_encoder(tokenize(clip_tokenizer(), prompts).to(self.device)).last_hidden_state
