@@ -15,7 +15,7 @@ from ldm.settings import InputError, check_numbers, run_script
 
 settings = dict(
     control_dim=1,  # how many numbers
-    hint="coordinate",  # coordinate (any resolution) or dense (one resolution, as the original)
+    hint="dense",  # dense (as the original: one resolution) or coordinate (any)
 )
 
 

@@ -27,12 +27,12 @@ settings = dict(
     data_root="dataForTrain",
     base="models/tiny.yaml",  # the frozen base
     resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
-    hint="coordinate",  # of a fresh control: coordinate (any resolution) or dense (one resolution, as the original)
+    hint="dense",  # of a fresh control: dense (as the original: one resolution) or coordinate (any)
     out_dir="runs/control_tiny",
     # how
     batch_size=16,
-    max_steps=1500,
-    logger_freq=400,  # steps between pictures, validations and checkpoints
+    max_steps=1400,
+    logger_freq=500,  # steps between pictures, validations and checkpoints; the last step has its own
     learning_rate=1e-3,  # at its peak; falls to zero as half a cosine
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
     sd_locked=True,  # False: the UNet's decoder learns too
@@ -88,10 +88,11 @@ def main(s):
     )
     sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
     pictures = PictureLogger(train, out_dir / "pictures", s.logger_freq)
+    every = min(s.logger_freq, s.max_steps)
     try:
         trainer = pl.Trainer(
             max_steps=s.max_steps,
-            val_check_interval=min(s.logger_freq, s.max_steps),
+            val_check_interval=every,
             check_val_every_n_epoch=None,  # count steps: several processes see several epochs
             logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
             callbacks=[SaveBestAndLast(out_dir, s.logger_freq), pictures],
@@ -107,13 +108,16 @@ def main(s):
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
+    validation = DataLoader(validation, s.batch_size) if len(validation) else None
     trainer.fit(
         module,
         DataLoader(train, s.batch_size, sampler=sampler),
-        DataLoader(validation, s.batch_size) if len(validation) else None,
+        validation,
         ckpt_path=find_checkpoint(out_dir, module),
         weights_only=True,
     )
+    if validation and s.max_steps % every:
+        trainer.validate(module, validation, verbose=False)
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.settings import InputError
 
-HINTS = ("coordinate", "dense")
+HINTS = {"coordinate": (256, 256), "dense": (256, 64)}  # and their hidden widths
 
 
 def default_names(control_dim):
@@ -85,7 +85,8 @@ class DenseHint(nn.Module):
 class NumericControlNet(ControlNetModel):
     """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
 
-    hint: "coordinate" or "dense". hint_octaves: frequencies of the positions, used by "coordinate" alone.
+    hint: "coordinate" or "dense". hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
+    hint_octaves: frequencies of the positions, used by "coordinate" alone.
     latent_size: side of the latents, needed by "dense" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. The rest are
@@ -98,7 +99,7 @@ class NumericControlNet(ControlNetModel):
     def __init__(
         self,
         hint: str = "coordinate",
-        hint_hidden: tuple[int, int] = (256, 256),
+        hint_hidden: tuple[int, int] | None = None,
         hint_octaves: int = 4,
         latent_size: int | None = None,
         control_names: tuple[str, ...] = ("control",),
@@ -112,7 +113,9 @@ class NumericControlNet(ControlNetModel):
         super().__init__(**kwargs)
         if hint not in HINTS:
             raise InputError(f'hint: expected one of {", ".join(HINTS)}, got "{hint}"')
-        size = (len(control_mean), self.conv_in.out_channels, hint_hidden)
+        if hint_hidden is None:
+            self.register_to_config(hint_hidden=HINTS[hint])
+        size = (len(control_mean), self.conv_in.out_channels, self.config.hint_hidden)
         self.controlnet_cond_embedding = (
             DenseHint(*size, latent_size) if hint == "dense" else CoordinateHint(*size, hint_octaves)
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ldm.ddim import ddim_timesteps
+from cldm.objectives import SamplingObjective
 
 
 @dataclass
@@ -20,12 +20,6 @@ class Inversion:
     first: torch.Tensor = None  # (B, C, h, w) latents generated at the start, the first sample's
     last: torch.Tensor = None  # (B, C, h, w) latents generated at the control, likewise
     history: list = field(default_factory=list)  # per iteration: {"control": (B, d), "loss": (B,)} as lists
-
-
-def draw_noise(shape, count, seed, device, num_samples=1):
-    """Returns: (count, num_samples, C, h, w) normal noise of a seed, the same for every picture of a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, num_samples, *shape[1:], generator=generator).to(device)
 
 
 def invert_by_sampling(
@@ -70,44 +64,40 @@ def invert_by_sampling(
     Returns: Inversion.
     Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
-    scheduler = model.base.scheduler
     began = time.perf_counter()
     spread = model.control_net.spread(control)
     count = len(control)
-    noise = draw_noise(target_latents.shape, 1 + max(ddim_steps, warm_steps or 0), seed, control.device, num_samples)
-    noise = noise.repeat(1, count, 1, 1, 1)  # (steps, B samples, C, h, w), as all that is generated
-    embeddings, negative, picture = (
-        None if x is None else x.repeat_interleave(num_samples, 0) for x in (embeddings, negative, input_latents)
+    objective = SamplingObjective(
+        model,
+        input_latents,
+        target_latents,
+        embeddings,
+        negative=negative,
+        draws=num_samples,
+        ddim_steps=ddim_steps,
+        denoise_strength=denoise_strength,
+        longest=max(ddim_steps, warm_steps or 0),
+        seed=seed,
+        scale=scale,
+        strength=strength,
+        eta=eta,
     )
+    everything = torch.arange(count, device=control.device)
     result = Inversion(control, control.clone(), iterations=torch.full((count,), iterations))
     rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
     still = torch.zeros(count, dtype=torch.long, device=control.device)  # short steps in a row
     moved = previous_gradient = torch.zeros_like(control)
-    steps, share, drawn = ddim_steps, denoise_strength, None
+    drawn = None
     for iteration in range(iterations):
-        position = (control / spread).requires_grad_(True)
-        timesteps = ddim_timesteps(scheduler, steps, share)
-        noisy = scheduler.add_noise(picture, noise[0], timesteps[:1].to(picture.device))
-        generated = model.generate(
-            noisy,
-            timesteps,
-            embeddings,
-            (position * spread).repeat_interleave(num_samples, 0),
-            negative=negative,
-            scale=scale,
-            strength=strength,
-            eta=eta,
-            noise=noise[1:],
-        )
-        generated = generated.unflatten(0, (count, num_samples))
-        loss = (generated - target_latents[:, None]).square().mean((1, 2, 3, 4))  # (B,)
-        (gradient,) = torch.autograd.grad(loss.sum(), position)  # (B, d), of the position alone
+        residuals, gradients = objective.gradient(control, everything)
+        loss, gradient = residuals.square().mean((1, 2)), gradients.mean(1) * spread  # of the normalised control
+        generated = target_latents[:, None] + residuals.unflatten(2, target_latents.shape[1:])
         settled = still >= patience
         if iteration:  # a settled target keeps what it settled with, whatever its batch still does
             loss = torch.where(settled, result.loss, loss)
             generated = torch.where(settled[:, None, None, None, None], drawn, generated)
-        drawn = generated.detach()
-        result.control, result.loss, result.last = control, loss.detach(), drawn[:, 0]
+        drawn = generated
+        result.control, result.loss, result.last = control, loss, drawn[:, 0]
         result.first = result.last if result.first is None else result.first
         result.history.append({"control": control.tolist(), "loss": loss.tolist()})
         if on_iteration:
@@ -127,6 +117,6 @@ def invert_by_sampling(
         moved = torch.where((still >= patience)[:, None], 0, -step)
         control, previous_gradient = control + moved * spread, gradient
         if warm_steps:
-            picture, steps, share = drawn.flatten(0, 1), warm_steps, warm_denoise_strength
+            objective.start_from(drawn, warm_steps, warm_denoise_strength)
     result.seconds = time.perf_counter() - began
     return result

@@ -6,12 +6,14 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 
 import copy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from cldm.controlnet import NumericControlNet, default_names
 from ldm.base import ROOT, LatentDiffusion, find_path, load_part
@@ -55,12 +57,25 @@ class ControlLDM(nn.Module):
         )[0]
 
     def generate(
-        self, latents, timesteps, embeddings, control, *, negative=None, scale=1.0, strength=1.0, eta=0.0, noise=None
+        self,
+        latents,
+        timesteps,
+        embeddings,
+        control,
+        *,
+        negative=None,
+        scale=1.0,
+        strength=1.0,
+        eta=0.0,
+        noise=None,
+        recompute=False,
     ):
         """Draw pictures' latents by DDIM with classifier-free guidance (Ho & Salimans 2022).
 
         latents, timesteps, eta, noise: as ldm.ddim.ddim_sample has them. embeddings, negative: (B, 77, D).
         control: (B, d). scale: of the guidance; at 1 `negative` is not used. strength: of the control.
+        recompute: for a gradient in the memory of one step: forget a step's activations and compute them again (Chen et
+        al. 2016), a third more time.
         Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
         """
         if scale == 1.0:
@@ -74,6 +89,8 @@ class ControlLDM(nn.Module):
                 without, with_prompt = self.predict(torch.cat([x, x]), t, both, twice, strength).chunk(2)
                 return without + scale * (with_prompt - without)
 
+        if recompute and torch.is_grad_enabled():
+            predict = partial(checkpoint, predict, use_reentrant=False)
         return ddim_sample(self.base.scheduler, predict, latents, timesteps, eta, noise)
 
 
@@ -100,7 +117,7 @@ def load_base(path):
     return base, OmegaConf.merge(config, {"base": str(path.resolve()), "image_size": size})
 
 
-def add_control(base, config, *, control_dim=1, hint="coordinate"):
+def add_control(base, config, *, control_dim=1, hint="dense"):
     """Give a base a fresh control: encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
     Returns: ControlLDM whose output equals the base's exactly, until it is trained.

@@ -1,7 +1,7 @@
 """What a control is judged by: residuals between what the model says at a control and what the target shows.
 
-An objective of B targets maps controls (B, d) to residuals (B, K, N): K draws of noise, N numbers each. Its loss is
-their mean square. Everything that does not depend on the control is computed once.
+An objective of B targets maps controls (P, d), each for one of them, to residuals (P, K, N): K draws of noise, N
+numbers each. Its loss is their mean square. Everything that does not depend on the control is computed once.
 """
 
 from abc import ABC, abstractmethod
@@ -10,15 +10,20 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cldm.inversion import draw_noise
 from ldm.ddim import ddim_timesteps
 from ldm.unet import Encoded, encode_unet
 
-CHUNK = 64  # pictures in one call of the model
+CHUNK = 16  # pictures in one call of the model
+
+
+def draw_noise(shape, count, seed, device, num_samples=1):
+    """Returns: (count, num_samples, C, h, w) normal noise of a seed, the same for every picture of a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, num_samples, *shape[1:], generator=generator).to(device)
 
 
 class Objective(ABC):
-    """Losses, gradients and Gauss-Newton curvature of residuals, by forward-mode differentiation.
+    """Residuals and their derivatives, in calls of at most CHUNK pictures.
 
     calls: how many pictures the model was evaluated on so far; a derivative counts as one more.
     """
@@ -28,54 +33,68 @@ class Objective(ABC):
 
     @abstractmethod
     def residuals(self, control, targets, draws):
-        """control: (P, d). targets: (P,) which target each is for. draws: a slice of the K. Returns: (P, k, N)."""
+        """control: (P, k, d). targets: (P,), which target each is for. draws: (k,), of the K. Returns: (P, k, N)."""
 
-    def _chunks(self, count):
-        """Returns: pairs (slice of `count` controls, slice of the draws), each at most CHUNK pictures."""
-        rows = max(1, CHUNK // self.draws)
-        for start in range(0, count, rows):
-            for first in range(0, self.draws, CHUNK):
-                yield slice(start, start + rows), slice(first, first + CHUNK)
+    def _chunked(self, function, control, targets, draws):
+        """Returns: what function(control (P, k, d), draws, targets) makes of them all: tensors (P, k, ...)."""
+        draws = torch.arange(self.draws) if draws is None else draws
+        control = control[:, None].repeat(1, len(draws), 1)
+        size, rows = max(1, CHUNK // len(draws)), []
+        for some, whose in zip(control.split(size), targets.split(size)):
+            parts = [function(*part, whose) for part in zip(some.split(CHUNK, 1), draws.split(CHUNK))]
+            rows.append([torch.cat(tensors, 1) for tensors in zip(*parts)])
+        return tuple(map(torch.cat, zip(*rows)))
 
     @torch.no_grad()
-    def losses(self, control, targets):
-        """control: (P, d). targets: (P,). Returns: (P, K), one of every draw."""
-        losses = control.new_zeros(len(control), self.draws)
-        for rows, draws in self._chunks(len(control)):
-            residuals = self.residuals(control[rows], targets[rows], draws)
-            losses[rows, draws] = residuals.square().mean(2)
+    def evaluate(self, control, targets, draws=None):
+        """control: (P, d). targets: (P,). draws: (k,), by default all. Returns: residuals (P, k, N)."""
+
+        def function(control, draws, targets):
+            residuals = self.residuals(control, targets, draws)
             self.calls += residuals.shape[0] * residuals.shape[1]
-        return losses
+            return (residuals,)
+
+        return self._chunked(function, control, targets, draws)[0]
 
     @torch.no_grad()
-    def linearize(self, control, targets):
-        """Evaluate the residuals and their derivative along every control.
+    def linearize(self, control, targets, draws=None):
+        """Forward mode: one pass a number, in the memory of one evaluation.
 
-        control: (P, d). targets: (P,).
-        Returns: losses (P, K); gradients (P, K, d), of every draw's half mean square; curvature (P, d, d), that of
-        Gauss-Newton.
+        control: (P, d). targets: (P,). draws: (k,), by default all.
+        Returns: residuals (P, k, N) and their Jacobian (P, k, N, d).
         """
-        count, dim = control.shape
-        losses, gradients, curvature = (
-            control.new_zeros(count, *shape) for shape in ((self.draws,), (self.draws, dim), (dim, dim))
-        )
-        for rows, draws in self._chunks(count):
+
+        def function(control, draws, targets):
             columns = []
-            for axis in torch.eye(dim, dtype=control.dtype, device=control.device):
+            for axis in torch.eye(control.shape[2], dtype=control.dtype, device=control.device):
                 with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
                     residuals, column = torch.func.jvp(
-                        partial(self.residuals, targets=targets[rows], draws=draws),
-                        (control[rows],),
-                        (axis.expand_as(control[rows]).contiguous(),),
+                        partial(self.residuals, targets=targets, draws=draws),
+                        (control,),
+                        (axis.expand_as(control).contiguous(),),
                     )
                 columns.append(column)
                 self.calls += 2 * residuals.shape[0] * residuals.shape[1]
-            jacobian = torch.stack(columns, 3)  # (P, k, N, d)
-            size = residuals.shape[2]
-            losses[rows, draws] = residuals.square().mean(2)
-            gradients[rows, draws] = torch.einsum("pkn,pknd->pkd", residuals, jacobian) / size
-            curvature[rows] += torch.einsum("pknd,pkne->pde", jacobian, jacobian) / size / self.draws
-        return losses, gradients, curvature
+            return residuals, torch.stack(columns, 3)
+
+        return self._chunked(function, control, targets, draws)
+
+    def gradient(self, control, targets):
+        """Reverse mode: the time of about two evaluations, however many numbers there are.
+
+        control: (P, d). targets: (P,).
+        Returns: residuals (P, K, N) and the gradient (P, K, d) of every draw's mean square.
+        """
+
+        def function(control, draws, targets):
+            moving = control.detach().clone().requires_grad_(True)
+            with torch.enable_grad():
+                residuals = self.residuals(moving, targets, draws)
+                (gradient,) = torch.autograd.grad(residuals.square().mean(2).sum(), moving)
+            self.calls += 2 * residuals.shape[0] * residuals.shape[1]
+            return residuals.detach(), gradient
+
+        return self._chunked(function, control, targets, None)
 
 
 class DenoisingObjective(Objective):
@@ -87,7 +106,7 @@ class DenoisingObjective(Objective):
     Source: Li et al. 2023, the diffusion classifier.
     """
 
-    def __init__(self, model, target_latents, embeddings, *, draws=16, levels=(0.5, 1.0), seed=0):
+    def __init__(self, model, target_latents, embeddings, *, draws=8, levels=(0.5, 1.0), seed=0):
         scheduler, self.model, self.draws = model.base.scheduler, model, draws
         count, device = len(target_latents), target_latents.device
         low, high = (share * (scheduler.config.num_train_timesteps - 1) for share in levels)
@@ -105,46 +124,64 @@ class DenoisingObjective(Objective):
             self.encoded = Encoded.cat([encode_unet(model.base.unet, *chunk) for chunk in chunks])
 
     def residuals(self, control, targets, draws):
-        index = targets[:, None] * self.draws + torch.arange(self.draws, device=targets.device)[draws]  # (P, k)
-        shape, index = index.shape, index.flatten()
+        index = (targets[:, None] * self.draws + draws.to(targets.device)).flatten()
         encoded = self.encoded.select(index)
         prediction = self.model.predict(
             self.noisy[index],
             self.timesteps[index],
             encoded.embeddings,
-            control.repeat_interleave(shape[1], 0),
+            control.flatten(0, 1),
             encoded=encoded,
         )
-        return (prediction - self.wanted[index]).flatten(1).unflatten(0, shape)
+        return (prediction - self.wanted[index]).flatten(1).unflatten(0, control.shape[:2])
 
 
 class SamplingObjective(Objective):
-    """Test5's: generate by DDIM at a control, compare latents with the target's. One draw of noise.
+    """Test5's: generate by DDIM at a control, compare latents with the target's.
 
-    Arguments as cldm.inversion.invert_by_sampling has them.
+    input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D). draws: K pictures, each from noise of
+    its own, the same for every target. seed: of noise for `longest` steps, by default ddim_steps.
+    how: scale, strength, eta and recompute, as ControlLDM.generate has them.
     """
 
-    draws = 1
-
     def __init__(
-        self, model, input_latents, target_latents, embeddings, *, negative=None, ddim_steps=32, seed=0, **how
+        self,
+        model,
+        input_latents,
+        target_latents,
+        embeddings,
+        *,
+        negative=None,
+        draws=1,
+        ddim_steps=32,
+        denoise_strength=1.0,
+        longest=None,
+        seed=0,
+        **how,
     ):
-        self.model, self.target, self.how = model, target_latents, how
+        self.model, self.target, self.draws, self.how = model, target_latents, draws, how
         self.embeddings, self.negative = embeddings, negative
-        self.timesteps = ddim_timesteps(model.base.scheduler, ddim_steps, how.pop("denoise_strength", 1.0))
-        self.noise = draw_noise(target_latents.shape, 1 + ddim_steps, seed, target_latents.device)
-        start = self.timesteps[:1].to(target_latents.device)
-        noise = self.noise[0].expand_as(input_latents)
-        self.noisy = model.base.scheduler.add_noise(input_latents, noise, start)
+        shape, device = target_latents.shape, target_latents.device
+        self.noise = draw_noise(shape, 1 + (longest or ddim_steps), seed, device, draws)
+        self.start_from(input_latents[:, None].expand(-1, draws, -1, -1, -1), ddim_steps, denoise_strength)
+
+    def start_from(self, latents, ddim_steps, denoise_strength):
+        """Let all chains start from latents (B, K, C, h, w), noised as far as the first of `ddim_steps` steps asks."""
+        self.steps = (self.model.base.scheduler, ddim_steps, denoise_strength)
+        first = ddim_timesteps(*self.steps)[:1].to(latents.device)
+        self.noisy = self.model.base.scheduler.add_noise(latents, self.noise[0].expand_as(latents), first)
 
     def residuals(self, control, targets, draws):
+        def repeat(tensor):
+            return tensor[targets].repeat_interleave(len(draws), 0)
+
         generated = self.model.generate(
-            self.noisy[targets],
-            self.timesteps,
-            self.embeddings[targets],
-            control,
-            negative=None if self.negative is None else self.negative[targets],
-            noise=self.noise[1:],
+            self.noisy[targets][:, draws].flatten(0, 1),
+            ddim_timesteps(*self.steps),
+            repeat(self.embeddings),
+            control.flatten(0, 1),
+            negative=None if self.negative is None else repeat(self.negative),
+            noise=self.noise[1:, draws].repeat(1, len(targets), 1, 1, 1),
             **self.how,
         )
-        return (generated - self.target[targets]).flatten(1)[:, None]
+        return (generated - repeat(self.target)).flatten(1).unflatten(0, control.shape[:2])

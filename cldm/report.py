@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
-from cldm.inversion import draw_noise
+from cldm.objectives import draw_noise
 from ldm.ddim import ddim_timesteps
 from ldm.pictures import tensor_to_pictures
 from ldm.settings import write_whole

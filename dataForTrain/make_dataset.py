@@ -2,6 +2,7 @@
 
     python dataForTrain/make_dataset.py                                       # dataForTrain/prompt.json, resultData/
     python dataForTrain/make_dataset.py angles=[-3.37,1.61] out_dir=elsewhere # other angles, identical framing
+    python dataForTrain/make_dataset.py views=200 out_dir=elsewhere           # several controls at once, at random
 
 The photographs come inside the wheels of scikit-image, matplotlib and scikit-learn; PHOTOGRAPHS.md has
 their sources and licences. A positive angle turns the picture counterclockwise.
@@ -9,6 +10,7 @@ their sources and licences. A positive angle turns the picture counterclockwise.
 
 import json
 import math
+import random
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,14 +18,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import ListConfig, OmegaConf
-from PIL import Image
+from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import InputError, run_script, whole_folder  # noqa: E402
+from ldm.settings import InputError, check_numbers, run_script, whole_folder  # noqa: E402
 
 settings = dict(
     angles=None,  # a list, degrees; None: TRAIN_ANGLES, and VALIDATION_ANGLES into validation.json
+    views=None,  # how many of every photo, all CONTROLS at random, and a tenth for validation; None: angles alone
+    seed=0,  # of the views
     photos="train",  # "train", "held_out", or names separated by commas
     image_size=128,  # pixels
     out_dir=str(Path(__file__).resolve().parent),
@@ -31,6 +35,12 @@ settings = dict(
 
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
+CONTROLS = {  # of a view: its unit and range
+    "rotation": ("degrees", -10, 10),
+    "zoom": ("ratio", 0.8, 1.25),
+    "exposure": ("stops", -1, 1),
+    "blur": ("pixels", 0, 2),
+}
 FRAME = 0.68  # side of the frame over the photo's short side: inside the photo at any angle
 OVERSAMPLE = 4  # a picture is turned at this many times its resolution, then averaged down
 
@@ -100,10 +110,38 @@ def render(photo, size, side, angle_deg=0.0, center=None):
     return picture.crop((start, start, start + fine, start + fine)).reduce(OVERSAMPLE)
 
 
-def render_framed(photo, size, angle_deg=0.0, zoom=1.0):
-    """Returns: `photo` (a Photo) in the dataset's framing, size x size, turned by angle_deg."""
+def render_framed(photo, size, angle_deg=0.0, zoom=1.0, exposure=0.0, blur=0.0):
+    """Show `photo` (a Photo) in the dataset's framing.
+
+    size: pixels. angle_deg: counterclockwise. zoom: above 1, larger. exposure: stops, of linear light. blur: standard
+    deviation of a Gaussian, in pixels of the result.
+    Returns: PIL picture, size x size.
+    """
     picture = open_photo(photo.file)
-    return render(picture, size, photo.frame * min(picture.size) / zoom, angle_deg)
+    picture = render(picture, size, photo.frame * min(picture.size) / zoom, angle_deg)
+    if blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(blur))
+    if exposure:
+        picture = picture.point([round(255 * expose(value / 255, exposure)) for value in range(256)] * 3)
+    return picture
+
+
+def expose(value, stops):
+    """value: in sRGB, from 0 to 1. Returns: likewise, clipped. Source: IEC 61966-2-1, its transfer function."""
+    light = value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+    light = min(1.0, light * 2**stops)
+    return 12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055
+
+
+def draw_view(rng):
+    """Returns: a control vector, CONTROLS' numbers drawn evenly, zoom evenly in its logarithm."""
+    rotation, zoom, exposure, blur = (bounds for _, *bounds in CONTROLS.values())
+    return (
+        round(rng.uniform(*rotation), 3),
+        round(math.exp(rng.uniform(*map(math.log, zoom))), 4),
+        round(rng.uniform(*exposure), 3),
+        round(rng.uniform(*blur), 3),
+    )
 
 
 def select_photos(names):
@@ -118,27 +156,39 @@ def select_photos(names):
     return {name: known[name] for name in names.split(",")}
 
 
-def main(s):
-    photos = select_photos(s.photos)
-    files = {"prompt.json": s.angles}
+def choose_controls(s):
+    """Returns: {file: a function of no arguments, the control vectors of a photo}."""
+    if s.views is not None:
+        rng = random.Random(s.seed)
+        counts = {"prompt.json": s.views, "validation.json": max(1, s.views // 10)}
+        return {file: lambda n=count: [draw_view(rng) for _ in range(n)] for file, count in counts.items()}
     if s.angles is None:
-        files = {"prompt.json": TRAIN_ANGLES, "validation.json": VALIDATION_ANGLES}
-    elif (
+        return {"prompt.json": lambda: zip(TRAIN_ANGLES), "validation.json": lambda: zip(VALIDATION_ANGLES)}
+    if (
         not isinstance(s.angles, ListConfig)
         or not s.angles
         or not all(type(a) in (int, float) and math.isfinite(a) for a in s.angles)
     ):
         raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}")
+    return {"prompt.json": lambda: zip(s.angles)}
+
+
+def main(s):
+    check_numbers(s, views=(1, 10**6), image_size=(1, 4096))
+    photos, files = select_photos(s.photos), choose_controls(s)
+    names = list(CONTROLS) if s.views is not None else ["angle"]
+    units = [unit for unit, *_ in CONTROLS.values()] if s.views is not None else ["degrees"]
     with whole_folder(s.out_dir) as out:
         (out / "resultData").mkdir()
-        OmegaConf.save({"names": ["angle"], "units": ["degrees"]}, out / "controls.yaml")
-        for file, angles in files.items():
+        OmegaConf.save({"names": names, "units": units}, out / "controls.yaml")
+        for file, draw in files.items():
             lines = []
             for name, photo in tqdm(photos.items(), desc=file):
-                for angle in angles:
-                    target = f"resultData/{name}_{angle:+g}.png"
-                    render_framed(photo, s.image_size, angle).save(out / target)
-                    lines.append(json.dumps({"source": f"{angle:g}", "target": target, "prompt": photo.prompt}))
+                for control in draw():
+                    target = f"resultData/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
+                    render_framed(photo, s.image_size, *control).save(out / target)
+                    source = list(control) if len(control) > 1 else f"{control[0]:g}"
+                    lines.append(json.dumps({"source": source, "target": target, "prompt": photo.prompt}))
             (out / file).write_text("\n".join(lines) + "\n")
             print(f"{len(lines)} pictures of {len(photos)} photographs: {Path(s.out_dir) / file}")
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
-from cldm.inversion import draw_noise, invert_by_sampling
+from cldm.inversion import invert_by_sampling
+from cldm.objectives import draw_noise
 from ldm.ddim import ddim_timesteps
 
 STEPS, WARM_STEPS, WARM_SHARE = 4, 2, 0.8

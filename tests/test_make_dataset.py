@@ -5,11 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 import tool_train_base
 from dataForTrain import make_dataset
-from dataForTrain.make_dataset import HELD_OUT, TRAIN, VALIDATION_ANGLES, open_photo, render, render_framed
+from dataForTrain.make_dataset import (
+    CONTROLS,
+    HELD_OUT,
+    TRAIN,
+    VALIDATION_ANGLES,
+    expose,
+    open_photo,
+    render,
+    render_framed,
+)
 from ldm.settings import InputError, override
 
 FOLDER = Path(make_dataset.__file__).parent
@@ -43,6 +53,40 @@ def test_other_angles_and_photos(tmp_path):
         assert Image.open(tmp_path / row["target"]).size == (48, 48)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["controls.yaml", "prompt.json", "resultData"]
     assert len(list((tmp_path / "resultData").iterdir())) == 4
+
+
+def test_views_are_drawn_over_every_range_and_are_what_their_controls_say(tmp_path):
+    run("views=20", "photos=coffee", "image_size=32", f"out_dir={tmp_path}")
+    controls = OmegaConf.load(tmp_path / "controls.yaml")
+    assert controls.names == ["rotation", "zoom", "exposure", "blur"]
+    assert controls.units == ["degrees", "ratio", "stops", "pixels"]
+    rows, validation = (read(tmp_path / f"{file}.json") for file in ("prompt", "validation"))
+    assert (len(rows), len(validation)) == (20, 2)
+    for drawn, (_, low, high) in zip(np.transpose([row["source"] for row in rows]), CONTROLS.values()):
+        assert low <= drawn.min() < low + 0.3 * (high - low) and high - 0.3 * (high - low) < drawn.max() <= high
+    for row in rows[:3]:
+        expected = render_framed(TRAIN["coffee"], 32, *row["source"])
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["target"])), np.asarray(expected))
+
+
+def test_the_widest_view_stays_inside_every_photo():
+    for photo in {**TRAIN, **HELD_OUT}.values():
+        render_framed(photo, 128, angle_deg=10, zoom=0.8)
+
+
+def test_exposure_scales_linear_light():
+    assert expose(expose(0.5, -1), 1) == pytest.approx(0.5)
+    assert expose(0.02, 1) == pytest.approx(0.04)  # where sRGB is linear
+    assert expose(1.0, -1) == pytest.approx(0.7354, abs=1e-4)  # sRGB of half the light
+    assert expose(0.9, 1) == pytest.approx(1)
+
+
+def test_zoom_enlarges_about_the_middle():
+    plain, zoomed = (np.asarray(render_framed(TRAIN["coffee"], 128, zoom=zoom), float) for zoom in (1, 1.25))
+    middle = Image.fromarray(plain.astype("uint8")).resize(
+        (128, 128), Image.Resampling.BICUBIC, (12.8, 12.8, 115.2, 115.2)
+    )
+    assert np.abs(zoomed - np.asarray(middle)).mean() < 0.5 * np.abs(zoomed - plain).mean()
 
 
 def test_held_out_photos_are_in_no_training_list():

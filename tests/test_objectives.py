@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
+from cldm import objectives
 from cldm.objectives import DenoisingObjective, SamplingObjective
 from cldm.solvers import levenberg_marquardt
 from ldm.unet import decode_unet, encode_unet
@@ -19,7 +20,8 @@ def make_objective(make_model, normal):
         embeddings = model.base.embed(["a photo of a cup"] * batch)
         if kind == "denoising":
             return DenoisingObjective(model, target, embeddings, draws=3)
-        return SamplingObjective(model, torch.zeros_like(target), target, embeddings, ddim_steps=4, eta=1.0)
+        start = torch.zeros_like(target)
+        return SamplingObjective(model, start, target, embeddings, draws=3, ddim_steps=4, eta=1.0)
 
     return make
 
@@ -40,40 +42,59 @@ def test_halves_equal_the_unet(make_model, normal):
 def test_derivatives_equal_finite_differences_and_reverse_mode(make_objective, kind):
     objective = make_objective(kind, control_dim=2, batch=2)
     control, targets = torch.tensor([[0.5, -1.0], [2.0, 0.3]]).double(), torch.arange(2)
-    losses, gradients, curvature = objective.linearize(control, targets)
-    torch.testing.assert_close(losses, objective.losses(control, targets))
-
-    moving = control.clone().requires_grad_(True)
-    everything = slice(0, objective.draws)
-    half = objective.residuals(moving, targets, everything).square().mean((1, 2)).sum() / 2
-    torch.testing.assert_close(gradients.mean(1), torch.autograd.grad(half, moving)[0], rtol=1e-6, atol=1e-9)
+    residuals, jacobian = objective.linearize(control, targets)
+    torch.testing.assert_close(residuals, objective.evaluate(control, targets))
     columns = []
     for axis in torch.eye(2).double():
-        ahead, behind = (objective.residuals(control + h * axis, targets, everything) for h in (1e-5, -1e-5))
-        columns.append((ahead - behind).flatten(1) / 2e-5)
-    jacobian = torch.stack(columns, 2)
-    expected = jacobian.mT @ jacobian / jacobian.shape[1]
-    torch.testing.assert_close(curvature, expected, rtol=1e-5, atol=1e-9)
+        ahead, behind = (objective.evaluate(control + h * axis, targets) for h in (1e-5, -1e-5))
+        columns.append((ahead - behind) / 2e-5)
+    torch.testing.assert_close(jacobian, torch.stack(columns, 3), rtol=1e-5, atol=1e-9)
+
+    again, gradient = objective.gradient(control, targets)
+    torch.testing.assert_close(again, residuals)
+    expected = 2 * torch.einsum("pkn,pknd->pkd", residuals, jacobian) / residuals.shape[2]
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["denoising", "sampling"])
+def test_some_draws_and_small_calls_give_the_same_numbers(make_objective, monkeypatch, kind):
+    objective = make_objective(kind, control_dim=2, batch=2)
+    control, targets = torch.tensor([[0.5, -1.0], [2.0, 0.3], [1.0, 1.0]]).double(), torch.tensor([1, 0, 1])
+    whole, before = objective.linearize(control, targets), objective.calls
+    some = torch.tensor([2, 0])
+    torch.testing.assert_close(objective.evaluate(control, targets, some), whole[0][:, some])
+    assert objective.calls == before + 6
+    for chunk in (1, 2, 4):
+        monkeypatch.setattr(objectives, "CHUNK", chunk)
+        torch.testing.assert_close(objective.linearize(control, targets), whole)
+
+
+def test_recomputing_gives_the_same_gradient(make_objective):
+    control, targets = torch.tensor([[0.5]]).double(), torch.arange(1)
+    objective = make_objective("sampling")
+    kept = objective.gradient(control, targets)
+    objective.how["recompute"] = True
+    torch.testing.assert_close(objective.gradient(control, targets), kept)
 
 
 class Valley:
-    """Residuals of Rosenbrock's valley, whose minimum is at `bottom`, for one target."""
+    """Residuals of Rosenbrock's valley, whose minimum is at (1, 1), for one target and one draw."""
 
-    draws = 1
+    def evaluate(self, control, targets):
+        x, y = control.unbind(1)
+        return torch.stack([10 * (y - x**2), 1 - x], 1)[:, None]
 
     def linearize(self, control, targets):
-        x, y = control.unbind(1)
-        residuals = torch.stack([10 * (y - x**2), 1 - x], 1)
-        zero = torch.zeros_like(x)
-        jacobian = torch.stack([torch.stack([-20 * x, zero + 10], 1), torch.stack([zero - 1, zero], 1)], 1)
-        gradients = torch.einsum("pn,pnd->pd", residuals, jacobian)[:, None] / 2
-        return residuals.square().mean(1, keepdim=True), gradients, jacobian.mT @ jacobian / 2
+        x, one = control[:, 0], torch.ones_like(control[:, 0])
+        jacobian = torch.stack([torch.stack([-20 * x, 10 * one], 1), torch.stack([-one, 0 * one], 1)], 1)
+        return self.evaluate(control, targets), jacobian[:, None]
 
 
 def test_levenberg_marquardt_finds_the_bottom_and_respects_bounds():
     start = torch.tensor([[-1.2, 1.0], [0.0, 0.0]])
     low, high = torch.tensor([-2.0, -2.0]), torch.tensor([2.0, 2.0])
-    control, *_ = levenberg_marquardt(Valley(), start, torch.arange(2), low, high, iterations=60, tolerance=1e-6)
-    torch.testing.assert_close(control, torch.ones(2, 2), atol=1e-3, rtol=0)
-    control, *_ = levenberg_marquardt(Valley(), start, torch.arange(2), low, high / 4, iterations=60)
-    assert (control <= high / 4).all()
+    found = levenberg_marquardt(Valley(), start, torch.arange(2), low, high, iterations=60, tolerance=1e-6)
+    torch.testing.assert_close(found.control, torch.ones(2, 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found.residuals, Valley().evaluate(found.control, None))
+    found = levenberg_marquardt(Valley(), start, torch.arange(2), low, high / 4, iterations=60)
+    assert (found.control <= high / 4).all()

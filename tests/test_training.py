@@ -150,7 +150,7 @@ def test_resume_path_of_another_dimension_is_named(train, make_model, tmp_path):
 def test_checkpoint_of_another_control_is_named(train):
     train("max_steps=2")
     with pytest.raises(InputError, match="out_dir"):
-        train("hint=dense")
+        train("hint=coordinate")
 
 
 def test_broken_checkpoint_is_named(train, tmp_path):
@@ -269,3 +269,18 @@ def test_best_is_the_lowest_validation_loss(train, monkeypatch, tmp_path):
     train("max_steps=8")
     assert not changed(best, load_model(tmp_path / "out").control_net)
     assert changed(best, load_model(tmp_path / "out" / "last").control_net)
+
+
+def test_the_last_step_is_validated(train, monkeypatch, tmp_path):
+    """Though max_steps is no multiple of logger_freq; and the run can go on from its checkpoint."""
+    levels = iter([3.0, 1.0, 2.0, 5.0])
+    monkeypatch.setattr(
+        ControlTraining,
+        "validation_step",
+        lambda self, batch, _: self.log("val_loss", next(levels), batch_size=2),
+    )
+    best = load_model(train("max_steps=3")).control_net
+    assert not changed(best, load_model(tmp_path / "out" / "last").control_net)
+    assert steps_done(tmp_path / "out") == 3
+    train("max_steps=5")
+    assert not changed(best, load_model(tmp_path / "out").control_net)
