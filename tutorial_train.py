@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from cldm.dataset import ControlDataset, read_controls, split_rows
 from cldm.model import add_control, fit_statistics, load_base, load_model
+from cldm.reading import calibrate
 from cldm.report import PictureLogger
 from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
 from ldm.settings import InputError, check_numbers, output_folder, run_script
@@ -108,16 +109,18 @@ def main(s):
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
-    validation = DataLoader(validation, s.batch_size) if len(validation) else None
+    validation_batches = DataLoader(validation, s.batch_size) if len(validation) else None
     trainer.fit(
         module,
         DataLoader(train, s.batch_size, sampler=sampler),
-        validation,
+        validation_batches,
         ckpt_path=find_checkpoint(out_dir, module),
         weights_only=True,
     )
-    if validation and s.max_steps % every:
-        trainer.validate(module, validation, verbose=False)
+    if validation_batches and s.max_steps % every:
+        trainer.validate(module, validation_batches, verbose=False)
+    if trainer.is_global_zero:
+        calibrate(out_dir, validation or train)
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
 
 

@@ -89,8 +89,8 @@ class NumericControlNet(ControlNetModel):
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
     latent_size: side of the latents, needed by "dense" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
-    control is normalised. control_low, control_high: the trained range, None before training. The rest are
-    ControlNetModel's own.
+    control is normalised. control_low, control_high: the trained range, None before training. error_scale,
+    explained_loss: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]
@@ -108,6 +108,8 @@ class NumericControlNet(ControlNetModel):
         control_std: tuple[float, ...] = (1.0,),
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
+        error_scale: float | None = None,
+        explained_loss: float | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)

@@ -19,7 +19,7 @@ TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json"
 
 @dataclass(frozen=True)
 class Row:
-    control: tuple[float, ...]  # d numbers, in the dataset's units
+    control: tuple[float, ...] | None  # d numbers, in the dataset's units
     target: Path
     prompt: str
 
@@ -41,9 +41,10 @@ def parse_control(source):
     return control
 
 
-def read_rows(file):
+def read_rows(file, known=True):
     """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}; targets relative to its folder.
 
+    known: whether every row needs a source; without one, its control is None.
     Returns: list of Row, all controls of one length.
     Raises: InputError naming the file, the line, what was expected and what was found.
     """
@@ -57,11 +58,12 @@ def read_rows(file):
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = _read_row(line, file.parent, f"{file} line {number}")
-            if rows and len(row.control) != len(rows[0].control):
+            row = _read_row(line, file.parent, f"{file} line {number}", known)
+            first = next((r.control for r in rows if r.control), row.control)
+            if row.control and len(row.control) != len(first):
                 raise InputError(
                     f'{file} line {number}: "source" has {len(row.control)} numbers, the first row has '
-                    f"{len(rows[0].control)}; every row needs the same"
+                    f"{len(first)}; every row needs the same"
                 )
             rows.append(row)
     if not rows:
@@ -69,7 +71,7 @@ def read_rows(file):
     return rows
 
 
-def _read_row(line, folder, where):
+def _read_row(line, folder, where, known):
     try:
         row = json.loads(line)
     except ValueError as error:  # JSONDecodeError, or a number of too many digits
@@ -77,13 +79,13 @@ def _read_row(line, folder, where):
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
     for key in ("source", "target", "prompt"):
-        if key not in row:
+        if key not in row and (known or key != "source"):
             raise InputError(f'{where}: no "{key}"; expected the keys source, target and prompt')
     for key in ("target", "prompt"):
         if not isinstance(row[key], str):
             raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])}')
     try:
-        control = parse_control(row["source"])
+        control = parse_control(row["source"]) if "source" in row else None
     except ValueError:
         got = json.dumps(row["source"])
         raise InputError(f'{where}: "source" must be a finite number or a list of them, got {got}') from None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cldm.objectives import SamplingObjective
+from cldm.solvers import sgd
 
 
 @dataclass
@@ -14,8 +15,9 @@ class Inversion:
 
     control: torch.Tensor  # (B, d), in the dataset's units
     start: torch.Tensor  # (B, d)
-    iterations: torch.Tensor  # (B,) until each control settled
+    iterations: torch.Tensor = None  # (B,) until each control settled
     loss: torch.Tensor = None  # (B,) latent mean squared error of the control
+    model_calls: int = 0  # pictures that the model was evaluated on, a gradient counting twice
     seconds: float = 0.0
     first: torch.Tensor = None  # (B, C, h, w) latents generated at the start, the first sample's
     last: torch.Tensor = None  # (B, C, h, w) latents generated at the control, likewise
@@ -56,17 +58,12 @@ def invert_by_sampling(
     control: (B, d), where to start. num_samples: pictures drawn in every iteration, each from noise of its own, and
     their losses averaged: what one gets wrong by chance the others do not. scale, strength, eta: as ControlLDM.generate
     has them.
-    learning_rate: of plain SGD on the normalised control. None: such that the first step has length max_step, then
-    SGD-BB, whose rate follows the curvature that the last step met; one setting suits pictures of any contrast.
-    max_step, tolerance: lengths in units of the control's spread in training. No step is longer than max_step; a
-    control whose steps were shorter than tolerance `patience` times in a row has settled.
+    learning_rate, max_step, iterations, tolerance, patience: as solvers.sgd has them; its unit is the control's spread
+    in training.
     on_iteration: called with the iteration's entry of the history.
     Returns: Inversion.
-    Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
     began = time.perf_counter()
-    spread = model.control_net.spread(control)
-    count = len(control)
     objective = SamplingObjective(
         model,
         input_latents,
@@ -82,41 +79,29 @@ def invert_by_sampling(
         strength=strength,
         eta=eta,
     )
-    everything = torch.arange(count, device=control.device)
-    result = Inversion(control, control.clone(), iterations=torch.full((count,), iterations))
-    rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
-    still = torch.zeros(count, dtype=torch.long, device=control.device)  # short steps in a row
-    moved = previous_gradient = torch.zeros_like(control)
-    drawn = None
-    for iteration in range(iterations):
-        residuals, gradients = objective.gradient(control, everything)
-        loss, gradient = residuals.square().mean((1, 2)), gradients.mean(1) * spread  # of the normalised control
-        generated = target_latents[:, None] + residuals.unflatten(2, target_latents.shape[1:])
-        settled = still >= patience
-        if iteration:  # a settled target keeps what it settled with, whatever its batch still does
-            loss = torch.where(settled, result.loss, loss)
-            generated = torch.where(settled[:, None, None, None, None], drawn, generated)
-        drawn = generated
-        result.control, result.loss, result.last = control, loss, drawn[:, 0]
+    result = Inversion(control, start=control)
+
+    def after(control, residuals):
+        drawn = target_latents[:, None] + residuals.unflatten(2, target_latents.shape[1:])
+        result.control, result.loss, result.last = control, residuals.square().mean((1, 2)), drawn[:, 0]
         result.first = result.last if result.first is None else result.first
-        result.history.append({"control": control.tolist(), "loss": loss.tolist()})
-        if on_iteration:
-            on_iteration(result.history[-1])
-        if rate is None:
-            rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        if learning_rate is None and iteration:
-            bend = (moved * (gradient - previous_gradient)).sum(1, keepdim=True)
-            rate = torch.where(bend > 0, moved.square().sum(1, keepdim=True) / bend, rate)
-        step = rate * gradient
-        length = step.norm(dim=1, keepdim=True)
-        step = step * (max_step / length.clamp_min(max_step))
-        still = torch.where(settled | (length[:, 0] < tolerance), still + 1, 0)
-        result.iterations[(still == patience).cpu()] = iteration + 1
-        if (still >= patience).all():
-            break
-        moved = torch.where((still >= patience)[:, None], 0, -step)
-        control, previous_gradient = control + moved * spread, gradient
+        result.history.append({"control": control.tolist(), "loss": result.loss.tolist()})
         if warm_steps:
             objective.start_from(drawn, warm_steps, warm_denoise_strength)
-    result.seconds = time.perf_counter() - began
+        if on_iteration:
+            on_iteration(result.history[-1])
+
+    result.iterations = sgd(
+        objective,
+        control,
+        torch.arange(len(control), device=control.device),
+        model.control_net.spread(control),
+        learning_rate=learning_rate,
+        max_step=max_step,
+        iterations=iterations,
+        tolerance=tolerance,
+        patience=patience,
+        on_iteration=after,
+    )
+    result.model_calls, result.seconds = objective.calls, time.perf_counter() - began
     return result

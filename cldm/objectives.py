@@ -4,6 +4,7 @@ An objective of B targets maps controls (P, d), each for one of them, to residua
 numbers each. Its loss is their mean square. Everything that does not depend on the control is computed once.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from functools import partial
 
@@ -29,6 +30,8 @@ class Objective(ABC):
     """
 
     draws: int  # K
+    calls_each = 1  # evaluations of the model for one residual
+    paired = False  # whether every two draws have opposite noise
     calls = 0
 
     @abstractmethod
@@ -51,7 +54,7 @@ class Objective(ABC):
 
         def function(control, draws, targets):
             residuals = self.residuals(control, targets, draws)
-            self.calls += residuals.shape[0] * residuals.shape[1]
+            self.calls += control.shape[0] * control.shape[1] * self.calls_each
             return (residuals,)
 
         return self._chunked(function, control, targets, draws)[0]
@@ -67,14 +70,15 @@ class Objective(ABC):
         def function(control, draws, targets):
             columns = []
             for axis in torch.eye(control.shape[2], dtype=control.dtype, device=control.device):
-                with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
+                # the fused attention has no forward-mode derivative; torch's own derivatives use what it warns of
+                with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore", category=FutureWarning):
                     residuals, column = torch.func.jvp(
                         partial(self.residuals, targets=targets, draws=draws),
                         (control,),
                         (axis.expand_as(control).contiguous(),),
                     )
                 columns.append(column)
-                self.calls += 2 * residuals.shape[0] * residuals.shape[1]
+                self.calls += 2 * control.shape[0] * control.shape[1] * self.calls_each
             return residuals, torch.stack(columns, 3)
 
         return self._chunked(function, control, targets, draws)
@@ -91,7 +95,7 @@ class Objective(ABC):
             with torch.enable_grad():
                 residuals = self.residuals(moving, targets, draws)
                 (gradient,) = torch.autograd.grad(residuals.square().mean(2).sum(), moving)
-            self.calls += 2 * residuals.shape[0] * residuals.shape[1]
+            self.calls += 2 * control.shape[0] * control.shape[1] * self.calls_each
             return residuals.detach(), gradient
 
         return self._chunked(function, control, targets, None)
@@ -106,20 +110,22 @@ class DenoisingObjective(Objective):
     Source: Li et al. 2023, the diffusion classifier.
     """
 
+    paired = True
+
     def __init__(self, model, target_latents, embeddings, *, draws=8, levels=(0.5, 1.0), seed=0):
-        scheduler, self.model, self.draws = model.base.scheduler, model, draws
+        pairs, self.draws = draws // 2, draws // 2 * 2
+        scheduler, self.model = model.base.scheduler, model
         count, device = len(target_latents), target_latents.device
         low, high = (share * (scheduler.config.num_train_timesteps - 1) for share in levels)
-        pairs = (draws + 1) // 2
         timesteps = (low + (high - low) * (torch.arange(pairs) + 0.5) / pairs).long()
         noise = draw_noise(target_latents.shape, pairs, seed, device)
-        noise = torch.cat([noise, -noise], 1).flatten(0, 1)[:draws]
-        self.timesteps = timesteps.repeat_interleave(2)[:draws].repeat(count).to(device)  # (B K,), as all below
-        noise, clean = noise.repeat(count, 1, 1, 1), target_latents.repeat_interleave(draws, 0)
+        noise = torch.cat([noise, -noise], 1).flatten(0, 1)
+        self.timesteps = timesteps.repeat_interleave(2).repeat(count).to(device)  # (B K,), as all below
+        noise, clean = noise.repeat(count, 1, 1, 1), target_latents.repeat_interleave(self.draws, 0)
         self.noisy = scheduler.add_noise(clean, noise, self.timesteps)
         self.wanted = model.base.prediction_target(clean, noise, self.timesteps)
         with torch.no_grad():
-            inputs = (self.noisy, self.timesteps, embeddings.repeat_interleave(draws, 0))
+            inputs = (self.noisy, self.timesteps, embeddings.repeat_interleave(self.draws, 0))
             chunks = zip(*(tensor.split(CHUNK) for tensor in inputs))
             self.encoded = Encoded.cat([encode_unet(model.base.unet, *chunk) for chunk in chunks])
 
@@ -168,6 +174,7 @@ class SamplingObjective(Objective):
     def start_from(self, latents, ddim_steps, denoise_strength):
         """Let all chains start from latents (B, K, C, h, w), noised as far as the first of `ddim_steps` steps asks."""
         self.steps = (self.model.base.scheduler, ddim_steps, denoise_strength)
+        self.calls_each = ddim_steps * (1 if self.how.get("scale", 1.0) == 1.0 else 2)
         first = ddim_timesteps(*self.steps)[:1].to(latents.device)
         self.noisy = self.model.base.scheduler.add_noise(latents, self.noise[0].expand_as(latents), first)
 

@@ -9,12 +9,14 @@ import torch
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
-from cldm.objectives import draw_noise
+from cldm.objectives import DenoisingObjective, draw_noise
+from cldm.reading import search_bounds
 from ldm.ddim import ddim_timesteps
-from ldm.pictures import tensor_to_pictures
+from ldm.pictures import pictures_to_tensor, tensor_to_pictures
 from ldm.settings import write_whole
 
 GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
+PROFILE_POINTS, PROFILE_DRAWS = 33, 4
 
 
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
@@ -71,6 +73,71 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     control_axes.legend()
     for axes in (loss_axes, control_axes):
         axes.grid(alpha=0.3)
+    return figure
+
+
+def describe_reading(config, reading, i, row, seed):
+    """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
+    several = len(config.control_names) > 1
+    control, std, interval90 = (getattr(reading, key)[i].tolist() for key in ("control", "std", "interval90"))
+    result = {
+        "target": str(row.target),
+        "prompt": row.prompt,
+        "names": list(config.control_names),
+        "units": list(config.control_units),
+        "control": control if several else control[0],
+        "std": std if several else std[0],
+        "interval90": interval90,
+        "flags": reading.flags[i],
+        "others": reading.others[i],
+        "loss": reading.loss[i].item(),
+        "iterations": reading.iterations[i].item(),
+        "model_calls": reading.model_calls,
+        "seconds": reading.seconds,
+        "seed": seed,
+    }
+    if row.control is not None:
+        error = [found - true for found, true in zip(control, row.control)]
+        result["error"] = error if several else error[0]
+    return result
+
+
+@torch.no_grad()
+def draw_reading(model, reading, i, row, picture, embeddings, seed):
+    """Returns: a matplotlib Figure: target i, the generation at its control, their difference; the loss over the range.
+
+    picture: PIL, the target. embeddings: (1, 77, D), its prompt's.
+    """
+    config, control = model.control_net.config, reading.control[i]
+    latents = model.base.encode(pictures_to_tensor([picture]))
+    objective = DenoisingObjective(model, latents, embeddings, draws=PROFILE_DRAWS, seed=seed)
+    timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
+    noise = draw_noise(latents.shape, GRID_STEPS + 1, seed, latents.device)
+    start = model.base.scheduler.add_noise(latents, noise[0], timesteps[:1])
+    sampling = model.config.sampling
+    drawn = model.generate(start, timesteps, embeddings, control[None], eta=sampling.eta, noise=noise[1:])
+    generated = tensor_to_pictures(model.base.decode(drawn))[0]
+    difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    panels = {f"target\n{row.prompt}": picture, "generation at the control": generated, "difference": difference}
+    for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
+        axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    parts = below.subplots(1, len(control), squeeze=False)[0]
+    bounds = zip(parts, config.control_names, config.control_units, *search_bounds(config))
+    for k, (axes, name, unit, low, high) in enumerate(bounds):
+        points = control.repeat(PROFILE_POINTS, 1)
+        points[:, k] = torch.linspace(low, high, PROFILE_POINTS)
+        losses = objective.evaluate(points, torch.zeros(PROFILE_POINTS, dtype=torch.long)).square().mean((1, 2))
+        axes.semilogy(points[:, k], losses, color="tab:blue")
+        axes.axvspan(*reading.interval90[i, k], color="tab:orange", alpha=0.4, label="90% interval")
+        axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained")
+        axes.set(xlabel=f"{name} ({unit})" if unit else name, ylabel="denoising loss")
+        axes.set_title(f"{control[k]:+.3f} ± {reading.std[i, k]:.3f} {unit}".rstrip(), fontsize=10)
+    axes.legend()
+    figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Solvers for a few controls and many residuals: Levenberg-Marquardt. Targets are independent, batched."""
+"""Solvers for a few controls and many residuals. Targets are independent, solved as a batch."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class Solution:
         return torch.einsum("pknd,pkne->pde", self.jacobian, self.jacobian) / self.residuals[0].numel()
 
 
-def levenberg_marquardt(objective, control, targets, low, high, *, iterations=8, tolerance=3e-3, damping=1e-3):
+def levenberg_marquardt(objective, control, targets, low, high, *, iterations=8, tolerance=5e-3, damping=1e-3):
     """Minimise objective's loss by damped Gauss-Newton steps within bounds.
 
     The Jacobian is exact at the start and after a long step; after a short one, Broyden's rank-one update corrects it.
@@ -76,3 +76,70 @@ def gauss_newton_step(gradient, curvature, damping, width):
     floor = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-12)  # a control without effect stays where it is
     damped = curvature + torch.diag_embed(damping[:, None] * diagonal + floor)
     return -torch.linalg.solve(damped, gradient) * width
+
+
+def sgd(
+    objective,
+    control,
+    targets,
+    unit,
+    *,
+    learning_rate=None,
+    max_step=0.5,
+    iterations=100,
+    tolerance=0.002,
+    patience=2,
+    on_iteration=None,
+):
+    """Descend objective's loss by its gradient.
+
+    control: (P, d), where to start. targets: (P,) which target each is for. unit: (d,), of each control.
+    learning_rate: of plain SGD, in those units. None: such that the first step has length max_step, then SGD-BB, whose
+    rate follows the curvature that the last step met; one setting suits targets of any contrast.
+    max_step, tolerance: lengths in those units. No step is longer than max_step; a control whose steps were shorter
+    than tolerance `patience` times in a row has settled, and stays.
+    on_iteration: called with control (P, d) and its residuals (P, K, N) before every step. The last ones it sees are
+    the result.
+    Returns: (P,) iterations until each settled.
+    Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
+    """
+    rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
+    taken, still = torch.full_like(targets, iterations), torch.zeros_like(targets)  # still: short steps in a row
+    kept, moved = None, torch.zeros_like(control)
+    previous = moved  # gradient
+    for iteration in range(iterations):
+        residuals, gradients = objective.gradient(control, targets)
+        gradient = gradients.mean(1) * unit
+        settled = still >= patience
+        kept = residuals if kept is None else torch.where(settled[:, None, None], kept, residuals)
+        if on_iteration:
+            on_iteration(control, kept)
+        if rate is None:
+            rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        if learning_rate is None and iteration:
+            bend = (moved * (gradient - previous)).sum(1, keepdim=True)
+            rate = torch.where(bend > 0, moved.square().sum(1, keepdim=True) / bend, rate)
+        step = rate * gradient
+        length = step.norm(dim=1, keepdim=True)
+        step = step * (max_step / length.clamp_min(max_step))
+        still = torch.where(settled | (length[:, 0] < tolerance), still + 1, 0)
+        taken[still == patience] = iteration + 1
+        if (still >= patience).all():
+            break
+        moved, previous = torch.where((still >= patience)[:, None], 0, -step), gradient
+        control = control + moved * unit
+    return taken
+
+
+def adam(objective, control, targets, unit, *, learning_rate=0.1, iterations=100, on_iteration=None):
+    """As sgd, by Adam (Kingma & Ba 2015): no control settles, each takes all iterations."""
+    position = (control / unit).requires_grad_(True)
+    optimizer = torch.optim.Adam([position], learning_rate)
+    for _ in range(iterations):
+        control = position.detach() * unit
+        residuals, gradients = objective.gradient(control, targets)
+        if on_iteration:
+            on_iteration(control, residuals)
+        position.grad = gradients.mean(1) * unit
+        optimizer.step()
+    return torch.full_like(targets, iterations)

@@ -11,6 +11,7 @@ import safetensors.torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import invert
 import test5
 import test5_s1
 import tool_add_control
@@ -24,6 +25,7 @@ from ldm.settings import run_script
 SCRIPTS = {
     "test5.py": test5,
     "test5_s1.py": test5_s1,
+    "invert.py": invert,
     "tutorial_train.py": tutorial_train,
     "tool_add_control.py": tool_add_control,
     "tool_train_base.py": tool_train_base,

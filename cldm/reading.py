@@ -1,0 +1,225 @@
+"""Read controls from pictures, no start needed: probe the trained range, refine its valleys, say how sure it is."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from cldm.model import load_model
+from cldm.objectives import DenoisingObjective
+from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
+from ldm.base import find_path
+from ldm.settings import write_whole
+
+MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
+PROBES = 8  # points tried for one number; for several, six times as many
+PROBE_DRAWS = 2  # draws of noise that they are tried with
+Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
+OUTSIDE = 0.05  # a control further beyond the trained range than this share of it is outside, however unsure it is
+AMBIGUOUS = 0.1  # a valley higher than the best by less than this share of its loss explains the target as well
+UNEXPLAINED = 3.0  # a target is unexplained at this many times the loss that 95% of validation pictures stay below
+SAME = 0.02  # solutions less than this share of the searched range apart are one
+BATCH = 12  # targets read together
+CALIBRATION = 36  # pictures read to learn how far to trust readings
+
+SOLVERS = ("lm", "sgd", "adam")
+
+
+@dataclass
+class Reading:
+    """What was read from B targets, d numbers each, in the dataset's units."""
+
+    control: torch.Tensor  # (B, d)
+    noise_std: torch.Tensor  # (B, d), standard error by the spread over draws of noise
+    residual_std: torch.Tensor  # (B, d), what it would be if all that is left unexplained came from wrong controls
+    error_scale: float  # the share of residual_std that does
+    loss: torch.Tensor  # (B,) mean squared residual
+    flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
+    others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
+    iterations: torch.Tensor  # (B,), of the best valley
+    model_calls: float  # pictures that the model was evaluated on, a target
+    seconds: float  # a target
+
+    @property
+    def std(self):
+        """(B, d), standard error."""
+        return (self.noise_std.square() + (self.error_scale * self.residual_std).square()).sqrt()
+
+    @property
+    def interval90(self):
+        """(B, d, 2), [low, high]."""
+        return torch.stack([self.control - Z90 * self.std, self.control + Z90 * self.std], 2)
+
+
+@torch.no_grad()
+def read_controls(
+    model, target_latents, embeddings, *, sampling=None, solver="lm", start=None, draws=8, seed=0, **options
+):
+    """Find the controls that explain pictures best.
+
+    model: ControlLDM, trained. target_latents: (B, C, h, w). embeddings: (B, 77, D).
+    sampling: a SamplingObjective of the same targets, to be solved in place of the denoising objective.
+    solver: "lm", "sgd" or "adam", with its `options`.
+    start: (B, S, d), S places to start from; None: where probes find valleys.
+    draws: of noise, in pairs, for the denoising objective.
+    Returns: Reading.
+    """
+    began, count, config = time.perf_counter(), len(target_latents), model.control_net.config
+    low, high = (bound.to(target_latents) for bound in search_bounds(config))
+    denoising = DenoisingObjective(model, target_latents, embeddings, draws=draws, seed=seed)
+    everything = torch.arange(count, device=target_latents.device)
+    if start is None:
+        control, targets = probe(denoising, everything, low, high)
+    else:
+        control, targets = start.flatten(0, 1), everything.repeat_interleave(start.shape[1])
+    objective = sampling or denoising
+    found = solve(solver, objective, control, targets, low, high, model.control_net.spread(low), **options)
+
+    valleys = rank_valleys(found, targets, high - low)
+    best = torch.stack([own[0] for own in valleys])
+    noise_std, residual_std = standard_errors(found, objective.paired)
+    result = Reading(
+        found.control[best],
+        noise_std[best],
+        residual_std[best],
+        config.error_scale or 0.0,
+        found.losses[best].mean(1),
+        flags=[],
+        others=[found.control[own[1:]].tolist() for own in valleys],
+        iterations=found.iterations[best],
+        model_calls=0.0,
+        seconds=0.0,
+    )
+    explained = denoising.evaluate(result.control, everything).square().mean((1, 2)) if sampling else result.loss
+    conditions = dict(
+        outside_range=is_outside(config, result.control, result.std),
+        ambiguous=[is_ambiguous(found.losses[own], objective.paired) for own in valleys],
+        unexplained=explained > (config.explained_loss or math.inf),
+    )
+    result.flags = [[name for name, holds in conditions.items() if holds[i]] for i in range(count)]
+    result.model_calls = (denoising.calls + (sampling.calls if sampling else 0)) / count
+    result.seconds = (time.perf_counter() - began) / count
+    return result
+
+
+def search_bounds(config):
+    """Returns: low, high, each (d,): the trained range and MARGIN of it on either side."""
+    low, high = torch.tensor(config.control_low), torch.tensor(config.control_high)
+    return low - MARGIN * (high - low), high + MARGIN * (high - low)
+
+
+def probe(objective, targets, low, high):
+    """Try points that fill the box between low and high evenly, (d,) each, with few draws of noise.
+
+    Returns: the valleys' points (P, d) and whose they are (P,), of targets (B,).
+    """
+    if len(low) == 1:
+        points = low + (high - low) * (torch.arange(PROBES, device=low.device)[:, None] + 0.5) / PROBES
+    else:
+        points = torch.quasirandom.SobolEngine(len(low), scramble=True, seed=0).draw(6 * PROBES).to(low)
+        points = low + (high - low) * points
+    draws = torch.arange(PROBE_DRAWS) + (objective.draws - PROBE_DRAWS) // 4 * 2  # a pair of the middle noise level
+    residuals = objective.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(len(points)), draws)
+    losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
+    whose, which = find_valleys(points / (high - low), losses).nonzero(as_tuple=True)
+    return points[which], targets[whose]
+
+
+def find_valleys(points, losses):
+    """Find the points below all their neighbours and at least halfway down from the middle to the lowest point.
+
+    points: (P, d). losses: (B, P). Returns: (B, P) bool, at least one a target.
+    """
+    distance = torch.cdist(points, points).fill_diagonal_(torch.inf)
+    neighbours = distance.topk(min(2 * points.shape[1], len(points) - 1), largest=False).indices  # (P, 2 d)
+    lowest, middle = losses.amin(1, keepdim=True), losses.median(1, keepdim=True).values
+    below = (losses[:, :, None] <= losses[:, neighbours]).all(2)
+    return (below & (losses <= (lowest + middle) / 2)) | (losses == lowest)
+
+
+def solve(solver, objective, control, targets, low, high, unit, **options):
+    """Run a solver of SOLVERS from control (P, d), each for one of the targets (P,). Returns: Solution."""
+    if solver == "lm":
+        return levenberg_marquardt(objective, control, targets, low, high, **options)
+    last = {}
+    descend = {"sgd": sgd, "adam": adam}[solver]
+    taken = descend(
+        objective, control, targets, unit, on_iteration=lambda control, _: last.update(control=control), **options
+    )
+    return Solution(last["control"], *objective.linearize(last["control"], targets), taken)
+
+
+def rank_valleys(found, targets, width):
+    """Returns: for every target, indices of its solutions more than SAME of the width (d,) apart, the best first."""
+    order = found.losses.mean(1).argsort(stable=True)
+    valleys = []
+    for own in (order[targets[order] == i].tolist() for i in targets.unique()):
+        distinct = []
+        for i in own:
+            steps = (found.control[distinct] - found.control[i]).abs() / width
+            if (steps.amax(1) > SAME).all():
+                distinct.append(i)
+        valleys.append(torch.tensor(distinct))
+    return valleys
+
+
+def standard_errors(found, paired):
+    """Estimate how unsure the controls of a Solution are.
+
+    paired: whether every two draws have opposite noise.
+    Returns: noise_std, residual_std, each (P, d): White's sandwich over draws, and the classical standard error that
+    takes all residuals for independent.
+    """
+    gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
+    count = gradients.shape[1]
+    scatter = torch.einsum("pkd,pke->pde", gradients, gradients) / (count * max(count - 1, 1))
+    inverse = torch.linalg.pinv(found.curvature, hermitian=True)
+    noise = (inverse @ scatter @ inverse).diagonal(dim1=1, dim2=2)
+    residual = found.losses.mean(1, keepdim=True) * inverse.diagonal(dim1=1, dim2=2)
+    return noise.sqrt(), residual.sqrt()
+
+
+def is_outside(config, control, std):
+    """Returns: (B,) bool, whether controls (B, d) lie beyond the trained range by more than they are uncertain."""
+    low, high = control.new_tensor(config.control_low), control.new_tensor(config.control_high)
+    slack = torch.minimum(Z90 * std, OUTSIDE * (high - low))
+    return ((control < low - slack) | (control > high + slack)).any(1)
+
+
+def is_ambiguous(losses, paired):
+    """losses: (V, K), of a target's valleys, the best first. Returns: whether the second is about as good."""
+    if len(losses) < 2:
+        return False
+    difference = losses[1] - losses[0]  # (K,)
+    difference = difference.unflatten(0, (-1, 2)).mean(1) if paired else difference
+    chance = difference.std(correction=min(1, len(difference) - 1)) / len(difference) ** 0.5
+    return bool(difference.mean() < max(2 * chance, AMBIGUOUS * losses[0].mean()))
+
+
+def calibrate(folder, dataset):
+    """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
+
+    error_scale: such that 90% of the controls lie in their 90% intervals. explained_loss: above it, unexplained.
+    folder: of a trained control. dataset: a ControlDataset, best of pictures that training did not see.
+    """
+    model = load_model(folder)
+    model.control_net.register_to_config(error_scale=None, explained_loss=None)
+    chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
+    readings = []
+    for start in tqdm(range(0, len(chosen), BATCH), desc="calibrating"):
+        batch = default_collate([dataset[i] for i in chosen[start : start + BATCH]])
+        readings.append(read_controls(model, batch["latents"], batch["embeddings"]))
+    noise, residual, found, loss = (
+        torch.cat([getattr(reading, key) for reading in readings])
+        for key in ("noise_std", "residual_std", "control", "loss")
+    )
+    missing = ((found - dataset.controls[chosen]) / Z90).square() - noise.square()
+    shares = torch.where(residual > 0, missing / residual.square(), 0)  # 0: a control without any effect
+    error_scale = shares.flatten().quantile(0.9).clamp_min(0).sqrt().item()
+    explained_loss = UNEXPLAINED * loss.quantile(0.95).item()
+    model.control_net.register_to_config(error_scale=error_scale, explained_loss=explained_loss)
+    text = model.control_net.to_json_string()
+    write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))

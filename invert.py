@@ -1,0 +1,175 @@
+"""Read the control from a picture, or from many, in about a second each: no start, with error bars and doubts.
+
+    python invert.py target_image_path=x.png prompt="a photo of a leather bag" out_dir=OUT
+    python invert.py targets=my_data/prompt.json out_dir=OUT
+
+Leaves OUT/result.json and OUT/figure.png of one picture; OUT/results.jsonl, a line each, of many. A run over many that
+was killed goes on when started again with the same out_dir.
+"""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from cldm.dataset import Row, parse_control, read_rows
+from cldm.model import load_model
+from cldm.objectives import SamplingObjective
+from cldm.reading import BATCH, SOLVERS, read_controls
+from cldm.report import describe_reading, draw_reading
+from ldm.base import find_path
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.settings import InputError, check_numbers, output_folder, run_script, write_whole
+
+settings = dict(
+    model_path="models/control_tiny",  # the out_dir of a training
+    target_image_path="dataForTrain/resultData/astronaut_+2.png",
+    prompt="a photo of an astronaut in an orange suit",
+    targets="",  # a prompt.json of many targets, in place of the two above; a row's "source" is only compared with
+    out_dir="outputs/invert",
+    objective="denoising",  # denoising: the likelihood bound; sampling: generate and compare, as test5.py
+    solver="lm",  # lm: Levenberg-Marquardt; sgd; adam
+    control=None,  # where to start; None: found by probing the trained range
+    draws=8,  # of noise, for the denoising objective
+    batch_size=BATCH,  # targets read together
+    figures=None,  # per target: true, false; None: for a single one
+    seed=0,
+    # of the sampling objective, as in test5.py
+    a_prompt=None,
+    n_prompt=None,
+    ddim_steps=10,
+    num_samples=None,
+    strength=1.0,
+    scale=None,
+    eta=None,
+)
+
+
+def read_batch(model, s, rows):
+    """Returns: the Reading of some rows' targets, their pictures (PIL) and prompt embeddings (B, 77, D)."""
+    pictures = [fit_picture(load_picture(row.target), model.config.image_size) for row in rows]
+    with torch.no_grad():
+        latents = model.base.encode(pictures_to_tensor(pictures))
+        prompts = [", ".join(filter(None, [row.prompt, s.a_prompt])) for row in rows]
+        embeddings = model.base.embed(prompts)
+        negative = model.base.embed([s.n_prompt]).expand_as(embeddings)
+    sampling = start = None
+    if s.objective == "sampling":
+        how = dict(strength=s.strength, scale=s.scale, eta=s.eta, seed=s.seed)
+        sampling = SamplingObjective(
+            model,
+            latents,
+            latents,
+            embeddings,
+            negative=negative,
+            draws=s.num_samples,
+            ddim_steps=s.ddim_steps,
+            **how,
+        )
+    if s.control is not None:
+        start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1)
+    reading = read_controls(
+        model, latents, embeddings, sampling=sampling, solver=s.solver, start=start, draws=s.draws, seed=s.seed
+    )
+    return reading, pictures, embeddings
+
+
+def check(s, model, rows):
+    """Fill in what the model's YAML says. Raises: InputError for a setting that cannot be."""
+    for key, value in {**model.config, **model.config.sampling}.items():
+        if key in s and s[key] is None:
+            s[key] = value
+    for key, known in dict(objective=("denoising", "sampling"), solver=SOLVERS).items():
+        if s[key] not in known:
+            raise InputError(f'setting "{key}": expected one of {", ".join(known)}, got "{s[key]}"')
+    check_numbers(s, draws=(2, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
+    config = model.control_net.config
+    if config.control_low is None:
+        raise InputError(f"model_path {s.model_path}: never trained, so its range is not known; run tutorial_train.py")
+    try:
+        s.control = None if s.control is None else list(parse_control(OmegaConf.to_object(s).get("control")))
+    except ValueError:
+        raise InputError(f"control: expected finite numbers, got {s.control}") from None
+    for what, control in {"control": s.control, **{f"{s.targets}, {r.target}": r.control for r in rows}}.items():
+        if control is not None and len(control) != model.control_net.control_dim:
+            names = ", ".join(config.control_names)
+            raise InputError(f"{what}: the model takes {len(config.control_names)} number(s) ({names}), got {control}")
+
+
+def resume(out_dir, s, rows):
+    """Returns: the lines of out_dir/results.jsonl that a killed run with the same settings left."""
+    own = OmegaConf.to_yaml({key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures")})
+    file, settings_file = out_dir / "results.jsonl", out_dir / "settings.yaml"
+    if not file.exists():
+        write_whole(settings_file, lambda file: file.write_text(own))
+        return []
+    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        done = [(result["target"], result["prompt"]) for result in map(json.loads, lines)]
+        same = settings_file.read_text() == own and done == [(str(r.target), r.prompt) for r in rows[: len(lines)]]
+    except (OSError, ValueError, LookupError, TypeError):
+        same = False
+    if not same:
+        raise InputError(f"{file}: results of other targets or settings; delete it, or choose another out_dir")
+    return lines
+
+
+def summarize(config, lines):
+    """Print errors where they are known, flags, calls and seconds of results.jsonl's lines."""
+    results = [json.loads(line) for line in lines]
+    errors = np.array([np.atleast_1d(r["error"]) for r in results if "error" in r])
+    for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+        if len(errors):
+            e = np.abs(errors[:, i])
+            numbers = f"median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
+            print(f"{name}: error {numbers} {unit}, of {len(e)} targets".rstrip())
+    for flag in ("outside_range", "ambiguous", "unexplained"):
+        flagged = sum(flag in r["flags"] for r in results)
+        print(f"{flag}: {flagged} of {len(results)}")
+    calls, seconds = (np.mean([r[key] for r in results]) for key in ("model_calls", "seconds"))
+    print(f"{calls:.0f} model calls, {seconds:.2f} seconds a target")
+
+
+def main(s):
+    out_dir = output_folder(s.out_dir)
+    model = load_model(s.model_path)
+    if s.targets:
+        rows = read_rows(find_path(s.targets), known=False)
+    else:
+        rows = [Row(None, find_path(s.target_image_path), s.prompt)]
+    check(s, model, rows)
+    lines = resume(out_dir, s, rows) if s.targets else []
+    with tqdm(total=len(rows), initial=len(lines), desc="reading", leave=False) as bar:
+        while len(lines) < len(rows):
+            some = rows[len(lines) : len(lines) + s.batch_size]
+            reading, pictures, embeddings = read_batch(model, s, some)
+            for i, row in enumerate(some):
+                lines.append(json.dumps(describe_reading(model.control_net.config, reading, i, row, s.seed)) + "\n")
+                if s.figures or (s.figures is None and not s.targets):
+                    name = f"{len(lines):05d}_{row.target.stem}.png" if s.targets else "figure.png"
+                    figure = draw_reading(model, reading, i, row, pictures[i], embeddings[i : i + 1], s.seed)
+                    write_whole(out_dir / name, partial(figure.savefig, format="png", dpi=100))
+            if s.targets:
+                write_whole(out_dir / "results.jsonl", lambda file: file.write_text("".join(lines)))
+            bar.update(len(some))
+    if s.targets:
+        summarize(model.control_net.config, lines)
+        return
+    result = json.loads(lines[0])
+    write_whole(out_dir / "result.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
+    config = model.control_net.config
+    values = zip(config.control_names, config.control_units, reading.control[0].tolist(), reading.std[0].tolist())
+    for name, unit, value, std in values:
+        print(f"{name}: {value:+.3f} ± {std:.3f} {unit}".rstrip())
+    print(
+        f"{', '.join(result['flags']) or 'no doubts'}; {result['seconds']:.1f} seconds; {out_dir}/figure.png shows it"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, settings)

@@ -1,0 +1,139 @@
+"""invert.py: what it leaves, that it goes on where it was killed, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import invert
+from cldm.model import save_model
+from ldm.settings import run_script
+
+SUMMARY = ["target", "prompt", "names", "control", "std", "interval90", "flags", "loss", "model_calls", "seconds"]
+
+
+@pytest.fixture
+def arguments(make_model, picture, tmp_path):
+    model = make_model()
+    model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0])
+    save_model(model, tmp_path / "control")
+    return [f"model_path={tmp_path / 'control'}", f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
+
+
+@pytest.fixture
+def targets(picture, tmp_path):
+    """A prompt.json of five targets; two say what their control is."""
+    rows = [{"target": str(picture), "prompt": f"a cup {i}", **({"source": i} if i < 2 else {})} for i in range(5)]
+    (tmp_path / "targets.json").write_text("\n".join(map(json.dumps, rows)))
+    return f"targets={tmp_path / 'targets.json'}"
+
+
+def run(*arguments):
+    run_script(invert.main, invert.settings, arguments)
+
+
+def read_results(tmp_path):
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in result.items() if k not in ("seconds", "model_calls")} for result in results]
+
+
+@pytest.mark.parametrize("objective", ["denoising", "sampling"])
+def test_one_picture(arguments, tmp_path, capsys, objective):
+    run(*arguments, f"objective={objective}", "ddim_steps=2", "num_samples=2", "seed=3")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert set(SUMMARY) < set(result) and "error" not in result and result["seed"] == 3
+    (low, high), control = result["interval90"][0], result["control"]
+    assert low < control < high and high - low == pytest.approx(2 * 1.645 * result["std"])
+    with Image.open(tmp_path / "out" / "figure.png") as figure:
+        assert figure.width > figure.height > 100
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "result.json"]
+    assert f"control: {control:+.3f} ± {result['std']:.3f}" in capsys.readouterr().out
+
+
+def test_many_pictures(arguments, targets, tmp_path, capsys):
+    run(*arguments, targets, "figures=true", "batch_size=2")
+    results = read_results(tmp_path)
+    assert [result["prompt"] for result in results] == [f"a cup {i}" for i in range(5)]
+    assert [result.get("error") for result in results] == [
+        pytest.approx(result["control"] - i) if i < 2 else None for i, result in enumerate(results)
+    ]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    printed = capsys.readouterr().out
+    assert "of 2 targets" in printed and "unexplained: 0 of 5" in printed and "seconds a target" in printed
+
+
+def test_the_source_is_never_used(arguments, targets, tmp_path):
+    run(*arguments, targets)
+    before = [result["control"] for result in read_results(tmp_path)]
+    (tmp_path / "out" / "results.jsonl").unlink()
+    (tmp_path / "targets.json").write_text(
+        (tmp_path / "targets.json").read_text().replace('"source": 1', '"source": 9')
+    )
+    run(*arguments, targets)
+    assert [result["control"] for result in read_results(tmp_path)] == before
+
+
+def test_a_killed_run_goes_on(arguments, targets, tmp_path, monkeypatch):
+    run(*arguments, targets)
+    whole, file = read_results(tmp_path), tmp_path / "out" / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) + lines[3][:20])
+    seen, read_batch = [], invert.read_batch
+    monkeypatch.setattr(invert, "read_batch", lambda model, s, rows: seen.extend(rows) or read_batch(model, s, rows))
+    run(*arguments, targets)
+    assert [row.prompt for row in seen] == ["a cup 3", "a cup 4"]
+    for again, before in zip(read_results(tmp_path), whole):
+        assert again["control"] == pytest.approx(before["control"], abs=1e-3) and again["prompt"] == before["prompt"]
+
+
+@pytest.mark.parametrize("change", ["seed=1", "draws=4", "prompts", "no settings"])
+def test_results_of_another_run_are_kept(arguments, targets, tmp_path, fails_in_one_line, change):
+    run(*arguments, targets)
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    if change == "no settings":
+        (tmp_path / "out" / "settings.yaml").unlink()
+    if change == "prompts":
+        file = tmp_path / "targets.json"
+        file.write_text(file.read_text().replace("a cup 2", "a cat"))
+    line = fails_in_one_line(invert.main, invert.settings, [*arguments, targets, *([change] if "=" in change else [])])
+    assert "results.jsonl" in line and (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("objective=both", 'setting "objective": expected one of denoising, sampling, got "both"'),
+        ("solver=newton", 'setting "solver": expected one of lm, sgd, adam, got "newton"'),
+        ("control=[1,2]", "control: the model takes 1 number(s) (control), got"),
+        ("control=abc", "control: expected finite numbers, got abc"),
+        ("draws=1", 'setting "draws"'),
+        ("batch_size=0", 'setting "batch_size"'),
+        ("targets=nowhere.json", "nowhere.json"),
+    ],
+)
+def test_bad_setting_is_named(arguments, tmp_path, fails_in_one_line, argument, message):
+    assert message in fails_in_one_line(invert.main, invert.settings, [*arguments, argument])
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_control_that_was_never_trained_is_named(arguments, make_model, tmp_path, fails_in_one_line):
+    save_model(make_model(), tmp_path / "control")
+    assert "never trained" in fails_in_one_line(invert.main, invert.settings, arguments)
+
+
+def test_a_source_of_another_length_is_named(arguments, targets, tmp_path, fails_in_one_line):
+    file = tmp_path / "targets.json"
+    file.write_text(
+        "\n".join(json.dumps({**json.loads(line), "source": [1, 2]}) for line in file.read_text().split("\n"))
+    )
+    assert "the model takes 1 number(s)" in fails_in_one_line(invert.main, invert.settings, [*arguments, targets])
+
+
+def test_many_at_once_equal_each_alone(arguments, targets, tmp_path):
+    run(*arguments, targets)
+    together = torch.tensor([result["control"] for result in read_results(tmp_path)])
+    (tmp_path / "out" / "results.jsonl").unlink()
+    run(*arguments, targets, "batch_size=1")
+    alone = torch.tensor([result["control"] for result in read_results(tmp_path)])
+    torch.testing.assert_close(alone, together, atol=1e-3, rtol=0)

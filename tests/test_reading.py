@@ -1,0 +1,192 @@
+"""Reading controls: it finds them without a start, and says how sure it is."""
+
+import pytest
+import torch
+from conftest import CHANNELS, LATENT_SIZE
+
+from cldm import reading
+from cldm.model import load_model, save_model
+from cldm.objectives import DenoisingObjective
+from cldm.reading import (
+    Reading,
+    calibrate,
+    find_valleys,
+    is_ambiguous,
+    is_outside,
+    rank_valleys,
+    read_controls,
+    standard_errors,
+)
+from cldm.solvers import Solution
+
+LOW, HIGH = [-2.0, -1.0], [4.0, 3.0]
+
+
+@pytest.fixture
+def trained(make_model):
+    """trained(control_dim) -> a model that knows its range."""
+
+    def make(control_dim=1):
+        model = make_model(control_dim)
+        model.control_net.register_to_config(control_low=LOW[:control_dim], control_high=HIGH[:control_dim])
+        return model
+
+    return make
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """explained(truth, noise) -> targets that the model explains without residuals at truth (B, d), up to noise."""
+
+    def explain(truth, noise=0.0):
+        class Explained(DenoisingObjective):
+            def __init__(self, *arguments, **options):
+                super().__init__(*arguments, **options)
+                self.wanted.zero_()
+                targets = torch.arange(len(truth))
+                perfect = self.evaluate(truth, targets).flatten(0, 1).view_as(self.wanted)
+                errors = noise * torch.randn(self.wanted.shape, generator=torch.Generator().manual_seed(0))
+                self.wanted = perfect + errors
+
+        monkeypatch.setattr(reading, "DenoisingObjective", Explained)
+
+    return explain
+
+
+@pytest.mark.parametrize("control_dim", [1, 2])
+@pytest.mark.parametrize("solver", ["lm", "sgd"])
+def test_finds_controls_without_a_start(trained, explained, normal, control_dim, solver):
+    model, truth = trained(control_dim), torch.tensor([[1.7, 0.3], [-1.2, 2.2]])[:, :control_dim]
+    explained(truth, noise=1e-3)
+    latents, embeddings = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat"])
+    found = read_controls(model, latents, embeddings, solver=solver)
+    torch.testing.assert_close(found.control, truth, atol=0.02, rtol=0)
+    assert found.flags == [[], []] and found.std.shape == found.control.shape
+    assert ((found.interval90[:, :, 0] < found.control) & (found.control < found.interval90[:, :, 1])).all()
+    assert found.model_calls > 0 and found.seconds > 0
+
+
+def test_adam_starts_where_it_is_told(trained, explained, normal):
+    model, truth = trained(), torch.tensor([[1.7]])
+    explained(truth)
+    latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
+    start = torch.tensor([[[1.0]]])
+    near, far = (read_controls(model, latents, embeddings, solver="adam", start=start, iterations=n) for n in (60, 1))
+    assert far.control.item() == 1 and abs(near.control - truth) < 0.05
+
+
+def test_alone_in_a_batch_and_again_are_the_same(trained, explained, normal):
+    model, truth = trained(), torch.tensor([[1.7], [-1.2], [0.4]])
+    latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
+    explained(truth, noise=0.0)
+    together, again = (read_controls(model, latents, embeddings) for _ in range(2))
+    assert torch.equal(together.control, again.control) and torch.equal(together.std, again.std)
+    for i in range(3):
+        explained(truth[i : i + 1])
+        alone = read_controls(model, latents[i : i + 1], embeddings[i : i + 1])
+        torch.testing.assert_close(alone.control[0], together.control[i], atol=1e-4, rtol=0)
+
+
+def test_a_target_beyond_the_range_is_flagged(trained, explained, normal):
+    model, truth = trained(), torch.tensor([[1.0], [5.5], [-3.5]])
+    explained(truth)
+    latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
+    assert read_controls(model, latents, embeddings).flags == [[], ["outside_range"], ["outside_range"]]
+
+
+def test_large_residuals_are_flagged(trained, explained, normal):
+    model = trained()
+    model.control_net.register_to_config(explained_loss=0.5, error_scale=0.1)
+    latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
+    for noise, flags in (0.5, []), (1.0, ["unexplained"]):
+        explained(torch.tensor([[1.0]]), noise)
+        found = read_controls(model, latents, embeddings)
+        assert found.loss.item() == pytest.approx(noise**2, rel=0.2)
+        assert [flag for flag in found.flags[0] if flag == "unexplained"] == flags
+
+
+def test_valleys_are_low_and_below_their_neighbours():
+    points = torch.linspace(0, 1, 8)[:, None]
+    losses = torch.tensor([[5.0, 1.0, 4.0, 5.0, 2.0, 5.0, 4.9, 5.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]])
+    valleys = find_valleys(points, losses)
+    assert valleys.nonzero().tolist() == [[0, 1], [0, 4], [1, 7]]  # 4.9 is low on neither side's scale
+
+
+def test_solutions_close_together_are_one_valley():
+    control = torch.tensor([[1.0], [3.0], [1.01], [5.0]])
+    losses = torch.tensor([2.0, 1.0, 1.9, 3.0])
+    found = Solution(control, losses.sqrt()[:, None, None], torch.ones(4, 1, 1, 1), None)
+    ranked = rank_valleys(found, torch.tensor([0, 0, 0, 1]), torch.tensor([10.0]))
+    assert [own.tolist() for own in ranked] == [[1, 2], [3]]
+
+
+def test_standard_errors_equal_the_spread_of_repeated_readings():
+    """Draws that each see the control with an error of 0.3: their mean is off by 0.3 / sqrt(K)."""
+    generator = torch.Generator().manual_seed(0)
+    draws, numbers, jacobian = 10, 5, 2.0
+    seen = 0.3 * torch.randn(4000, draws, generator=generator)
+    control = seen.mean(1, keepdim=True)  # the least-squares solution
+    residuals = jacobian * (control - seen)[:, :, None].expand(-1, -1, numbers)
+    found = Solution(control, residuals, torch.full((4000, draws, numbers, 1), jacobian), None)
+    noise_std, residual_std = standard_errors(found, paired=False)
+    assert noise_std.square().mean().sqrt().item() == pytest.approx(control.std().item(), rel=0.05)
+    expected = found.losses.mean(1).sqrt() / jacobian
+    torch.testing.assert_close(residual_std[:, 0], expected)
+
+
+def test_draws_of_opposite_noise_count_as_one():
+    """An error that opposite draws share, with opposite sign, is none of their mean."""
+    seen = torch.tensor([[0.5, -0.5, 0.2, -0.2]])
+    found = Solution(seen.mean(1, keepdim=True), -seen[:, :, None], torch.ones(1, 4, 1, 1), None)
+    assert standard_errors(found, paired=True)[0].item() == pytest.approx(0, abs=1e-6)
+    assert standard_errors(found, paired=False)[0].item() > 0.1
+
+
+def test_outside_is_beyond_doubt_and_never_far_beyond(trained):
+    config = trained().control_net.config  # from -2 to 4
+    control = torch.tensor([[4.2], [4.2], [4.4], [-2.2], [3.0]])
+    std = torch.tensor([[0.05], [0.2], [9.0], [0.05], [9.0]])
+    assert is_outside(config, control, std).tolist() == [True, False, True, True, False]
+
+
+def test_ambiguous_is_a_second_valley_about_as_good():
+    best = torch.tensor([1.0, 1.2, 0.9, 1.1])
+    assert not is_ambiguous(best[None], False)
+    assert is_ambiguous(torch.stack([best, best + 0.05]), False)
+    assert not is_ambiguous(torch.stack([best, best + 0.5]), False)
+    assert is_ambiguous(torch.stack([best, best + torch.tensor([2.0, -1.0, 1.5, -0.5])]), False)
+
+
+def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tmp_path):
+    save_model(trained(), tmp_path / "control")
+    generator = torch.Generator().manual_seed(0)
+    count = 36
+    controls, error = torch.randn(count, 1, generator=generator), 0.3 * torch.randn(count, 1, generator=generator)
+
+    class Known(torch.utils.data.Dataset):
+        def __init__(self):
+            self.controls = controls
+
+        def __len__(self):
+            return count
+
+        def __getitem__(self, i):
+            return {"latents": torch.tensor(i), "embeddings": torch.tensor(0)}
+
+    def read(model, which, embeddings):
+        config = model.control_net.config
+        assert config.error_scale is config.explained_loss is None
+        small = torch.full((len(which), 1), 0.01)
+        return Reading(
+            controls[which] + error[which], small, 100 * small, 0.0, 2.0 + 0 * small[:, 0], [], [], None, 0, 0
+        )
+
+    monkeypatch.setattr(reading, "read_controls", read)
+    calibrate(tmp_path / "control", Known())
+    config = load_model(tmp_path / "control").control_net.config
+    assert config.explained_loss == pytest.approx(6.0)
+    final = Reading(
+        controls + error, *[torch.full((count, 1), s) for s in (0.01, 1.0)], config.error_scale, *[None] * 6
+    )
+    inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
+    assert 0.85 <= inside.float().mean() <= 0.95

@@ -1,0 +1,38 @@
+"""The shipped base and control do what the README says: photographs at angles that training never saw."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import test5
+import test5_s1
+from cldm.model import load_model
+from cldm.reading import read_controls
+from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
+from ldm.pictures import pictures_to_tensor
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_model("models/control_tiny")
+
+
+def test_angles_are_read_and_doubts_are_told(shipped):
+    targets = [(TRAIN["coffee"], -3.37), (TRAIN["rocket"], 1.61), (TRAIN["camera"], -8.0), (HELD_OUT["gravel"], 1.0)]
+    pictures = [render_framed(photo, shipped.config.image_size, angle) for photo, angle in targets]
+    with torch.no_grad():
+        latents = shipped.base.encode(pictures_to_tensor(pictures))
+        embeddings = shipped.base.embed([photo.prompt for photo, _ in targets])
+    found = read_controls(shipped, latents, embeddings)
+    for i in range(2):
+        assert found.control[i].item() == pytest.approx(targets[i][1], abs=0.3) and found.flags[i] == []
+        assert 0.01 < found.std[i].item() < 0.3
+    assert "outside_range" in found.flags[2] and "unexplained" in found.flags[3]
+
+
+def test_warm_started_descent_arrives(shipped):
+    """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
+    s = OmegaConf.create({**test5_s1.settings, "num_samples": 2})
+    start, target = (render_framed(TRAIN["astronaut"], shipped.config.image_size, angle) for angle in (-4, 2))
+    result = test5.infer(shipped, s, [start], [target], torch.tensor([[-4.0]]), "test5_s1")
+    assert result.control.item() == pytest.approx(2, abs=0.3) and result.iterations.item() < 20
