@@ -7,6 +7,7 @@ Leaves OUT/result.json and OUT/figure.png of one picture; OUT/results.jsonl, a l
 was killed goes on when started again with the same out_dir.
 """
 
+import hashlib
 import json
 import math
 from functools import partial
@@ -23,7 +24,7 @@ from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, output_folder, run_script, write_whole
+from ldm.settings import InputError, check_numbers, check_texts, output_folder, run_script, write_whole
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -34,7 +35,7 @@ settings = dict(
     objective="denoising",  # denoising: the likelihood bound; sampling: generate and compare, as test5.py
     solver="lm",  # lm: Levenberg-Marquardt; sgd; adam
     control=None,  # where to start; None: found by probing the trained range
-    draws=8,  # of noise, for the denoising objective
+    draws=8,  # of noise, in pairs, for the denoising objective
     batch_size=BATCH,  # targets read together
     figures=None,  # per target: true, false; None: for a single one
     seed=0,
@@ -83,10 +84,11 @@ def check(s, model, rows):
     for key, value in {**model.config, **model.config.sampling}.items():
         if key in s and s[key] is None:
             s[key] = value
+    check_texts(s, "a_prompt", "n_prompt")
     for key, known in dict(objective=("denoising", "sampling"), solver=SOLVERS).items():
         if s[key] not in known:
             raise InputError(f'setting "{key}": expected one of {", ".join(known)}, got "{s[key]}"')
-    check_numbers(s, draws=(2, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, draws=(4, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
     config = model.control_net.config
     if config.control_low is None:
@@ -103,7 +105,10 @@ def check(s, model, rows):
 
 def resume(out_dir, s, rows):
     """Returns: the lines of out_dir/results.jsonl that a killed run with the same settings left."""
-    own = OmegaConf.to_yaml({key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures")})
+    own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures")}
+    of = [*sorted(find_path(s.model_path).glob("*.*")), find_path(s.targets)]
+    own["sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in of)).hexdigest()
+    own = OmegaConf.to_yaml(own)
     file, settings_file = out_dir / "results.jsonl", out_dir / "settings.yaml"
     if not file.exists():
         write_whole(settings_file, lambda file: file.write_text(own))
@@ -115,7 +120,10 @@ def resume(out_dir, s, rows):
     except (OSError, ValueError, LookupError, TypeError):
         same = False
     if not same:
-        raise InputError(f"{file}: results of other targets or settings; delete it, or choose another out_dir")
+        raise InputError(
+            f"{file}: results of another model, other targets or settings; delete it, or choose another out_dir"
+        )
+    print(f"going on after {len(lines)} of {len(rows)} targets")
     return lines
 
 

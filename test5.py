@@ -15,7 +15,7 @@ from cldm.model import load_model
 from cldm.report import save_inversion
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, output_folder, run_script
+from ldm.settings import InputError, check_numbers, check_texts, output_folder, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -47,6 +47,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
     for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
         if key in s and s[key] is None:
             s[key] = value
+    check_texts(s, "a_prompt", "n_prompt")
     positive = (1e-6, math.inf)
     check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, iterations=(1, math.inf), learning_rate=positive)

@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, RandomSampler
 
-from cldm.dataset import ControlDataset, read_controls, split_rows
+from cldm.dataset import ControlDataset, read_control_names, split_rows
 from cldm.model import add_control, fit_statistics, load_base, load_model
 from cldm.reading import calibrate
 from cldm.report import PictureLogger
@@ -60,7 +60,7 @@ def make_model(s, rows):
             f"{control_dim}; make one with tool_add_control.py control_dim={control_dim}"
         )
     model.config.only_mid_control = s.only_mid_control
-    fit_statistics(model.control_net, [row.control for row in rows], *read_controls(s.data_root, control_dim))
+    fit_statistics(model.control_net, [row.control for row in rows], *read_control_names(s.data_root, control_dim))
     return model
 
 

@@ -121,7 +121,7 @@ def split_rows(data_root):
     return [r for r in rows if r.control not in held_out], [r for r in rows if r.control in held_out]
 
 
-def read_controls(data_root, control_dim):
+def read_control_names(data_root, control_dim):
     """Read what a dataset calls its controls: controls.yaml, {names: [angle], units: [degrees]}, where there is one.
 
     Returns: (names, units), control_dim texts each.

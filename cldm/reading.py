@@ -21,6 +21,7 @@ Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviati
 OUTSIDE = 0.05  # a control further beyond the trained range than this share of it is outside, however unsure it is
 AMBIGUOUS = 0.1  # a valley higher than the best by less than this share of its loss explains the target as well
 UNEXPLAINED = 3.0  # a target is unexplained at this many times the loss that 95% of validation pictures stay below
+NO_EFFECT = 1e-6  # of the loss: a control that changes less, over the whole range, has no effect
 SAME = 0.02  # solutions less than this share of the searched range apart are one
 BATCH = 12  # targets read together
 CALIBRATION = 36  # pictures read to learn how far to trust readings
@@ -80,7 +81,7 @@ def read_controls(
 
     valleys = rank_valleys(found, targets, high - low)
     best = torch.stack([own[0] for own in valleys])
-    noise_std, residual_std = standard_errors(found, objective.paired)
+    noise_std, residual_std = standard_errors(found, objective.paired, high - low)
     result = Reading(
         found.control[best],
         noise_std[best],
@@ -108,7 +109,8 @@ def read_controls(
 def search_bounds(config):
     """Returns: low, high, each (d,): the trained range and MARGIN of it on either side."""
     low, high = torch.tensor(config.control_low), torch.tensor(config.control_high)
-    return low - MARGIN * (high - low), high + MARGIN * (high - low)
+    margin = MARGIN * torch.where(high > low, high - low, torch.tensor(config.control_std))
+    return low - margin, high + margin
 
 
 def probe(objective, targets, low, high):
@@ -166,20 +168,24 @@ def rank_valleys(found, targets, width):
     return valleys
 
 
-def standard_errors(found, paired):
+def standard_errors(found, paired, width):
     """Estimate how unsure the controls of a Solution are.
 
-    paired: whether every two draws have opposite noise.
+    paired: whether every two draws have opposite noise. width: (d,), of the searched range.
     Returns: noise_std, residual_std, each (P, d): White's sandwich over draws, and the classical standard error that
-    takes all residuals for independent.
+    takes all residuals for independent. A control without effect on the residuals may be anywhere in the range.
     """
     gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
+    gradients = gradients.double() * width  # of controls in units of the range, which may be of very unlike sizes
+    curvature, loss = found.curvature.double() * width[:, None] * width, found.losses.mean(1, keepdim=True)
     count = gradients.shape[1]
     scatter = torch.einsum("pkd,pke->pde", gradients, gradients) / (count * max(count - 1, 1))
-    inverse = torch.linalg.pinv(found.curvature, hermitian=True)
+    inverse = torch.linalg.pinv(curvature, hermitian=True)
     noise = (inverse @ scatter @ inverse).diagonal(dim1=1, dim2=2)
-    residual = found.losses.mean(1, keepdim=True) * inverse.diagonal(dim1=1, dim2=2)
-    return noise.sqrt(), residual.sqrt()
+    idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
+    noise = torch.where(idle, 1, noise)
+    residual = loss * inverse.diagonal(dim1=1, dim2=2)
+    return (noise.sqrt() * width).to(width), (residual.sqrt() * width).to(width)
 
 
 def is_outside(config, control, std):

@@ -175,6 +175,9 @@ def choose_controls(s):
 
 def main(s):
     check_numbers(s, views=(1, 10**6), image_size=(1, 4096))
+    other = [key for key in ("angles", "views", "photos", "image_size") if s[key] != settings[key]]
+    if other and Path(s.out_dir).resolve() == Path(settings["out_dir"]):
+        raise InputError(f"{other[0]}: would replace the training set in {s.out_dir}; choose another out_dir")
     photos, files = select_photos(s.photos), choose_controls(s)
     names = list(CONTROLS) if s.views is not None else ["angle"]
     units = [unit for unit, *_ in CONTROLS.values()] if s.views is not None else ["degrees"]

@@ -11,7 +11,7 @@ def load_picture(path):
     """Returns: the picture at `path`, RGB. Raises: InputError if there is none or it is no picture."""
     try:
         with Image.open(path) as picture:
-            return picture.convert("RGB")
+            return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected a picture") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):

@@ -72,6 +72,13 @@ def check_numbers(settings, **limits):
             raise InputError(f'setting "{key}": expected {limit}, got {value}')
 
 
+def check_texts(settings, *keys):
+    """Raises: InputError for a setting that is neither None nor a text."""
+    for key in keys:
+        if not isinstance(settings[key], str | None):
+            raise InputError(f'setting "{key}": expected a text, got {settings[key]}; put it in quotes within quotes')
+
+
 def read_yaml(path):
     """Returns: the DictConfig in a YAML file. Raises: InputError if it is missing or is no YAML mapping."""
     try:
@@ -100,7 +107,7 @@ def write_whole(path, write):
     """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
     partial = path.with_name(f".partial-{path.name}")
     write(partial)
-    if partial.exists():  # of several processes, one writes
+    with suppress(FileNotFoundError):  # of several processes, one writes and one moves
         os.replace(partial, path)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cldm.dataset import ControlDataset, parse_control, read_controls, read_rows, split_rows
+from cldm.dataset import ControlDataset, parse_control, read_control_names, read_rows, split_rows
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.settings import InputError
 
@@ -203,8 +203,8 @@ def test_picture_to_tensor_and_back(picture):
 
 def test_controls_have_the_names_of_their_file(write_dataset):
     folder = write_dataset([[1, 2]])
-    assert read_controls(folder, 2) == (["control 1", "control 2"], ["", ""])
+    assert read_control_names(folder, 2) == (["control 1", "control 2"], ["", ""])
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
-    assert read_controls(folder, 2) == (["angle", "zoom"], ["degrees", ""])
+    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""])
     with pytest.raises(InputError, match="controls.yaml: expected 3 names and units"):
-        read_controls(folder, 3)
+        read_control_names(folder, 3)

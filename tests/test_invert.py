@@ -87,10 +87,12 @@ def test_a_killed_run_goes_on(arguments, targets, tmp_path, monkeypatch):
         assert again["control"] == pytest.approx(before["control"], abs=1e-3) and again["prompt"] == before["prompt"]
 
 
-@pytest.mark.parametrize("change", ["seed=1", "draws=4", "prompts", "no settings"])
+@pytest.mark.parametrize("change", ["seed=1", "draws=4", "prompts", "no settings", "weights"])
 def test_results_of_another_run_are_kept(arguments, targets, tmp_path, fails_in_one_line, change):
     run(*arguments, targets)
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    if change == "weights":
+        (tmp_path / "control" / "config.json").write_text((tmp_path / "control" / "config.json").read_text() + "\n")
     if change == "no settings":
         (tmp_path / "out" / "settings.yaml").unlink()
     if change == "prompts":
@@ -106,8 +108,9 @@ def test_results_of_another_run_are_kept(arguments, targets, tmp_path, fails_in_
         ("objective=both", 'setting "objective": expected one of denoising, sampling, got "both"'),
         ("solver=newton", 'setting "solver": expected one of lm, sgd, adam, got "newton"'),
         ("control=[1,2]", "control: the model takes 1 number(s) (control), got"),
+        ("a_prompt=a: b", 'setting "a_prompt": expected a text'),
         ("control=abc", "control: expected finite numbers, got abc"),
-        ("draws=1", 'setting "draws"'),
+        ("draws=2", 'setting "draws"'),
         ("batch_size=0", 'setting "batch_size"'),
         ("targets=nowhere.json", "nowhere.json"),
     ],
