@@ -24,7 +24,7 @@ from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, check_texts, output_folder, run_script, write_whole
+from ldm.settings import InputError, check_numbers, check_texts, fill_settings, output_folder, run_script, write_whole
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -81,9 +81,7 @@ def read_batch(model, s, rows):
 
 def check(s, model, rows):
     """Fill in what the model's YAML says. Raises: InputError for a setting that cannot be."""
-    for key, value in {**model.config, **model.config.sampling}.items():
-        if key in s and s[key] is None:
-            s[key] = value
+    fill_settings(s, model.config, model.config.sampling)
     check_texts(s, "a_prompt", "n_prompt")
     for key, known in dict(objective=("denoising", "sampling"), solver=SOLVERS).items():
         if s[key] not in known:

@@ -15,7 +15,7 @@ from cldm.model import load_model
 from cldm.report import save_inversion
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, check_texts, output_folder, run_script
+from ldm.settings import InputError, check_numbers, check_texts, fill_settings, output_folder, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -44,9 +44,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
     control: (B, d), where to start.
     Returns: Inversion.
     """
-    for key, value in {**model.config, **model.config.sampling, **model.config[script]}.items():
-        if key in s and s[key] is None:
-            s[key] = value
+    fill_settings(s, model.config, model.config.sampling, model.config[script])
     check_texts(s, "a_prompt", "n_prompt")
     positive = (1e-6, math.inf)
     check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))

@@ -41,12 +41,8 @@ def invert_by_sampling(
     strength=1.0,
     eta=1.0,
     seed=0,
-    learning_rate=None,
-    max_step=0.5,
-    iterations=100,
-    tolerance=0.002,
-    patience=2,
     on_iteration=None,
+    **descent,
 ):
     """Find the control at which the model generates the target: SGD through a whole DDIM chain.
 
@@ -58,9 +54,9 @@ def invert_by_sampling(
     control: (B, d), where to start. num_samples: pictures drawn in every iteration, each from noise of its own, and
     their losses averaged: what one gets wrong by chance the others do not. scale, strength, eta: as ControlLDM.generate
     has them.
-    learning_rate, max_step, iterations, tolerance, patience: as solvers.sgd has them; its unit is the control's spread
-    in training.
     on_iteration: called with the iteration's entry of the history.
+    descent: learning_rate, max_step, iterations, tolerance and patience, as solvers.sgd has them; its unit is the
+    control's spread in training.
     Returns: Inversion.
     """
     began = time.perf_counter()
@@ -96,12 +92,8 @@ def invert_by_sampling(
         control,
         torch.arange(len(control), device=control.device),
         model.control_net.spread(control),
-        learning_rate=learning_rate,
-        max_step=max_step,
-        iterations=iterations,
-        tolerance=tolerance,
-        patience=patience,
         on_iteration=after,
+        **descent,
     )
     result.model_calls, result.seconds = objective.calls, time.perf_counter() - began
     return result

@@ -19,11 +19,13 @@ GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4
 
 
+def number(values):
+    """Returns: the number in a list of one, else the list."""
+    return values[0] if len(values) == 1 else values
+
+
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
     """Write result.json and figure.png of the inversion of one target (B = 1) to the folder out_dir."""
-
-    def number(values):  # one control: a number; several: a list
-        return values[0] if len(values) == 1 else values
 
     report = {
         "control": number(result.control[0].tolist()),
@@ -78,15 +80,14 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
 
 def describe_reading(config, reading, i, row, seed):
     """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
-    several = len(config.control_names) > 1
     control, std, interval90 = (getattr(reading, key)[i].tolist() for key in ("control", "std", "interval90"))
     result = {
         "target": str(row.target),
         "prompt": row.prompt,
         "names": list(config.control_names),
         "units": list(config.control_units),
-        "control": control if several else control[0],
-        "std": std if several else std[0],
+        "control": number(control),
+        "std": number(std),
         "interval90": interval90,
         "flags": reading.flags[i],
         "others": reading.others[i],
@@ -97,8 +98,7 @@ def describe_reading(config, reading, i, row, seed):
         "seed": seed,
     }
     if row.control is not None:
-        error = [found - true for found, true in zip(control, row.control)]
-        result["error"] = error if several else error[0]
+        result["error"] = number([found - true for found, true in zip(control, row.control)])
     return result
 
 

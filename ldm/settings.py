@@ -72,6 +72,13 @@ def check_numbers(settings, **limits):
             raise InputError(f'setting "{key}": expected {limit}, got {value}')
 
 
+def fill_settings(settings, *defaults):
+    """Give the settings that are None what `defaults` say of them, mappings of which the last counts most."""
+    for key, value in {key: value for own in defaults for key, value in own.items()}.items():
+        if key in settings and settings[key] is None:
+            settings[key] = value
+
+
 def check_texts(settings, *keys):
     """Raises: InputError for a setting that is neither None nor a text."""
     for key in keys:

@@ -256,14 +256,19 @@ def test_learning_rate_warms_up_and_falls_to_zero(module_and_batch, steps):
     assert 0 < rates[0] <= 1 and max(rates) > 0.9 and abs(rates[-1]) < 1e-6
 
 
-def test_best_is_the_lowest_validation_loss(train, monkeypatch, tmp_path):
-    """out_dir holds the step of the lowest val_loss, out_dir/last the last, over a restart too."""
+@pytest.fixture
+def given_losses(monkeypatch):
+    """Validations find these losses, one after the other: the second is the best."""
     levels = iter([3.0, 1.0, 2.0, 5.0])
     monkeypatch.setattr(
         ControlTraining,
         "validation_step",
         lambda self, batch, _: self.log("val_loss", next(levels), batch_size=2),
     )
+
+
+def test_best_is_the_lowest_validation_loss(train, given_losses, tmp_path):
+    """out_dir holds the step of the lowest val_loss, out_dir/last the last, over a restart too."""
     best = load_model(train()).control_net
     assert not changed(best, load_model(tmp_path / "out" / "last").control_net)
     train("max_steps=8")
@@ -271,14 +276,8 @@ def test_best_is_the_lowest_validation_loss(train, monkeypatch, tmp_path):
     assert changed(best, load_model(tmp_path / "out" / "last").control_net)
 
 
-def test_the_last_step_is_validated(train, monkeypatch, tmp_path):
+def test_the_last_step_is_validated(train, given_losses, tmp_path):
     """Though max_steps is no multiple of logger_freq; and the run can go on from its checkpoint."""
-    levels = iter([3.0, 1.0, 2.0, 5.0])
-    monkeypatch.setattr(
-        ControlTraining,
-        "validation_step",
-        lambda self, batch, _: self.log("val_loss", next(levels), batch_size=2),
-    )
     best = load_model(train("max_steps=3")).control_net
     assert not changed(best, load_model(tmp_path / "out" / "last").control_net)
     assert steps_done(tmp_path / "out") == 3
