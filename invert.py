@@ -60,7 +60,7 @@ def read_batch(model, s, rows):
         negative = model.base.embed([s.n_prompt]).expand_as(embeddings)
     sampling = start = None
     if s.objective == "sampling":
-        how = dict(strength=s.strength, scale=s.scale, eta=s.eta, seed=s.seed)
+        how = dict(strength=s.strength, scale=s.scale, eta=s.eta, seed=s.seed, recompute=True)
         sampling = SamplingObjective(
             model,
             latents,
@@ -128,17 +128,22 @@ def resume(out_dir, s, rows):
 def summarize(config, lines):
     """Print errors where they are known, flags, calls and seconds of results.jsonl's lines."""
     results = [json.loads(line) for line in lines]
-    errors = np.array([np.atleast_1d(r["error"]) for r in results if "error" in r])
-    for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
-        if len(errors):
+    known = [r for r in results if "error" in r]
+    if known:
+        errors, found = (np.stack([np.atleast_1d(r[key]) for r in known]) for key in ("error", "control"))  # (n, d)
+        low, high = np.moveaxis([r["interval90"] for r in known], 2, 0)
+        inside = (low <= found - errors) & (found - errors <= high)
+        for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
             e = np.abs(errors[:, i])
-            numbers = f"median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
-            print(f"{name}: error {numbers} {unit}, of {len(e)} targets".rstrip())
+            numbers = f"error median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
+            share = f"{inside[:, i].mean():.0%} of {len(e)} targets"
+            print(f"{name}: {numbers} {unit}".rstrip() + f"; interval90 holds the truth for {share}")
     for flag in ("outside_range", "ambiguous", "unexplained"):
         flagged = sum(flag in r["flags"] for r in results)
         print(f"{flag}: {flagged} of {len(results)}")
     calls, seconds = (np.mean([r[key] for r in results]) for key in ("model_calls", "seconds"))
-    print(f"{calls:.0f} model calls, {seconds:.2f} seconds a target")
+    iterations = max(r["iterations"] for r in results)
+    print(f"at most {iterations} iterations; {calls:.0f} model calls, {seconds:.2f} seconds a target")
 
 
 def main(s):

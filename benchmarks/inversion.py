@@ -34,7 +34,7 @@ import test5_s1  # noqa: E402
 from cldm.dataset import split_rows  # noqa: E402
 from cldm.model import load_model  # noqa: E402
 from cldm.objectives import SamplingObjective  # noqa: E402
-from cldm.reading import read_controls, search_bounds  # noqa: E402
+from cldm.reading import BATCH, read_controls, search_bounds  # noqa: E402
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed  # noqa: E402
 from ldm.pictures import load_picture, pictures_to_tensor  # noqa: E402
 from ldm.settings import InputError, nearest, output_folder, run_script  # noqa: E402
@@ -81,25 +81,27 @@ def descend(script, model, targets, **overrides):
     return found, calls, seconds
 
 
-def read(model, targets, batch_size=12, sampling_steps=None, **options):
-    """Read Targets in batches. Returns: angles, model calls and seconds in all, and the Readings."""
+def read(model, targets, batch_size=BATCH, sampling_steps=None, starts=None, **options):
+    """Read Targets in batches. Returns: angles, model calls and seconds in all, and the Readings.
+
+    sampling_steps: of the sampling objective; None: the denoising objective. starts: how many, evenly spaced; None:
+    found by probing. options: as read_controls has them.
+    """
     readings, began = [], time.perf_counter()
     for first in range(0, len(targets), batch_size):
         some = targets[first : first + batch_size]
         with torch.no_grad():
             latents = model.base.encode(pictures_to_tensor([target.picture for target in some]))
             embeddings = model.base.embed([target.prompt for target in some])
+        sampling = start = None
         if sampling_steps:
-            how = dict(
-                draws=model.config.sampling.num_samples, ddim_steps=sampling_steps, eta=model.config.sampling.eta
-            )
-            options["sampling"] = SamplingObjective(model, latents, latents, embeddings, **how)
-        if "starts" in options:
-            low, high = (bound[0] for bound in search_bounds(model.control_net.config))
-            evenly = torch.linspace(low, high, options["starts"] + 2)[1:-1]
-            own = {**options, "start": evenly[None, :, None].repeat(len(some), 1, 1)}
-            del own["starts"]
-        readings.append(read_controls(model, latents, embeddings, **(own if "starts" in options else options)))
+            own = model.config.sampling
+            how = dict(draws=own.num_samples, ddim_steps=sampling_steps, eta=own.eta)
+            sampling = SamplingObjective(model, latents, latents, embeddings, **how)
+        if starts:
+            low, high = (bound.item() for bound in search_bounds(model.control_net.config))
+            start = torch.linspace(low, high, starts + 2)[1:-1].expand(len(some), -1)[:, :, None]
+        readings.append(read_controls(model, latents, embeddings, sampling=sampling, start=start, **options))
     seconds = time.perf_counter() - began
     found = torch.cat([reading.control[:, 0] for reading in readings]).tolist()
     calls = sum(reading.model_calls * len(reading.control) for reading in readings)
@@ -156,6 +158,8 @@ METHODS = {
     "test5_s1": (5, lambda m, t, s: descend(test5_s1, m, t)),
     "adam_denoising": (5, lambda m, t, s: read(m, t, solver="adam", starts=4, iterations=100)),
     "lm_sampling": (1, lambda m, t, s: read(m, t, sampling_steps=10)),
+    "lm_sampling_8_steps": (17, lambda m, t, s: read(m, t, sampling_steps=8)),  # for their memory
+    "lm_sampling_64_steps": (17, lambda m, t, s: read(m, t, sampling_steps=64)),
     "lm_denoising": (1, lambda m, t, s: read(m, t)),
     "lm_denoising_alone": (1, lambda m, t, s: read(m, t, batch_size=1)),
     "regressor": (1, lambda m, t, s: regress(m, t, s.data_root, s.regressor_minutes)),
@@ -224,7 +228,7 @@ def main(s):
             e = np.abs(np.subtract(result["found"], result["angles"]))
             accuracy = f"{np.median(e):.3f}° | {np.quantile(e, 0.95):.3f}° | {e.max():.3f}°"
             shares = " | ".join(f"{np.mean(e <= limit):.0%}" for limit in (0.1, 0.3, 0.5))
-            cost = f"{result['calls']:.0f} | {result['seconds']:.2f} | {result['memory']:.1f} GiB"
+            cost = f"{result['calls']:.0f} | {result['seconds']:.2f} | {result['memory']:.2f} GiB"
             print(f"| {name} | {len(e)} | {accuracy} | {shares} | {cost} |", flush=True)
             if "inside" in result:
                 print(f"  90% intervals hold {result['inside']:.0%}; at most {max(result['iterations'])} iterations")

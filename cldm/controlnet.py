@@ -108,7 +108,7 @@ class NumericControlNet(ControlNetModel):
         control_std: tuple[float, ...] = (1.0,),
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
-        error_scale: float | None = None,
+        error_scale: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
         **kwargs,
     ):

@@ -38,13 +38,16 @@ class Objective(ABC):
     def residuals(self, control, targets, draws):
         """control: (P, k, d). targets: (P,), which target each is for. draws: (k,), of the K. Returns: (P, k, N)."""
 
-    def _chunked(self, function, control, targets, draws):
-        """Returns: what function(control (P, k, d), draws, targets) makes of them all: tensors (P, k, ...)."""
+    def _chunked(self, function, control, targets, draws, chunk=CHUNK):
+        """Returns: what function(control (P, k, d), draws, targets) makes of them all: tensors (P, k, ...).
+
+        chunk: pictures, P k, in one call of the function at the most.
+        """
         draws = torch.arange(self.draws) if draws is None else draws
         control = control[:, None].repeat(1, len(draws), 1)
-        size, rows = max(1, CHUNK // len(draws)), []
+        size, rows = max(1, chunk // len(draws)), []
         for some, whose in zip(control.split(size), targets.split(size)):
-            parts = [function(*part, whose) for part in zip(some.split(CHUNK, 1), draws.split(CHUNK))]
+            parts = [function(*part, whose) for part in zip(some.split(chunk, 1), draws.split(chunk))]
             rows.append([torch.cat(tensors, 1) for tensors in zip(*parts)])
         return tuple(map(torch.cat, zip(*rows)))
 
@@ -61,27 +64,25 @@ class Objective(ABC):
 
     @torch.no_grad()
     def linearize(self, control, targets, draws=None):
-        """Forward mode: one pass a number, in the memory of one evaluation.
+        """Forward mode: one pass for all numbers, in the memory of an evaluation.
 
         control: (P, d). targets: (P,). draws: (k,), by default all.
         Returns: residuals (P, k, N) and their Jacobian (P, k, N, d).
         """
 
         def function(control, draws, targets):
-            columns = []
-            for axis in torch.eye(control.shape[2], dtype=control.dtype, device=control.device):
-                # the fused attention has no forward-mode derivative; torch's own derivatives use what it warns of
-                with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore", category=FutureWarning):
-                    residuals, column = torch.func.jvp(
-                        partial(self.residuals, targets=targets, draws=draws),
-                        (control,),
-                        (axis.expand_as(control).contiguous(),),
-                    )
-                columns.append(column)
-                self.calls += 2 * control.shape[0] * control.shape[1] * self.calls_each
-            return residuals, torch.stack(columns, 3)
+            def differentiate(axis):
+                residuals = partial(self.residuals, targets=targets, draws=draws)
+                return torch.func.jvp(residuals, (control,), (axis.expand_as(control).contiguous(),))
 
-        return self._chunked(function, control, targets, draws)
+            axes = torch.eye(control.shape[2], dtype=control.dtype, device=control.device)
+            # the fused attention has no forward-mode derivative; torch's own derivatives use what it warns of
+            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore", category=FutureWarning):
+                both = torch.func.vmap(differentiate, out_dims=(None, 3))(axes)
+            self.calls += (1 + len(axes)) * control.shape[0] * control.shape[1] * self.calls_each
+            return both
+
+        return self._chunked(function, control, targets, draws, max(1, CHUNK // control.shape[1]))
 
     def gradient(self, control, targets):
         """Reverse mode: the time of about two evaluations, however many numbers there are.

@@ -15,10 +15,10 @@ from ldm.base import find_path
 from ldm.settings import write_whole
 
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
-PROBES = 8  # points tried for one number; for several, six times as many
-PROBE_DRAWS = 2  # draws of noise that they are tried with
+PROBES = 8  # points tried for one number, with one draw of noise; for several, six times as many
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # a control further beyond the trained range than this share of it is outside, however unsure it is
+RIVAL = 1.5  # a valley this many times as high as the best, by the probes' draw, is left alone
 AMBIGUOUS = 0.1  # a valley higher than the best by less than this share of its loss explains the target as well
 UNEXPLAINED = 3.0  # a target is unexplained at this many times the loss that 95% of validation pictures stay below
 NO_EFFECT = 1e-6  # of the loss: a control that changes less, over the whole range, has no effect
@@ -36,7 +36,7 @@ class Reading:
     control: torch.Tensor  # (B, d)
     noise_std: torch.Tensor  # (B, d), standard error by the spread over draws of noise
     residual_std: torch.Tensor  # (B, d), what it would be if all that is left unexplained came from wrong controls
-    error_scale: float  # the share of residual_std that does
+    error_scale: torch.Tensor  # (d,), the share of residual_std that does
     loss: torch.Tensor  # (B,) mean squared residual
     flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
     others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
@@ -86,7 +86,7 @@ def read_controls(
         found.control[best],
         noise_std[best],
         residual_std[best],
-        config.error_scale or 0.0,
+        low.new_tensor(config.error_scale or [0.0] * len(low)),
         found.losses[best].mean(1),
         flags=[],
         others=[found.control[own[1:]].tolist() for own in valleys],
@@ -114,20 +114,26 @@ def search_bounds(config):
 
 
 def probe(objective, targets, low, high):
-    """Try points that fill the box between low and high evenly, (d,) each, with few draws of noise.
+    """Try points that fill the box between low and high evenly, (d,) each, with one draw of noise.
 
-    Returns: the valleys' points (P, d) and whose they are (P,), of targets (B,).
+    Returns: places low in the valleys that they lie in (P, d), and whose they are (P,), of targets (B,).
     """
+    draws = torch.tensor([(objective.draws - 1) // 4 * 2])  # of a middle noise level
     if len(low) == 1:
         points = low + (high - low) * (torch.arange(PROBES, device=low.device)[:, None] + 0.5) / PROBES
     else:
         points = torch.quasirandom.SobolEngine(len(low), scramble=True, seed=0).draw(6 * PROBES).to(low)
         points = low + (high - low) * points
-    draws = torch.arange(PROBE_DRAWS) + (objective.draws - PROBE_DRAWS) // 4 * 2  # a pair of the middle noise level
     residuals = objective.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(len(points)), draws)
     losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
     whose, which = find_valleys(points / (high - low), losses).nonzero(as_tuple=True)
-    return points[which], targets[whose]
+    if len(low) == 1:  # the points lie close enough to the bottom
+        return points[which], targets[whose]
+    found = levenberg_marquardt(objective, points[which], targets[whose], low, high, draws=draws)
+    losses, kept = found.losses.mean(1), []
+    for own in rank_valleys(found, targets[whose], high - low):
+        kept += [i for i in own.tolist() if losses[i] <= RIVAL * losses[own[0]]]
+    return found.control[kept], targets[whose[kept]]
 
 
 def find_valleys(points, losses):
@@ -208,8 +214,10 @@ def is_ambiguous(losses, paired):
 def calibrate(folder, dataset):
     """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
 
-    error_scale: such that 90% of the controls lie in their 90% intervals. explained_loss: above it, unexplained.
+    error_scale: such that 90% of each number lie in their 90% intervals, by the rank that split conformal prediction
+    takes. explained_loss: above it, unexplained.
     folder: of a trained control. dataset: a ControlDataset, best of pictures that training did not see.
+    Source: Angelopoulos & Bates 2021, eq. 1.
     """
     model = load_model(folder)
     model.control_net.register_to_config(error_scale=None, explained_loss=None)
@@ -224,7 +232,8 @@ def calibrate(folder, dataset):
     )
     missing = ((found - dataset.controls[chosen]) / Z90).square() - noise.square()
     shares = torch.where(residual > 0, missing / residual.square(), 0)  # 0: a control without any effect
-    error_scale = shares.flatten().quantile(0.9).clamp_min(0).sqrt().item()
+    rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
+    error_scale = shares.sort(0).values[rank - 1].clamp_min(0).sqrt().tolist()
     explained_loss = UNEXPLAINED * loss.quantile(0.95).item()
     model.control_net.register_to_config(error_scale=error_scale, explained_loss=explained_loss)
     text = model.control_net.to_json_string()

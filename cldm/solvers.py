@@ -30,11 +30,14 @@ class Solution:
         return torch.einsum("pknd,pkne->pde", self.jacobian, self.jacobian) / self.residuals[0].numel()
 
 
-def levenberg_marquardt(objective, control, targets, low, high, *, iterations=8, tolerance=5e-3, damping=1e-3):
+def levenberg_marquardt(
+    objective, control, targets, low, high, *, draws=None, iterations=20, tolerance=5e-3, damping=1e-3
+):
     """Minimise objective's loss by damped Gauss-Newton steps within bounds.
 
     The Jacobian is exact at the start and after a long step; after a short one, Broyden's rank-one update corrects it.
     control: (P, d), where to start. targets: (P,) which target each is for. low, high: (d,), bounds.
+    draws: (k,), of noise, by default all.
     tolerance: a control whose step is shorter than this share of the range has settled. damping: the first, as a share
     of the curvature's own diagonal; a step that does not lower the loss is taken back and the damping raised tenfold.
     Returns: Solution.
@@ -42,22 +45,24 @@ def levenberg_marquardt(objective, control, targets, low, high, *, iterations=8,
     """
     width = high - low
     damping = torch.full_like(control[:, 0], damping)
-    at = Solution(control.clone(), *objective.linearize(control, targets), torch.zeros_like(targets))
+    at = Solution(control.clone(), *objective.linearize(control, targets, draws), torch.zeros_like(targets))
     active = torch.arange(len(control), device=control.device)
     for _ in range(iterations):
         now = Solution(*(part[active] for part in (at.control, at.residuals, at.jacobian, at.iterations)))
         step = gauss_newton_step(now.gradients.mean(1), now.curvature, damping[active], width)
         proposal = (now.control + step).clamp(low, high)
         step = (proposal - now.control) / width
-        length = step.norm(dim=1)
-        residuals = objective.evaluate(proposal, targets[active])
+        length = step.abs().amax(1)
+        residuals = objective.evaluate(proposal, targets[active], draws)
         surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian * width, step)
-        update = torch.einsum("pkn,pd->pknd", surprise, step / length.square().clamp_min(1e-12)[:, None]) / width
+        update = (
+            torch.einsum("pkn,pd->pknd", surprise, step / step.square().sum(1, keepdim=True).clamp_min(1e-12)) / width
+        )
         jacobian = now.jacobian + update
         better = residuals.square().mean((1, 2)) < now.residuals.square().mean((1, 2))
         far = better & (length > FAR)
         if far.any():
-            jacobian[far] = objective.linearize(proposal[far], targets[active][far])[1]
+            jacobian[far] = objective.linearize(proposal[far], targets[active][far], draws)[1]
         at.jacobian[active] = jacobian
         kept = active[better]
         at.control[kept], at.residuals[kept] = proposal[better], residuals[better]

@@ -80,11 +80,11 @@ def test_recomputing_gives_the_same_gradient(make_objective):
 class Valley:
     """Residuals of Rosenbrock's valley, whose minimum is at (1, 1), for one target and one draw."""
 
-    def evaluate(self, control, targets):
+    def evaluate(self, control, targets, draws=None):
         x, y = control.unbind(1)
         return torch.stack([10 * (y - x**2), 1 - x], 1)[:, None]
 
-    def linearize(self, control, targets):
+    def linearize(self, control, targets, draws=None):
         x, one = control[:, 0], torch.ones_like(control[:, 0])
         jacobian = torch.stack([torch.stack([-20 * x, 10 * one], 1), torch.stack([-one, 0 * one], 1)], 1)
         return self.evaluate(control, targets), jacobian[:, None]

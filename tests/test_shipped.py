@@ -30,6 +30,22 @@ def test_angles_are_read_and_doubts_are_told(shipped):
     assert "outside_range" in found.flags[2] and "unexplained" in found.flags[3]
 
 
+def test_four_numbers_are_read_at_once():
+    """Rotation (degrees), zoom (ratio), exposure (stops) and blur (pixels) of a view that training never saw."""
+    model, control = load_model("models/control_views"), (3.37, 1.1, 0.4, 0.8)
+    assert model.control_net.config.control_names == ["rotation", "zoom", "exposure", "blur"]
+    picture = render_framed(TRAIN["astronaut"], model.config.image_size, *control)
+    with torch.no_grad():
+        latents, embeddings = (
+            model.base.encode(pictures_to_tensor([picture])),
+            model.base.embed([TRAIN["astronaut"].prompt]),
+        )
+    found = read_controls(model, latents, embeddings)
+    for value, true, near in zip(found.control[0].tolist(), control, (0.5, 0.02, 0.15, 0.4)):
+        assert value == pytest.approx(true, abs=near)
+    assert found.flags == [[]]
+
+
 def test_warm_started_descent_arrives(shipped):
     """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
     s = OmegaConf.create({**test5_s1.settings, "num_samples": 2})

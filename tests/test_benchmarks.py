@@ -1,0 +1,28 @@
+"""benchmarks/inversion.py at its smallest: the methods that take seconds, one target each."""
+
+import json
+
+import pytest
+
+from benchmarks import inversion
+from ldm.settings import run_script
+
+
+def test_methods_and_flags_are_tabled(tmp_path, capsys):
+    run_script(
+        inversion.main,
+        inversion.settings,
+        ["methods=lm_denoising,regressor", "targets=1", "regressor_minutes=0.02", f"out_dir={tmp_path}"],
+    )
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [result["method"] for result in results] == ["lm_denoising", "regressor"]
+    assert results[0]["found"] == pytest.approx(results[0]["angles"], abs=0.3) and results[0]["calls"] < 100
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "| lm_denoising | 1 |" in printed and "| at -8 or 8 degrees | 1 | 100% |" in printed
+
+
+def test_an_unknown_method_is_named(fails_in_one_line, tmp_path):
+    assert "lm_denoising" in fails_in_one_line(
+        inversion.main, inversion.settings, ["methods=lm_denoisin", f"out_dir={tmp_path}"]
+    )
