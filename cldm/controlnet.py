@@ -9,7 +9,7 @@ from torch import nn
 
 from ldm.settings import InputError
 
-HINTS = {"coordinate": (256, 256), "dense": (256, 64)}  # and their hidden widths
+HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512)}  # and their hidden widths
 
 
 def default_names(control_dim):
@@ -59,24 +59,30 @@ class CoordinateHint(nn.Module):
 
 
 class DenseHint(nn.Module):
-    """A 3-layer MLP from the control to the whole feature map, as in the original: one latent size only."""
+    """A 3-layer MLP from the control to the whole feature map: one latent size only.
 
-    def __init__(self, control_dim, channels, hidden, latent_size):
+    original: with ReLU after every layer, the last too, as in the original fork, in place of SiLU between them.
+    """
+
+    def __init__(self, control_dim, channels, hidden, latent_size, original):
         super().__init__()
         self.shape = (channels, latent_size, latent_size)
+        activation = nn.ReLU if original else nn.SiLU
         self.mlp = nn.Sequential(
             nn.Linear(control_dim, hidden[0]),
-            nn.SiLU(),
+            activation(),
             nn.Linear(hidden[0], hidden[1]),
-            nn.SiLU(),
+            activation(),
             nn.Linear(hidden[1], channels * latent_size**2),
         )
         initialize_hint(self.mlp)
+        if original:
+            self.mlp.append(nn.ReLU())
 
     def forward(self, control):  # (B, d, h, w), constant over h and w
         if control.shape[2:] != self.shape[1:]:
             raise InputError(
-                f"hint=dense was made for latents of {self.shape[1]} x {self.shape[2]}, got "
+                f"this hint was made for latents of {self.shape[1]} x {self.shape[2]}, got "
                 f"{tuple(control.shape[2:])}: use hint=coordinate"
             )
         return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)  # (B, channels, h, w)
@@ -85,9 +91,9 @@ class DenseHint(nn.Module):
 class NumericControlNet(ControlNetModel):
     """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
 
-    hint: "coordinate" or "dense". hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
+    hint: "coordinate", "dense" or "original". hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
-    latent_size: side of the latents, needed by "dense" alone.
+    latent_size: side of the latents, not needed by "coordinate".
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. error_scale,
     explained_loss: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
@@ -119,7 +125,9 @@ class NumericControlNet(ControlNetModel):
             self.register_to_config(hint_hidden=HINTS[hint])
         size = (len(control_mean), self.conv_in.out_channels, self.config.hint_hidden)
         self.controlnet_cond_embedding = (
-            DenseHint(*size, latent_size) if hint == "dense" else CoordinateHint(*size, hint_octaves)
+            CoordinateHint(*size, hint_octaves)
+            if hint == "coordinate"
+            else DenseHint(*size, latent_size, original=hint == "original")
         )
 
     @staticmethod

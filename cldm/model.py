@@ -5,6 +5,7 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 """
 
 import copy
+import math
 import shutil
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,16 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cldm.controlnet import NumericControlNet, default_names
 from ldm.base import ROOT, LatentDiffusion, find_path, load_part
+from ldm.checkpoints import CONTROL, HINT, SD1, SD2, controlnet_weights, fill, identify, original_key, read_weights
 from ldm.ddim import ddim_sample
-from ldm.settings import InputError, read_yaml, whole_folder
-from ldm.unet import decode_unet
+from ldm.settings import InputError, read_yaml, whole_folder, write_whole
+from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
 
@@ -32,29 +35,31 @@ class ControlLDM(nn.Module):
         self.base, self.control_net, self.config = base, control_net, config
         self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
 
-    def predict(self, latents, timesteps, embeddings, control, strength=1.0, encoded=None):
+    def predict(self, latents, timesteps, embeddings, control, strength=1.0, encoded=None, guess_mode=False):
         """One call of ControlNet and UNet.
 
         latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D).
-        control: (B, d), in the dataset's units. strength: factor on what the ControlNet adds.
+        control: (B, d), in the dataset's units; None: the base alone. strength: factor on what the ControlNet adds.
         encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, to spare its time.
+        guess_mode: let the ControlNet act the less the further out, from 1 in the middle to 0.1.
         Returns: (B, C, h, w), noise or velocity, whichever the base was trained to predict.
         """
+        if encoded is None:
+            encoded = encode_unet(self.base.unet, latents, timesteps, embeddings)
+        if control is None:
+            return decode_unet(self.base.unet, encoded, [0] * len(encoded.skips), 0).to(latents.dtype)
         down, mid = self.control_net(
-            latents, timesteps, embeddings, control, conditioning_scale=strength, return_dict=False
-        )
-        if self.config.only_mid_control:
-            down = [torch.zeros_like(residual) for residual in down]
-        if encoded is not None:
-            return decode_unet(self.base.unet, encoded, down, mid)
-        return self.base.unet(
-            latents,
+            latents.to(self.control_net.dtype),
             timesteps,
-            embeddings,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
+            embeddings.to(self.control_net.dtype),
+            control,
+            conditioning_scale=strength,
+            guess_mode=guess_mode,
             return_dict=False,
-        )[0]
+        )
+        dtype = self.base.unet.dtype
+        down = [torch.zeros_like(r) if self.config.only_mid_control else r.to(dtype) for r in down]
+        return decode_unet(self.base.unet, encoded, down, mid.to(dtype)).to(latents.dtype)
 
     def generate(
         self,
@@ -68,70 +73,110 @@ class ControlLDM(nn.Module):
         strength=1.0,
         eta=0.0,
         noise=None,
+        guess_mode=False,
         recompute=False,
+        batched=True,
     ):
         """Draw pictures' latents by DDIM with classifier-free guidance (Ho & Salimans 2022).
 
         latents, timesteps, eta, noise: as ldm.ddim.ddim_sample has them. embeddings, negative: (B, 77, D).
         control: (B, d). scale: of the guidance; at 1 `negative` is not used. strength: of the control.
+        guess_mode: as in predict, and the negative prompt goes without control (Zhang et al. 2023, sec. 3.3).
+        batched: guidance's two predictions in one call; False: in two, in half the memory.
         recompute: for a gradient in the memory of one step: forget a step's activations and compute them again (Chen et
         al. 2016), a third more time.
         Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
         """
-        if scale == 1.0:
+        def with_prompt(x, t):
+            return self.predict(x, t, embeddings, control, strength, guess_mode=guess_mode)
 
-            def predict(x, t):
-                return self.predict(x, t, embeddings, control, strength)
-        else:
-            both, twice = torch.cat([negative, embeddings]), torch.cat([control, control])
+        def guided(x, t):
+            if batched and not guess_mode:
+                both, twice = torch.cat([negative, embeddings]), torch.cat([control, control])
+                without, prompted = self.predict(torch.cat([x, x]), t, both, twice, strength).chunk(2)
+            else:
+                without = self.predict(x, t, negative, None if guess_mode else control, strength)
+                prompted = with_prompt(x, t)
+            return without + scale * (prompted - without)
 
-            def predict(x, t):
-                without, with_prompt = self.predict(torch.cat([x, x]), t, both, twice, strength).chunk(2)
-                return without + scale * (with_prompt - without)
-
+        predict = with_prompt if scale == 1.0 else guided
         if recompute and torch.is_grad_enabled():
             predict = partial(checkpoint, predict, use_reentrant=False)
         return ddim_sample(self.base.scheduler, predict, latents, timesteps, eta, noise)
 
 
 def load_base(path):
-    """Read a base from its YAML (models/tiny.yaml), or from a folder in diffusers' layout.
+    """Read a base from its YAML (models/cldm_v15.yaml), its folder in diffusers' layout, or its single file.
 
-    A folder that no YAML in models/ describes gets tiny.yaml's settings and its own picture size.
+    A folder or file that no YAML in models/ names gets the settings of the one that describes its architecture.
     Returns: (LatentDiffusion, DictConfig).
     """
     path = find_path(path)
-    if not path.is_dir():
+    if path.suffix == ".yaml":
         config = read_yaml(path)
         for key in read_yaml(ROOT / "models" / "tiny.yaml"):
             if key not in config:
                 raise InputError(f'{path}: no "{key}" in it, expected a model description like models/tiny.yaml')
-        return LatentDiffusion.from_pretrained(config.base), config
-    base = LatentDiffusion.from_pretrained(path)
-    for file in (ROOT / "models").glob("*.yaml"):
-        config = read_yaml(file)
+    else:
+        config = OmegaConf.merge(describe(path), {"base": str(path.resolve())})
+    options = {key: config[key] for key in ("architecture", "use_ema", "prediction_type", "precision") if key in config}
+    base = LatentDiffusion.from_pretrained(config.base, **options)
+    if config.image_size is None:
+        config.image_size = base.unet.config.sample_size * base.downsampling
+    return base, config
+
+
+def describe(path):
+    """Returns: the DictConfig in models/ that names the base `path`, else the one of its architecture."""
+    configs = {file.stem: read_yaml(file) for file in (ROOT / "models").glob("*.yaml")}
+    for config in configs.values():
         if find_path(config.base).resolve() == path.resolve():
-            return base, config
-    config = read_yaml(ROOT / "models" / "tiny.yaml")
-    size = base.unet.config.sample_size * base.downsampling
-    return base, OmegaConf.merge(config, {"base": str(path.resolve()), "image_size": size})
+            return config
+    if path.is_file():
+        name = {SD1: "cldm_v15", SD2: "cldm_v21"}.get(identify(read_weights(path)), "cldm_v15")
+        return configs[name]
+    text = path / "text_encoder" / "config.json"
+    width = read_yaml(text).get("hidden_size") if text.is_file() else None
+    name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
+    return OmegaConf.merge(configs[name], {"image_size": None, "prediction_type": None})
 
 
-def add_control(base, config, *, control_dim=1, hint="dense"):
+def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, encoder=""):
     """Give a base a fresh control: encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
+    encoder: a file with a ControlNet in the original layout, whose encoder is copied in place of the UNet's.
     Returns: ControlLDM whose output equals the base's exactly, until it is trained.
     """
     control_net = NumericControlNet.from_unet(
         base.unet,
         hint=hint,
-        latent_size=config.image_size // base.downsampling if hint == "dense" else None,
+        hint_hidden=hint_hidden,
+        latent_size=None if hint == "coordinate" else config.image_size // base.downsampling,
         control_names=default_names(control_dim),
         control_units=[""] * control_dim,
         control_mean=[0.0] * control_dim,
         control_std=[1.0] * control_dim,
     )
+    if encoder:
+        found = controlnet_weights(read_weights(find_path(encoder)), base.unet.config)
+        own = {key: tensor for key, tensor in control_net.state_dict().items() if key.startswith("controlnet_")}
+        fill(control_net, {**found, **own}, encoder)
     return ControlLDM(base, control_net, config)
+
+
+def import_control(base, config, weights, file):
+    """Take over a control that the original fork trained: its ReLU MLP takes the number as it is.
+
+    weights: ldm.checkpoints.controlnet_weights of the `file`.
+    Returns: ControlLDM at the picture size that the MLP was made for.
+    """
+    first, second, last = (weights[f"{HINT}mlp.{i}.weight"] for i in (0, 2, 4))
+    latent_size = math.isqrt(len(last) // base.unet.config.block_out_channels[0])
+    config = OmegaConf.merge(config, {"image_size": latent_size * base.downsampling})
+    hidden = (len(first), len(second))
+    model = add_control(base, config, control_dim=first.shape[1], hint="original", hint_hidden=hidden)
+    fill(model.control_net, weights, file)
+    return model
 
 
 def fit_statistics(control_net, controls, names, units):
@@ -162,6 +207,12 @@ def load_model(path):
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
     base, config = load_base(path / MODEL_YAML)
     control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    for key in ("block_out_channels", "cross_attention_dim"):
+        if (own := control_net.config[key]) != (expected := base.unet.config[key]):
+            raise InputError(
+                f"model_path {path}: made for another base ({key} {own}) than {config.base} ({expected}); set base in "
+                f"its {MODEL_YAML} to the one it was trained on"
+            )
     if (path / "unet").is_dir():
         base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     model = ControlLDM(base, control_net, config).requires_grad_(False).eval()
@@ -178,3 +229,14 @@ def save_model(model, path):
         elif (Path(path) / "unet").is_dir():
             shutil.rmtree(Path(path) / "unet")
         OmegaConf.save(model.config, folder / MODEL_YAML)
+
+
+def export_control(model, file):
+    """Write the control as one .safetensors file in the original layout: control_model.…, its MLP as mlp.fc1 to fc3.
+
+    Its metadata has the config, by which our settings (names, statistics, hint) are told.
+    """
+    layers = model.control_net.config.layers_per_block
+    weights = {CONTROL + original_key(key, layers): t for key, t in model.control_net.half().state_dict().items()}
+    metadata = {"format": "pt", "config": model.control_net.to_json_string()}
+    write_whole(Path(file), lambda partial: save_file(weights, partial, metadata))

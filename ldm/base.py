@@ -1,4 +1,4 @@
-"""The frozen base: VAE, text encoder, UNet and noise schedule, in diffusers' folder layout."""
+"""The frozen base: VAE, text encoder, UNet and noise schedule, from a folder in diffusers' layout or a single file."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel
 
+from ldm.checkpoints import load_single_file
 from ldm.settings import InputError
 from ldm.text import clip_tokenizer, tokenize
 
@@ -25,8 +26,14 @@ def load_part(cls, folder, **kwargs):
     if not folder.is_dir():
         raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it")
     try:
+        half = any(folder.glob("*.fp16.safetensors")) and not any(folder.glob("*model.safetensors"))
         part, info = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **kwargs
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            variant="fp16" if half else None,
+            **kwargs,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: not a whole {cls.__name__} ({str(error).strip().splitlines()[0]})") from None
@@ -46,28 +53,36 @@ class LatentDiffusion(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def from_pretrained(cls, path):
-        """Read the folders vae, text_encoder, unet and scheduler below `path`, in float32.
+    def from_pretrained(cls, path, *, architecture=None, use_ema=False, prediction_type=None, precision="float32"):
+        """Read a base from the folders vae, text_encoder, unet and scheduler below `path`, or from a single file.
 
-        Raises: InputError if one is missing or incomplete.
+        architecture, use_ema: of a single file, as ldm.checkpoints.load_single_file has them. prediction_type: what the
+        UNet predicts, where the noise schedule's own word is wrong. precision: a torch dtype's name.
+        Raises: InputError if something is missing or incomplete.
         """
         path = find_path(path)
-        if not path.is_dir():
-            raise InputError(f"model folder {path}: no such folder")
-        diffusers_options = dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        scheduler = path / "scheduler"
+        if path.is_file():
+            folder = find_path(architecture)
+            parts = load_single_file(path, folder, use_ema)
+        elif path.is_dir():
+            folder, options = path, dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            parts = (
+                load_part(AutoencoderKL, path / "vae", **options),
+                load_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32),
+                load_part(UNet2DConditionModel, path / "unet", **options),
+            )
+        else:
+            raise InputError(f"base {path}: no such file or folder")
+        scheduler = folder / "scheduler"
         if not (scheduler / "scheduler_config.json").is_file():
-            raise InputError(f"model folder {path}: no scheduler/scheduler_config.json in it")
+            raise InputError(f"model folder {folder}: no scheduler/scheduler_config.json in it")
+        override = {"prediction_type": prediction_type} if prediction_type else {}
         try:
-            schedule = DDIMScheduler.from_pretrained(scheduler)
+            schedule = DDIMScheduler.from_pretrained(scheduler, **override)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{scheduler}: not a whole DDIMScheduler ({str(error).strip().splitlines()[0]})") from None
-        return cls(
-            load_part(AutoencoderKL, path / "vae", **diffusers_options),
-            load_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32),
-            load_part(UNet2DConditionModel, path / "unet", **diffusers_options),
-            schedule,
-        )
+        dtype = getattr(torch, precision)
+        return cls(*(part if part.dtype == dtype else part.to(dtype) for part in parts), schedule)
 
     @property
     def device(self):
@@ -80,11 +95,12 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, pictures):
         """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/f, W/f) scaled latents, the means; f: downsampling."""
-        return self.vae.encode(pictures).latent_dist.mean * self.vae.config.scaling_factor
+        latents = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.mean
+        return latents.to(pictures.dtype) * self.vae.config.scaling_factor
 
     def decode(self, latents):
         """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.to(latents.dtype)
 
     def prediction_target(self, latents, noise, timesteps):
         """Returns: (B, C, h, w), what the UNet is to predict of latents so noised: the noise, or the velocity."""
@@ -93,4 +109,6 @@ class LatentDiffusion(nn.Module):
 
     def embed(self, prompts):
         """Returns: (B, 77, D) text embeddings of a list of prompts."""
-        return self.text_encoder(tokenize(clip_tokenizer(), prompts).to(self.device)).last_hidden_state
+        open_clip = self.text_encoder.config.hidden_act == "gelu"  # Stable Diffusion 2's was trained padded with zeros
+        tokens = tokenize(clip_tokenizer(), prompts, 0 if open_clip else None)
+        return self.text_encoder(tokens.to(self.device)).last_hidden_state

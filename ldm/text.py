@@ -25,6 +25,7 @@ def clip_tokenizer():
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=77)
 
 
-def tokenize(tokenizer, prompts):
-    """Returns: (B, 77) token ids of a list of prompts, cut and padded to length."""
-    return tokenizer(list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+def tokenize(tokenizer, prompts, pad=None):
+    """Returns: (B, 77) token ids of a list of prompts, cut and padded to length, by `pad` or by the end token."""
+    tokens = tokenizer(list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    return tokens.input_ids if pad is None else tokens.input_ids.masked_fill(tokens.attention_mask == 0, pad)

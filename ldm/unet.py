@@ -28,7 +28,8 @@ class Encoded:
 
 
 def encode_unet(unet, latents, timesteps, embeddings):
-    """latents: (B, C, h, w), noisy. timesteps: (B,). embeddings: (B, 77, D). Returns: Encoded."""
+    """latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D). Returns: Encoded."""
+    latents, embeddings = latents.to(unet.dtype), embeddings.to(unet.dtype)
     time = unet.time_embedding(unet.get_time_embed(latents, timesteps))
     pooled = unet.get_aug_embed(time, embeddings, {})
     time = time if pooled is None else time + pooled
