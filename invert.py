@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from cldm.dataset import Row, parse_control, read_rows
+from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.objectives import SamplingObjective
 from cldm.reading import BATCH, SOLVERS, read_controls
@@ -39,6 +40,8 @@ settings = dict(
     batch_size=BATCH,  # targets read together
     figures=None,  # per target: true, false; None: for a single one
     seed=0,
+    save_memory=False,  # True: fewer pictures at once
+    device="auto",  # a GPU where there is one
     # of the sampling objective, as in test5.py
     a_prompt=None,
     n_prompt=None,
@@ -47,6 +50,7 @@ settings = dict(
     strength=1.0,
     scale=None,
     eta=None,
+    guess_mode=False,
 )
 
 
@@ -54,13 +58,13 @@ def read_batch(model, s, rows):
     """Returns: the Reading of some rows' targets, their pictures (PIL) and prompt embeddings (B, 77, D)."""
     pictures = [fit_picture(load_picture(row.target), model.config.image_size) for row in rows]
     with torch.no_grad():
-        latents = model.base.encode(pictures_to_tensor(pictures))
+        latents = model.base.encode(pictures_to_tensor(pictures).to(model.base.device))
         prompts = [", ".join(filter(None, [row.prompt, s.a_prompt])) for row in rows]
         embeddings = model.base.embed(prompts)
         negative = model.base.embed([s.n_prompt]).expand_as(embeddings)
     sampling = start = None
     if s.objective == "sampling":
-        how = dict(strength=s.strength, scale=s.scale, eta=s.eta, seed=s.seed, recompute=True)
+        how = dict(strength=s.strength, scale=s.scale, eta=s.eta, guess_mode=s.guess_mode, seed=s.seed, recompute=True)
         sampling = SamplingObjective(
             model,
             latents,
@@ -72,7 +76,7 @@ def read_batch(model, s, rows):
             **how,
         )
     if s.control is not None:
-        start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1)
+        start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1).to(latents)
     reading = read_controls(
         model, latents, embeddings, sampling=sampling, solver=s.solver, start=start, draws=s.draws, seed=s.seed
     )
@@ -101,9 +105,25 @@ def check(s, model, rows):
             raise InputError(f"{what}: the model takes {len(config.control_names)} number(s) ({names}), got {control}")
 
 
+def tell_memory(s, model, targets):
+    """Print what reading some targets at once will need, and what would help if there is less."""
+    estimate = Estimate(model)
+    reverse = s.objective == "sampling" and s.solver != "lm"
+
+    def need(targets, save_memory):
+        read = estimate.reading(targets, s.draws, save_memory)
+        return max(read, estimate.sampling(1, 1, s.scale != 1, True)) if reverse else read
+
+    remedies = {
+        "save_memory=true": lambda: need(targets, True),
+        "save_memory=true batch_size=1": lambda: need(1, True),
+    }
+    estimate.announce(need(targets, s.save_memory), remedies)
+
+
 def resume(out_dir, s, rows):
     """Returns: the lines of out_dir/results.jsonl that a killed run with the same settings left."""
-    own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures")}
+    own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures", "save_memory", "device")}
     of = [*sorted(find_path(s.model_path).glob("*.*")), find_path(s.targets)]
     own["sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in of)).hexdigest()
     own = OmegaConf.to_yaml(own)
@@ -148,12 +168,13 @@ def summarize(config, lines):
 
 def main(s):
     out_dir = output_folder(s.out_dir)
-    model = load_model(s.model_path)
+    model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     if s.targets:
         rows = read_rows(find_path(s.targets), known=False)
     else:
         rows = [Row(None, find_path(s.target_image_path), s.prompt)]
     check(s, model, rows)
+    tell_memory(s, model, min(s.batch_size, len(rows)))
     lines = resume(out_dir, s, rows) if s.targets else []
     with tqdm(total=len(rows), initial=len(lines), desc="reading", leave=False) as bar:
         while len(lines) < len(rows):

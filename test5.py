@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cldm.dataset import parse_control
 from cldm.inversion import invert_by_sampling
+from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.report import save_inversion
 from ldm.base import find_path
@@ -34,8 +35,37 @@ settings = dict(
     denoise_strength=1.0,  # how much of the input picture is noised away before it is drawn anew; 1: all
     learning_rate=None,  # of plain SGD; None: as the YAML says, there null: found from the first gradient
     iterations=100,  # at the most; ends earlier when the control has settled
+    guess_mode=False,  # True: the control acts less the further out, and not on the negative prompt
+    save_memory=False,  # True: a third slower, the chain's activations are computed twice and not kept
+    device="auto",  # a GPU where there is one
     out_dir="outputs/test5",
 )
+
+
+def complete(s, model, script):
+    """Fill in what the model's own settings say where `s` says None. Raises: InputError for what cannot be."""
+    fill_settings(s, model.config, model.config.sampling, model.config[script])
+    check_texts(s, "a_prompt", "n_prompt")
+    positive = (1e-6, math.inf)
+    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, iterations=(1, math.inf), learning_rate=positive)
+    check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
+    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
+
+
+def tell_memory(s, model):
+    """Print what an inversion will need, and what would help if there is less."""
+    estimate = Estimate(model)
+    steps = max(s.ddim_steps, s.get("warm_steps") or 0)
+
+    def need(num_samples, save_memory):
+        return estimate.sampling(num_samples, steps, s.scale != 1, save_memory)
+
+    remedies = {
+        "save_memory=true": lambda: need(s.num_samples, True),
+        "save_memory=true num_samples=1": lambda: need(1, True),
+    }
+    estimate.announce(need(s.num_samples, s.save_memory), remedies)
 
 
 def infer(model, s, input_pictures, target_pictures, control, script="test5"):
@@ -44,19 +74,14 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
     control: (B, d), where to start.
     Returns: Inversion.
     """
-    fill_settings(s, model.config, model.config.sampling, model.config[script])
-    check_texts(s, "a_prompt", "n_prompt")
-    positive = (1e-6, math.inf)
-    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
-    check_numbers(s, iterations=(1, math.inf), learning_rate=positive)
-    check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
-    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
+    complete(s, model, script)
     names = model.control_net.config.control_names
     if control.shape[1] != len(names):
         expected = f"{len(names)} number(s) ({', '.join(names)})"
         raise InputError(f"control: the model takes {expected}, got {control.shape[1]}: {control[0].tolist()}")
     with torch.no_grad():
-        start, target = model.base.encode(pictures_to_tensor([*input_pictures, *target_pictures])).chunk(2)
+        pictures = pictures_to_tensor([*input_pictures, *target_pictures]).to(model.base.device)
+        start, target = model.base.encode(pictures).chunk(2)
         prompt = ", ".join(filter(None, [s.prompt, s.a_prompt]))
         embeddings, negative = model.base.embed([prompt, s.n_prompt]).repeat_interleave(len(control), 0).chunk(2)
     with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:
@@ -71,7 +96,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
             start,
             target,
             embeddings,
-            control,
+            control.to(target),
             negative=negative,
             ddim_steps=s.ddim_steps,
             denoise_strength=s.denoise_strength,
@@ -81,6 +106,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
             scale=s.scale,
             strength=s.strength,
             eta=s.eta,
+            guess_mode=s.guess_mode,
             seed=s.seed,
             learning_rate=s.learning_rate,
             iterations=s.iterations,
@@ -90,13 +116,15 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
 
 def main(s, script="test5"):
     out_dir = output_folder(s.out_dir)
-    model = load_model(s.model_path)
+    model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     try:
         control = torch.tensor([parse_control(list(s.control))])
     except ValueError:
         raise InputError(f"control: expected finite numbers, got {s.control}") from None
     paths = (s.input_image_path, s.target_image_path)
     pictures = [fit_picture(load_picture(find_path(path)), model.config.image_size) for path in paths]
+    complete(s, model, script)
+    tell_memory(s, model)
     result = infer(model, s, pictures[:1], pictures[1:], control, script)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config

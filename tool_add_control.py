@@ -20,6 +20,7 @@ settings = dict(
     control_dim=1,  # how many numbers
     hint="dense",  # dense (as the original: one resolution) or coordinate (any)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
+    control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
 )
 
 
@@ -31,9 +32,9 @@ def main(s, paths):
     file = find_path(config.base)
     found = controlnet_weights(read_weights(file), base.unet.config) if file.is_file() else {}
     if f"{HINT}mlp.0.weight" in found:
-        model = import_control(base, config, found, file)
+        model = import_control(base, config, found, file, s.control_range)
     else:
-        model = add_control(base, config, **s)
+        model = add_control(base, config, control_dim=s.control_dim, hint=s.hint, encoder=s.encoder)
     save_model(model, paths[1])
     weights = sum(p.numel() for p in model.control_net.parameters())
     hint, numbers = model.control_net.config.hint, model.control_net.control_dim

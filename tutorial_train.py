@@ -1,5 +1,6 @@
 """Train a ControlNet on numbers: edit the settings, run `python tutorial_train.py`, or give them as key=value.
 
+The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder in diffusers' layout or a single file.
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
 "prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. Everything of a run
 goes to out_dir, which is then the model_path of test5.py and test5_s1.py. A run that was killed goes on when started
@@ -12,11 +13,13 @@ import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, RandomSampler
 
 from cldm.dataset import ControlDataset, read_control_names, split_rows
+from cldm.memory import Estimate, checkpointing
 from cldm.model import add_control, fit_statistics, load_base, load_model
 from cldm.reading import calibrate
 from cldm.report import PictureLogger
@@ -38,6 +41,7 @@ settings = dict(
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
     sd_locked=True,  # False: the UNet's decoder learns too
     only_mid_control=False,
+    save_memory=False,  # True: a third slower, activations are computed twice and not kept
     seed=0,
     # passed on to Lightning's Trainer
     accelerator="auto",
@@ -51,7 +55,7 @@ def make_model(s, rows):
     """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the rows' controls."""
     control_dim = len(rows[0].control)
     if s.resume_path:
-        model = load_model(s.resume_path)
+        model = load_model(s.resume_path, dtype=torch.float32)
     else:
         model = add_control(*load_base(s.base), control_dim=control_dim, hint=s.hint)
     if model.control_net.control_dim != control_dim:
@@ -62,6 +66,17 @@ def make_model(s, rows):
     model.config.only_mid_control = s.only_mid_control
     fit_statistics(model.control_net, [row.control for row in rows], *read_control_names(s.data_root, control_dim))
     return model
+
+
+def tell_memory(s, model, trainer):
+    """Print what the training will need on one device, and what would help if there is less."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
+    estimate = Estimate(model, trainer.strategy.root_device)
+    remedies = {
+        "save_memory=true": lambda: estimate.training(s.batch_size, dtype, True),
+        "save_memory=true batch_size=1": lambda: estimate.training(1, dtype, True),
+    }
+    estimate.announce(estimate.training(s.batch_size, dtype, s.save_memory), remedies)
 
 
 def main(s):
@@ -109,18 +124,21 @@ def main(s):
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
+    tell_memory(s, module.model, trainer)
     validation_batches = DataLoader(validation, s.batch_size) if len(validation) else None
-    trainer.fit(
-        module,
-        DataLoader(train, s.batch_size, sampler=sampler),
-        validation_batches,
-        ckpt_path=find_checkpoint(out_dir, module),
-        weights_only=True,
-    )
+    with checkpointing(model, s.save_memory):
+        trainer.fit(
+            module,
+            DataLoader(train, s.batch_size, sampler=sampler),
+            validation_batches,
+            ckpt_path=find_checkpoint(out_dir, module),
+            weights_only=True,
+        )
     if validation_batches and s.max_steps % every:
         trainer.validate(module, validation_batches, verbose=False)
     if trainer.is_global_zero:
-        calibrate(out_dir, validation or train)
+        trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
+        calibrate(trained, out_dir, validation or train)
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
 
 

@@ -24,7 +24,19 @@ def initialize_hint(mlp):
         torch.nn.init.zeros_(layer.bias)
 
 
-class CoordinateHint(nn.Module):
+class Hint(nn.Module):
+    """What a control adds to the ControlNet's first features.
+
+    Its weights stay in float32 where the network's are in half precision, which would round the number itself.
+    """
+
+    dtype = torch.float32  # of the network
+
+    def forward(self, control):  # (B, d, h, w), constant over h and w
+        return self.features(control).to(self.dtype)  # (B, channels, h, w)
+
+
+class CoordinateHint(Hint):
     """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
 
     x and y run from -1 to 1 between the outermost positions of the longer side, and come with their sines and
@@ -44,7 +56,7 @@ class CoordinateHint(nn.Module):
         )
         initialize_hint(self.mlp)
 
-    def forward(self, control):  # (B, d, h, w), constant over h and w
+    def features(self, control):
         height, width = control.shape[2:]
         longer = max(height, width, 2) - 1
         y, x = torch.meshgrid(
@@ -55,10 +67,10 @@ class CoordinateHint(nn.Module):
         phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
         features = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
         features = features.to(control.dtype).expand(len(control), -1, height, width)
-        return self.mlp(torch.cat([control, features], 1))  # (B, channels, h, w)
+        return self.mlp(torch.cat([control, features], 1))
 
 
-class DenseHint(nn.Module):
+class DenseHint(Hint):
     """A 3-layer MLP from the control to the whole feature map: one latent size only.
 
     original: with ReLU after every layer, the last too, as in the original fork, in place of SiLU between them.
@@ -79,13 +91,13 @@ class DenseHint(nn.Module):
         if original:
             self.mlp.append(nn.ReLU())
 
-    def forward(self, control):  # (B, d, h, w), constant over h and w
+    def features(self, control):
         if control.shape[2:] != self.shape[1:]:
             raise InputError(
                 f"this hint was made for latents of {self.shape[1]} x {self.shape[2]}, got "
                 f"{tuple(control.shape[2:])}: use hint=coordinate"
             )
-        return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)  # (B, channels, h, w)
+        return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)
 
 
 class NumericControlNet(ControlNetModel):
@@ -100,6 +112,7 @@ class NumericControlNet(ControlNetModel):
     """
 
     ignore_for_config = ["kwargs"]
+    _keep_in_fp32_modules = ["controlnet_cond_embedding"]
 
     @register_to_config
     def __init__(
@@ -171,5 +184,8 @@ class NumericControlNet(ControlNetModel):
                 f"control: expected {self.control_dim} numbers ({', '.join(self.config.control_names)}), "
                 f"got shape {tuple(controlnet_cond.shape)}"
             )
-        control = self.normalize(controlnet_cond).to(sample.dtype)[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        hint = self.controlnet_cond_embedding
+        hint.dtype = sample.dtype
+        control = self.normalize(controlnet_cond.to(hint.mlp[0].weight.dtype))
+        control = control[:, :, None, None].expand(-1, -1, *sample.shape[2:])
         return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)

@@ -40,6 +40,7 @@ def invert_by_sampling(
     scale=1.0,
     strength=1.0,
     eta=1.0,
+    guess_mode=False,
     seed=0,
     on_iteration=None,
     **descent,
@@ -52,8 +53,8 @@ def invert_by_sampling(
 
     model: ControlLDM, frozen. input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D).
     control: (B, d), where to start. num_samples: pictures drawn in every iteration, each from noise of its own, and
-    their losses averaged: what one gets wrong by chance the others do not. scale, strength, eta: as ControlLDM.generate
-    has them.
+    their losses averaged: what one gets wrong by chance the others do not. scale, strength, eta, guess_mode: as
+    ControlLDM.generate has them.
     on_iteration: called with the iteration's entry of the history.
     descent: learning_rate, max_step, iterations, tolerance and patience, as solvers.sgd has them; its unit is the
     control's spread in training.
@@ -74,6 +75,7 @@ def invert_by_sampling(
         scale=scale,
         strength=strength,
         eta=eta,
+        guess_mode=guess_mode,
     )
     result = Inversion(control, start=control)
 

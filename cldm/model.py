@@ -34,6 +34,7 @@ class ControlLDM(nn.Module):
         super().__init__()
         self.base, self.control_net, self.config = base, control_net, config
         self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
+        self.save_memory = False  # time for memory: guidance in two passes, gradients that compute each step again
 
     def predict(self, latents, timesteps, embeddings, control, strength=1.0, encoded=None, guess_mode=False):
         """One call of ControlNet and UNet.
@@ -75,23 +76,21 @@ class ControlLDM(nn.Module):
         noise=None,
         guess_mode=False,
         recompute=False,
-        batched=True,
     ):
         """Draw pictures' latents by DDIM with classifier-free guidance (Ho & Salimans 2022).
 
         latents, timesteps, eta, noise: as ldm.ddim.ddim_sample has them. embeddings, negative: (B, 77, D).
         control: (B, d). scale: of the guidance; at 1 `negative` is not used. strength: of the control.
         guess_mode: as in predict, and the negative prompt goes without control (Zhang et al. 2023, sec. 3.3).
-        batched: guidance's two predictions in one call; False: in two, in half the memory.
         recompute: for a gradient in the memory of one step: forget a step's activations and compute them again (Chen et
-        al. 2016), a third more time.
+        al. 2016), a third more time. save_memory asks for it too, and for guidance's two predictions one by one.
         Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
         """
         def with_prompt(x, t):
             return self.predict(x, t, embeddings, control, strength, guess_mode=guess_mode)
 
         def guided(x, t):
-            if batched and not guess_mode:
+            if not self.save_memory and not guess_mode:
                 both, twice = torch.cat([negative, embeddings]), torch.cat([control, control])
                 without, prompted = self.predict(torch.cat([x, x]), t, both, twice, strength).chunk(2)
             else:
@@ -100,7 +99,7 @@ class ControlLDM(nn.Module):
             return without + scale * (prompted - without)
 
         predict = with_prompt if scale == 1.0 else guided
-        if recompute and torch.is_grad_enabled():
+        if (recompute or self.save_memory) and torch.is_grad_enabled():
             predict = partial(checkpoint, predict, use_reentrant=False)
         return ddim_sample(self.base.scheduler, predict, latents, timesteps, eta, noise)
 
@@ -164,10 +163,10 @@ def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, 
     return ControlLDM(base, control_net, config)
 
 
-def import_control(base, config, weights, file):
+def import_control(base, config, weights, file, control_range=None):
     """Take over a control that the original fork trained: its ReLU MLP takes the number as it is.
 
-    weights: ldm.checkpoints.controlnet_weights of the `file`.
+    weights: ldm.checkpoints.controlnet_weights of the `file`. control_range: [low, high] of every number in training.
     Returns: ControlLDM at the picture size that the MLP was made for.
     """
     first, second, last = (weights[f"{HINT}mlp.{i}.weight"] for i in (0, 2, 4))
@@ -176,6 +175,9 @@ def import_control(base, config, weights, file):
     hidden = (len(first), len(second))
     model = add_control(base, config, control_dim=first.shape[1], hint="original", hint_hidden=hidden)
     fill(model.control_net, weights, file)
+    if control_range:
+        low, high = ([bound] * model.control_net.control_dim for bound in control_range)
+        model.control_net.register_to_config(control_low=low, control_high=high)
     return model
 
 
@@ -195,29 +197,44 @@ def fit_statistics(control_net, controls, names, units):
     )
 
 
-def load_model(path):
-    """Read a control's folder and the base it names. Returns: ControlLDM, frozen, in eval mode.
+def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
+    """Read a control's folder and the base it names.
 
-    Raises: InputError if the folder, or its base, is missing or incomplete.
+    base: that LatentDiffusion, where it is in memory already. dtype: of the ControlNet; None: the base's, which its
+    YAML's `precision` says. save_memory: as ControlLDM has it.
+    Returns: ControlLDM, frozen, in eval mode.
+    Raises: InputError if the folder, or its base, is missing or incomplete, or if they do not belong together.
     """
     path = find_path(path)
     if not path.is_dir():
         raise InputError(f"model_path {path}: no such folder; tutorial_train.py makes one")
     if not (path / MODEL_YAML).is_file():
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
-    base, config = load_base(path / MODEL_YAML)
-    control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    base, config = (base, read_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
+    options = dict(torch_dtype=dtype or base.unet.dtype, low_cpu_mem_usage=False)
+    control_net = load_part(NumericControlNet, path, **options)
     for key in ("block_out_channels", "cross_attention_dim"):
         if (own := control_net.config[key]) != (expected := base.unet.config[key]):
             raise InputError(
                 f"model_path {path}: made for another base ({key} {own}) than {config.base} ({expected}); set base in "
                 f"its {MODEL_YAML} to the one it was trained on"
             )
-    if (path / "unet").is_dir():
-        base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    model = ControlLDM(base, control_net, config).requires_grad_(False).eval()
-    model.own_unet = (path / "unet").is_dir()
+    own_unet = (path / "unet").is_dir()
+    if own_unet:
+        base.unet = load_part(UNet2DConditionModel, path / "unet", **options)
+    model = ControlLDM(base, control_net, config).requires_grad_(False).eval().to(pick_device(device))
+    model.own_unet, model.save_memory = own_unet, save_memory
     return model
+
+
+def pick_device(name):
+    """Returns: the torch.device that `name` says, "auto" being a GPU where there is one. Raises: InputError."""
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'setting "device": {name} cannot be used ({str(error).splitlines()[0]})') from None
+    return device
 
 
 def save_model(model, path):
@@ -231,12 +248,12 @@ def save_model(model, path):
         OmegaConf.save(model.config, folder / MODEL_YAML)
 
 
-def export_control(model, file):
-    """Write the control as one .safetensors file in the original layout: control_model.…, its MLP as mlp.fc1 to fc3.
+def export_control(control_net, file):
+    """Write a NumericControlNet as one .safetensors file in the original layout: control_model.…, mlp.fc1 to mlp.fc3.
 
-    Its metadata has the config, by which our settings (names, statistics, hint) are told.
+    Its metadata has the config, and so the training's statistics.
     """
-    layers = model.control_net.config.layers_per_block
-    weights = {CONTROL + original_key(key, layers): t for key, t in model.control_net.half().state_dict().items()}
-    metadata = {"format": "pt", "config": model.control_net.to_json_string()}
+    layers = control_net.config.layers_per_block
+    weights = {CONTROL + original_key(key, layers): t.half() for key, t in control_net.state_dict().items()}
+    metadata = {"format": "pt", "config": control_net.to_json_string()}
     write_whole(Path(file), lambda partial: save_file(weights, partial, metadata))

@@ -10,11 +10,14 @@ from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from cldm.model import ControlLDM
 from ldm.ddim import ddim_timesteps
 from ldm.unet import Encoded, encode_unet
 
-CHUNK = 16  # pictures in one call of the model
+CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
+ATTENTION = 2**24  # attention weights that a derivative by forward mode keeps at once
 
 
 def draw_noise(shape, count, seed, device, num_samples=1):
@@ -23,26 +26,59 @@ def draw_noise(shape, count, seed, device, num_samples=1):
     return torch.randn(count, num_samples, *shape[1:], generator=generator).to(device)
 
 
+class SlicedAttention(TorchFunctionMode):
+    """Attention for a slice of the queries at a time, since torch's fused kernels have no forward-mode derivative.
+
+    Source: Rabe & Staats 2021, self-attention does not need O(n^2) memory.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.nn.functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, *rest = args
+        rows = max(1, ATTENTION // (query.shape[:-2].numel() * key.shape[-2]))
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.cat([function(q, key, *rest, **(kwargs or {})) for q in query.split(rows, -2)], -2)
+
+
+def forward_mode(function, control):
+    """Returns: function(control) and its derivatives by each of the numbers that control (..., d) ends in, (..., d)."""
+
+    def differentiate(axis):
+        return torch.func.jvp(function, (control,), (axis.expand_as(control).contiguous(),))
+
+    axes = torch.eye(control.shape[-1], dtype=control.dtype, device=control.device)
+    # torch's own derivatives use what it warns of
+    with SlicedAttention(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return torch.func.vmap(differentiate, out_dims=(None, -1))(axes)
+
+
 class Objective(ABC):
     """Residuals and their derivatives, in calls of at most CHUNK pictures.
 
     calls: how many pictures the model was evaluated on so far; a derivative counts as one more.
     """
 
+    model: ControlLDM
     draws: int  # K
     calls_each = 1  # evaluations of the model for one residual
     paired = False  # whether every two draws have opposite noise
     calls = 0
 
+    @property
+    def chunk(self):
+        return SAVING_CHUNK if self.model.save_memory else CHUNK
+
     @abstractmethod
     def residuals(self, control, targets, draws):
         """control: (P, k, d). targets: (P,), which target each is for. draws: (k,), of the K. Returns: (P, k, N)."""
 
-    def _chunked(self, function, control, targets, draws, chunk=CHUNK):
+    def _chunked(self, function, control, targets, draws, share=1):
         """Returns: what function(control (P, k, d), draws, targets) makes of them all: tensors (P, k, ...).
 
-        chunk: pictures, P k, in one call of the function at the most.
+        share: one in so many of the pictures, P k, that a call may have, may be in one call of the function.
         """
+        chunk = max(1, self.chunk // share)
         draws = torch.arange(self.draws) if draws is None else draws
         control = control[:, None].repeat(1, len(draws), 1)
         size, rows = max(1, chunk // len(draws)), []
@@ -71,18 +107,11 @@ class Objective(ABC):
         """
 
         def function(control, draws, targets):
-            def differentiate(axis):
-                residuals = partial(self.residuals, targets=targets, draws=draws)
-                return torch.func.jvp(residuals, (control,), (axis.expand_as(control).contiguous(),))
-
-            axes = torch.eye(control.shape[2], dtype=control.dtype, device=control.device)
-            # the fused attention has no forward-mode derivative; torch's own derivatives use what it warns of
-            with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore", category=FutureWarning):
-                both = torch.func.vmap(differentiate, out_dims=(None, 3))(axes)
-            self.calls += (1 + len(axes)) * control.shape[0] * control.shape[1] * self.calls_each
+            both = forward_mode(partial(self.residuals, targets=targets, draws=draws), control)
+            self.calls += (1 + control.shape[2]) * control.shape[0] * control.shape[1] * self.calls_each
             return both
 
-        return self._chunked(function, control, targets, draws, max(1, CHUNK // control.shape[1]))
+        return self._chunked(function, control, targets, draws, control.shape[1])
 
     def gradient(self, control, targets):
         """Reverse mode: the time of about two evaluations, however many numbers there are.
@@ -127,7 +156,7 @@ class DenoisingObjective(Objective):
         self.wanted = model.base.prediction_target(clean, noise, self.timesteps)
         with torch.no_grad():
             inputs = (self.noisy, self.timesteps, embeddings.repeat_interleave(self.draws, 0))
-            chunks = zip(*(tensor.split(CHUNK) for tensor in inputs))
+            chunks = zip(*(tensor.split(self.chunk) for tensor in inputs))
             self.encoded = Encoded.cat([encode_unet(model.base.unet, *chunk) for chunk in chunks])
 
     def residuals(self, control, targets, draws):
@@ -148,7 +177,7 @@ class SamplingObjective(Objective):
 
     input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D). draws: K pictures, each from noise of
     its own, the same for every target. seed: of noise for `longest` steps, by default ddim_steps.
-    how: scale, strength, eta and recompute, as ControlLDM.generate has them.
+    how: scale, strength, eta, guess_mode and recompute, as ControlLDM.generate has them.
     """
 
     def __init__(

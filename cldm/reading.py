@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.model import load_model
 from cldm.objectives import DenoisingObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
 from ldm.base import find_path
@@ -211,23 +210,23 @@ def is_ambiguous(losses, paired):
     return bool(difference.mean() < max(2 * chance, AMBIGUOUS * losses[0].mean()))
 
 
-def calibrate(folder, dataset):
+def calibrate(model, folder, dataset):
     """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
 
     error_scale: such that 90% of each number lie in their 90% intervals, by the rank that split conformal prediction
     takes. explained_loss: above it, unexplained.
-    folder: of a trained control. dataset: a ControlDataset, best of pictures that training did not see.
+    model: ControlLDM, trained. folder: the control's. dataset: a ControlDataset, best of pictures that training did not see.
     Source: Angelopoulos & Bates 2021, eq. 1.
     """
-    model = load_model(folder)
+    device = model.base.device
     model.control_net.register_to_config(error_scale=None, explained_loss=None)
     chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
     readings = []
     for start in tqdm(range(0, len(chosen), BATCH), desc="calibrating"):
         batch = default_collate([dataset[i] for i in chosen[start : start + BATCH]])
-        readings.append(read_controls(model, batch["latents"], batch["embeddings"]))
+        readings.append(read_controls(model, batch["latents"].to(device), batch["embeddings"].to(device)))
     noise, residual, found, loss = (
-        torch.cat([getattr(reading, key) for reading in readings])
+        torch.cat([getattr(reading, key) for reading in readings]).cpu()
         for key in ("noise_std", "residual_std", "control", "loss")
     )
     missing = ((found - dataset.controls[chosen]) / Z90).square() - noise.square()

@@ -30,6 +30,7 @@ class ControlTraining(pl.LightningModule):
         model.control_net.requires_grad_(True)
         if not sd_locked:
             model.own_unet = True
+            model.base.unet.float()  # what is trained, in full precision
             for part in (model.base.unet.up_blocks, model.base.unet.conv_norm_out, model.base.unet.conv_out):
                 part.requires_grad_(True)
 

@@ -13,6 +13,7 @@ from ldm.settings import InputError
 from ldm.text import clip_tokenizer, tokenize
 
 ROOT = Path(__file__).resolve().parents[1]
+PIXELS_AT_ONCE = 16 * 128**2  # that the VAE is given at most, or one picture
 
 
 def find_path(path):
@@ -60,15 +61,15 @@ class LatentDiffusion(nn.Module):
         UNet predicts, where the noise schedule's own word is wrong. precision: a torch dtype's name.
         Raises: InputError if something is missing or incomplete.
         """
-        path = find_path(path)
+        path, dtype = find_path(path), getattr(torch, precision)
         if path.is_file():
             folder = find_path(architecture)
             parts = load_single_file(path, folder, use_ema)
         elif path.is_dir():
-            folder, options = path, dict(torch_dtype=torch.float32, low_cpu_mem_usage=False)
+            folder, options = path, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
             parts = (
                 load_part(AutoencoderKL, path / "vae", **options),
-                load_part(CLIPTextModel, path / "text_encoder", dtype=torch.float32),
+                load_part(CLIPTextModel, path / "text_encoder", dtype=dtype),
                 load_part(UNet2DConditionModel, path / "unet", **options),
             )
         else:
@@ -81,7 +82,6 @@ class LatentDiffusion(nn.Module):
             schedule = DDIMScheduler.from_pretrained(scheduler, **override)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{scheduler}: not a whole DDIMScheduler ({str(error).strip().splitlines()[0]})") from None
-        dtype = getattr(torch, precision)
         return cls(*(part if part.dtype == dtype else part.to(dtype) for part in parts), schedule)
 
     @property
@@ -95,12 +95,25 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, pictures):
         """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/f, W/f) scaled latents, the means; f: downsampling."""
-        latents = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist.mean
-        return latents.to(pictures.dtype) * self.vae.config.scaling_factor
+
+        def encode(part):
+            return self.vae.encode(part).latent_dist.mean * self.vae.config.scaling_factor
+
+        return self._in_parts(encode, pictures, 1)
 
     def decode(self, latents):
         """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.to(latents.dtype)
+
+        def decode(part):
+            return self.vae.decode(part / self.vae.config.scaling_factor).sample
+
+        return self._in_parts(decode, latents, self.downsampling)
+
+    def _in_parts(self, function, batch, pixels):
+        """Returns: function of a batch, PIXELS_AT_ONCE at once, in the VAE's precision and then in the batch's."""
+        size = max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3] * pixels**2))
+        parts = batch.to(self.vae.device, self.vae.dtype).split(size)
+        return torch.cat([function(part) for part in parts]).to(batch.dtype)
 
     def prediction_target(self, latents, noise, timesteps):
         """Returns: (B, C, h, w), what the UNet is to predict of latents so noised: the noise, or the velocity."""
