@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from cldm.model import add_control, load_base, save_model
 from ldm.base import ROOT
 from ldm.settings import run_script
+from tests.original_layout import build
 
 IMAGE_SIZE, DOWNSAMPLING, CHANNELS = 32, 4, 4
 LATENT_SIZE = IMAGE_SIZE // DOWNSAMPLING
@@ -191,3 +193,19 @@ def unwritable(tmp_path):
     """A path that nobody can make a folder at, root included."""
     (tmp_path / "file").write_text("")
     return tmp_path / "file" / "out"
+
+
+@pytest.fixture(scope="session", params=[1, 2])
+def version(request):
+    """Of Stable Diffusion."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(version, tmp_path_factory):
+    """A narrow Stable Diffusion, as a folder in diffusers' layout."""
+    path = tmp_path_factory.mktemp(f"sd{version}")
+    for name, part in zip(("vae", "text_encoder", "unet"), build(version)):
+        part.save_pretrained(path / name)
+    shutil.copytree(ROOT / "models" / {1: "sd15", 2: "sd21"}[version] / "scheduler", path / "scheduler")
+    return path

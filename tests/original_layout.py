@@ -3,8 +3,45 @@
 import re
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.checkpoints import RESNET, original_key
+
+LEVELS = 4
+
+
+def build(version):
+    """Returns: vae, text_encoder, unet of Stable Diffusion 1's or 2's shape, but narrow, with random weights."""
+    torch.manual_seed(version)
+    second = version == 2
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=[8, 16, 16, 16],
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=16,
+        attention_head_dim=[2, 4, 4, 4] if second else 2,
+        use_linear_projection=second,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * LEVELS,
+        up_block_types=["UpDecoderBlock2D"] * LEVELS,
+        block_out_channels=[8, 8, 8, 16],
+        layers_per_block=2,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    text = CLIPTextConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_act="gelu" if second else "quick_gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+    )
+    return vae, CLIPTextModel(text), unet
 
 
 def unet_key(key, config):

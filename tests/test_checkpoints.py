@@ -1,67 +1,13 @@
 """Single files in the original layouts: read as what they were written from, and refused where they are not it."""
 
-import shutil
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.base import ROOT, LatentDiffusion
-from tests.original_layout import original_weights
-
-LEVELS = 4
-
-
-def build(version):
-    """A LatentDiffusion of Stable Diffusion's shape, narrow: four levels, two ResNets each, attention in three."""
-    torch.manual_seed(version)
-    second = version == 2
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=[8, 16, 16, 16],
-        layers_per_block=2,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=[2, 4, 4, 4] if second else 2,
-        use_linear_projection=second,
-    )
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * LEVELS,
-        up_block_types=["UpDecoderBlock2D"] * LEVELS,
-        block_out_channels=[8, 8, 8, 16],
-        layers_per_block=2,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-    text = CLIPTextConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        hidden_act="gelu" if second else "quick_gelu",
-        bos_token_id=49406,
-        eos_token_id=49407,
-    )
-    return vae, CLIPTextModel(text), unet
-
-
-@pytest.fixture(scope="module", params=[1, 2])
-def version(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def folder(version, tmp_path_factory):
-    """A base as a folder in diffusers' layout."""
-    path = tmp_path_factory.mktemp(f"sd{version}")
-    for name, part in zip(("vae", "text_encoder", "unet"), build(version)):
-        part.save_pretrained(path / name)
-    shutil.copytree(ROOT / "models" / {1: "sd15", 2: "sd21"}[version] / "scheduler", path / "scheduler")
-    return path
-
+from ldm.base import LatentDiffusion
+from tests.original_layout import build, original_weights
 
 @pytest.fixture
 def weights(folder):
