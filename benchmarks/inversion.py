@@ -1,11 +1,12 @@
 """Reading an angle: every way there is, on the same targets, in one run.
 
-    python benchmarks/inversion.py                                  # all, about 40 minutes on two cores
+    python benchmarks/inversion.py                                  # all, about 70 minutes on two cores
     python benchmarks/inversion.py methods=lm_denoising             # some
 
 Targets are photographs at random angles that training never saw; the slow methods take a share of them. Every method
 runs in a process of its own, for its memory. Prints the README's table; out_dir has results.jsonl and plot.png. Then:
-what is flagged of targets at +-8 degrees, and of photographs never trained on.
+what is flagged of targets at +-8 degrees, and of photographs never trained on. Started again with the same settings, it
+goes on after the last method in results.jsonl.
 """
 
 import itertools
@@ -46,8 +47,8 @@ settings = dict(
     methods="all",
     targets=36,
     seed=2,
-    regressor_minutes=10.0,  # as long as the control was trained
-    original_iterations=150,  # at most, where the original's settings have not arrived
+    regressor_minutes=27.0,  # as long as the control was trained
+    original_iterations=100,  # at most, where the original's settings have not arrived
     out_dir="outputs/inversion",
 )
 
@@ -156,7 +157,7 @@ METHODS = {
     "original_s1": (17, lambda m, t, s: descend(test5_s1, m, t, **ORIGINAL, **original_rate(m, s))),
     "test5": (5, lambda m, t, s: descend(test5, m, t)),
     "test5_s1": (5, lambda m, t, s: descend(test5_s1, m, t)),
-    "adam_denoising": (5, lambda m, t, s: read(m, t, solver="adam", starts=4, iterations=100)),
+    "adam_denoising": (7, lambda m, t, s: read(m, t, solver="adam", starts=4, iterations=100)),
     "lm_sampling": (1, lambda m, t, s: read(m, t, sampling_steps=10)),
     "lm_sampling_8_steps": (17, lambda m, t, s: read(m, t, sampling_steps=8)),  # for their memory
     "lm_sampling_64_steps": (17, lambda m, t, s: read(m, t, sampling_steps=64)),
@@ -171,6 +172,11 @@ def original_rate(model, s):
     return dict(learning_rate=rate, iterations=s.original_iterations)
 
 
+def comparable(s):
+    """Returns: the settings that results depend on, and results have to agree in to stand in one table."""
+    return {name: s[name] for name in settings if name not in ("methods", "out_dir")}
+
+
 def run_method(name, s):
     """Returns: a dict of a method's results, from a process of its own."""
     torch.manual_seed(s.seed)
@@ -180,6 +186,7 @@ def run_method(name, s):
     found, calls, seconds, *readings = function(model, targets, s)
     result = dict(
         method=name,
+        settings=comparable(s),
         angles=[target.angle for target in targets],
         found=found,
         calls=calls / len(targets),
@@ -219,10 +226,14 @@ def main(s):
     print(f"| | targets | {head} |\n| {'--- | ' * 11}")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    with open(out_dir / "results.jsonl", "w") as file:
-        for name in names:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                result = process.submit(run_method, name, s).result()
+    results = out_dir / "results.jsonl"
+    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {result["method"]: result for result in done if result["settings"] == comparable(s)}
+    with open(results, "w") as file:
+        for i, name in enumerate(names):
+            if not (result := done.get(name)):
+                with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                    result = process.submit(run_method, name, s).result()
             file.write(json.dumps(result) + "\n")
             file.flush()
             e = np.abs(np.subtract(result["found"], result["angles"]))
@@ -232,7 +243,7 @@ def main(s):
             print(f"| {name} | {len(e)} | {accuracy} | {shares} | {cost} |", flush=True)
             if "inside" in result:
                 print(f"  90% intervals hold {result['inside']:.0%}; at most {max(result['iterations'])} iterations")
-            axes.loglog(result["seconds"], np.median(e), "o", label=name)
+            axes.loglog(result["seconds"], np.median(e), "os"[i // 10], label=name)  # colours repeat after ten
     axes.set(xlabel="seconds a target", ylabel="median error (degrees)")
     axes.legend(fontsize=7)
     figure.savefig(out_dir / "plot.png", dpi=110)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 FAR = 0.1  # a step longer than this share of the range asks for a new Jacobian
+EAGER = 1.6  # a step that lowers the loss by this many times what was expected of it is doubled, while that helps
 
 
 @dataclass
@@ -40,6 +41,7 @@ def levenberg_marquardt(
     draws: (k,), of noise, by default all.
     tolerance: a control whose step is shorter than this share of the range has settled. damping: the first, as a share
     of the curvature's own diagonal; a step that does not lower the loss is taken back and the damping raised tenfold.
+    Far from a minimum, where the curvature promises too little, steps are doubled.
     Returns: Solution.
     Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
     """
@@ -52,14 +54,25 @@ def levenberg_marquardt(
         step = gauss_newton_step(now.gradients.mean(1), now.curvature, damping[active], width)
         proposal = (now.control + step).clamp(low, high)
         step = (proposal - now.control) / width
-        length = step.abs().amax(1)
         residuals = objective.evaluate(proposal, targets[active], draws)
+        before, after = now.residuals.square().mean((1, 2)), residuals.square().mean((1, 2))
+        slope = now.gradients.mean(1) + 0.5 * torch.einsum("pde,pe->pd", now.curvature, step * width)
+        expected = -2 * (slope * step * width).sum(1)
+        eager = ((before - after > EAGER * expected) & (step.abs().amax(1) > tolerance)).nonzero()[:, 0]
+        while len(eager):
+            longer = (now.control[eager] + 2 * step[eager] * width).clamp(low, high)
+            tried = objective.evaluate(longer, targets[active][eager], draws)
+            lower = (loss := tried.square().mean((1, 2))) < after[eager]
+            eager = eager[lower]
+            proposal[eager], residuals[eager], after[eager] = longer[lower], tried[lower], loss[lower]
+            step[eager] = (longer[lower] - now.control[eager]) / width
+        length = step.abs().amax(1)
         surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian * width, step)
         update = (
             torch.einsum("pkn,pd->pknd", surprise, step / step.square().sum(1, keepdim=True).clamp_min(1e-12)) / width
         )
         jacobian = now.jacobian + update
-        better = residuals.square().mean((1, 2)) < now.residuals.square().mean((1, 2))
+        better = after < before
         far = better & (length > FAR)
         if far.any():
             jacobian[far] = objective.linearize(proposal[far], targets[active][far], draws)[1]

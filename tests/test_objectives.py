@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
-from cldm import objectives
+from cldm import objectives, solvers
 from cldm.objectives import DenoisingObjective, SamplingObjective
 from cldm.solvers import levenberg_marquardt
 from ldm.unet import decode_unet, encode_unet
@@ -98,3 +98,30 @@ def test_levenberg_marquardt_finds_the_bottom_and_respects_bounds():
     torch.testing.assert_close(found.residuals, Valley().evaluate(found.control, None))
     found = levenberg_marquardt(Valley(), start, torch.arange(2), low, high / 4, iterations=60)
     assert (found.control <= high / 4).all()
+
+
+class Far(Valley):
+    """A detail of a picture, a narrow bump, seen from where it and the target's hardly overlap."""
+
+    def evaluate(self, control, targets, draws=None):
+        x = torch.linspace(-5, 5, 201)
+        return (torch.exp(-((x - control) ** 2)) - torch.exp(-(x**2)))[:, None]
+
+    def linearize(self, control, targets, draws=None):
+        return self.evaluate(control, targets), torch.func.jacfwd(lambda c: self.evaluate(c, targets).sum(0))(
+            control
+        ).movedim(2, 0)
+
+
+def test_levenberg_marquardt_is_quick_from_far_away(monkeypatch):
+    """Where Gauss-Newton's steps are too short; doubled, they need half as many."""
+
+    def iterations():
+        start, bound = torch.tensor([[-2.0], [2.5]]), torch.tensor([5.0])
+        found = levenberg_marquardt(Far(), start, torch.arange(2), -bound, bound)
+        torch.testing.assert_close(found.control, torch.zeros(2, 1), atol=0.02, rtol=0)
+        return found.iterations.amax()
+
+    quick = iterations()
+    monkeypatch.setattr(solvers, "EAGER", torch.inf)
+    assert quick <= 5 and 2 * quick <= iterations()
