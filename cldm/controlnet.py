@@ -112,7 +112,6 @@ class NumericControlNet(ControlNetModel):
     """
 
     ignore_for_config = ["kwargs"]
-    _keep_in_fp32_modules = ["controlnet_cond_embedding"]
 
     @register_to_config
     def __init__(
@@ -163,6 +162,13 @@ class NumericControlNet(ControlNetModel):
     @property
     def control_dim(self):
         return len(self.config.control_mean)
+
+    def to_precision(self, dtype):
+        """All weights but the hint's, in place. Returns: itself."""
+        for name, part in self.named_children():
+            if name != "controlnet_cond_embedding":
+                part.to(dtype)
+        return self
 
     def normalize(self, control):
         """control: (B, d) in the dataset's units. Returns: (B, d) with the training set's mean 0 and spread 1."""

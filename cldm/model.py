@@ -211,8 +211,9 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
     if not (path / MODEL_YAML).is_file():
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
     base, config = (base, read_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
-    options = dict(torch_dtype=dtype or base.unet.dtype, low_cpu_mem_usage=False)
-    control_net = load_part(NumericControlNet, path, **options)
+    dtype = dtype or base.unet.dtype
+    control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    control_net.to_precision(dtype)
     for key in ("block_out_channels", "cross_attention_dim"):
         if (own := control_net.config[key]) != (expected := base.unet.config[key]):
             raise InputError(
@@ -221,7 +222,7 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
             )
     own_unet = (path / "unet").is_dir()
     if own_unet:
-        base.unet = load_part(UNet2DConditionModel, path / "unet", **options)
+        base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype, low_cpu_mem_usage=False)
     model = ControlLDM(base, control_net, config).requires_grad_(False).eval().to(pick_device(device))
     model.own_unet, model.save_memory = own_unet, save_memory
     return model
