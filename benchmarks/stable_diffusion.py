@@ -92,14 +92,20 @@ def training_steps(folder, description, size):
 
 def invert_s1(folder, description, size):
     arguments = [f"model_path={folder / 'trained'}", f"prompt={PROMPT}"]
-    arguments += [f"{which}_image_path={folder / 'data' / name}" for which, name in (("input", START), ("target", TARGET))]
+    arguments += [
+        f"{which}_image_path={folder / 'data' / name}" for which, name in (("input", START), ("target", TARGET))
+    ]
     arguments += [f"out_dir={folder / 's1'}", "ddim_steps=10", "iterations=1", "num_samples=1", "save_memory=true"]
     run_script(test5_s1.main, test5_s1.settings, arguments)
     return json.loads((folder / "s1" / "result.json").read_text())["seconds"]
 
 
 def invert_denoising(folder, description, size):
-    arguments = [f"model_path={folder / 'trained'}", f"prompt={PROMPT}", f"target_image_path={folder / 'data' / TARGET}"]
+    arguments = [
+        f"model_path={folder / 'trained'}",
+        f"prompt={PROMPT}",
+        f"target_image_path={folder / 'data' / TARGET}",
+    ]
     arguments += [f"out_dir={folder / 'lm'}", "draws=4", "figures=false", "save_memory=true"]
     run_script(invert.main, invert.settings, arguments)
     return json.loads((folder / "lm" / "result.json").read_text())["seconds"]
@@ -149,7 +155,9 @@ def main(s):
     for version in s.versions:
         folder = output_folder(out_dir / str(version))
         config = OmegaConf.load(ROOT / "models" / YAMLS[str(version)])
-        config.merge_with(base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision)
+        config.merge_with(
+            base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision
+        )
         OmegaConf.save(config, folder / "base.yaml")
         if not Path(config.base).exists():
             make_checkpoint(ROOT / config.architecture, config.base)

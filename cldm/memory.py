@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cldm.objectives import CHUNK, SAVING_CHUNK, forward_mode
+from cldm.objectives import CHUNK, SAVING_CHUNK, SlicedAttention
 from ldm.unet import encode_unet
 
 GIB = 2**30  # bytes
@@ -27,7 +27,7 @@ class MemoryTracker(TorchDispatchMode):
         given = {id(storage) for storage in _storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
         for storage in _storages(result):
-            if id(storage) not in self.known | given:
+            if id(storage) not in self.known and id(storage) not in given:
                 self.known.add(id(storage))
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
@@ -44,12 +44,9 @@ def _storages(tree):
 
 
 def measure(function):
-    """Run function() on fake tensors. Returns: bytes at the peak; bytes that what it returns keeps alive."""
+    """Run function(tracker) on fake tensors. Returns: what it returned; bytes at the peak."""
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker() as tracker:
-        result = function()
-        left = tracker.now
-        del result
-    return tracker.peak, left
+        return function(tracker), tracker.peak
 
 
 def bytes_of(tensors):
@@ -78,36 +75,34 @@ class Estimate:
     def encoding(self):
         """Of the VAE, over as many pictures as it takes at once."""
         side = self.model.config.image_size
-        return measure(lambda: self.model.base.encode(torch.zeros(1, 3, side, side, device=self.device)))[0]
+        return measure(lambda _: self.model.base.encode(torch.zeros(1, 3, side, side, device=self.device)))[1]
 
     def training(self, batch_size, dtype=None, save_memory=False):
         """dtype: of automatic mixed precision, None without."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
 
-        def step():
+        def step(_):
             with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 loss = self.model.predict(*self.inputs(batch_size)).square().mean()
             return torch.autograd.grad(loss, trained, allow_unused=True)
 
         with checkpointing(self.model, save_memory):
-            return self.weights + 2 * bytes_of(trained) + max(measure(step)[0], self.encoding())
+            return self.weights + 2 * bytes_of(trained) + max(measure(step)[1], self.encoding())
 
     def sampling(self, pictures, steps, guided, save_memory=False):
         """A gradient through a chain of DDIM steps. pictures: targets x num_samples."""
         passes = 2 if guided and save_memory else 1
         pictures *= 2 if guided and not save_memory else 1
 
-        def call():
+        def gradient(tracker):
             latents, timesteps, embeddings, control = self.inputs(pictures)
-            control.requires_grad_(True)
-            return self.model.predict(latents, timesteps, embeddings, control), control
+            with torch.enable_grad():
+                prediction = self.model.predict(latents, timesteps, embeddings, control.requires_grad_(True)).sum()
+            kept = tracker.now
+            torch.autograd.grad(prediction, control)
+            return kept
 
-        def gradient():
-            prediction, control = call()
-            return torch.autograd.grad(prediction.sum(), control)
-
-        with torch.enable_grad():
-            kept, peak = measure(call)[1], measure(gradient)[0]
+        kept, peak = measure(gradient)
         others = passes - 1 if save_memory else steps - 1
         return self.weights + max(others * kept + peak, self.encoding())
 
@@ -116,15 +111,17 @@ class Estimate:
         numbers = self.model.control_net.control_dim
         chunk = max(1, min(SAVING_CHUNK if save_memory else CHUNK, targets * draws) // numbers)
 
-        def encode():
-            return encode_unet(self.model.base.unet, *self.inputs(1)[:3])
+        def encode(tracker):
+            encoded = encode_unet(self.model.base.unet, *self.inputs(1)[:3])
+            return tracker.now, encoded
 
-        def derivative():
-            latents, timesteps, embeddings, control = self.inputs(chunk)
-            return forward_mode(lambda c: self.model.predict(latents, timesteps, embeddings, c), control)
+        def predict(_):
+            return self.model.predict(*self.inputs(chunk))
 
-        with torch.no_grad():
-            return self.weights + max(targets * draws * measure(encode)[1] + measure(derivative)[0], self.encoding())
+        with torch.no_grad(), SlicedAttention():
+            derivative = (1 + numbers) * measure(predict)[1]  # a tangent of every number beside every tensor
+            (encoded, _), _ = measure(encode)
+            return self.weights + max(targets * draws * encoded + derivative, self.encoding())
 
     def announce(self, needed, remedies):
         """Print what a run needs and what there is, and if that is less, what would make it fit.

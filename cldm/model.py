@@ -86,6 +86,7 @@ class ControlLDM(nn.Module):
         al. 2016), a third more time. save_memory asks for it too, and for guidance's two predictions one by one.
         Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
         """
+
         def with_prompt(x, t):
             return self.predict(x, t, embeddings, control, strength, guess_mode=guess_mode)
 

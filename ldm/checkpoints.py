@@ -134,7 +134,9 @@ def controlnet_weights(weights, config):
         return {}
     converted = convert_controlnet_checkpoint(own, config)
     converted = {key: t for key, t in converted.items() if not key.startswith(HINT)}
-    mlp = {f"{HINT}mlp.{2 * i}.{kind}": own.get(f"mlp.fc{i + 1}.{kind}") for i in range(3) for kind in ("weight", "bias")}
+    mlp = {
+        f"{HINT}mlp.{2 * i}.{kind}": own.get(f"mlp.fc{i + 1}.{kind}") for i in range(3) for kind in ("weight", "bias")
+    }
     return {key: tensor for key, tensor in {**converted, **mlp}.items() if tensor is not None}
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from ldm.base import LatentDiffusion
 from tests.original_layout import build, original_weights
 
+
 @pytest.fixture
 def weights(folder):
     return original_weights(LatentDiffusion.from_pretrained(folder))
@@ -46,7 +47,9 @@ def test_a_single_file_is_what_its_folder_is(folder, weights, version, form, tmp
 
 
 def test_the_average_is_taken_where_it_is_asked_for(folder, weights, tmp_path):
-    averaged = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in weights.items() if "diffusion" in k}
+    averaged = {
+        f"model_ema.{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in weights.items() if "diffusion" in k
+    }
     file = write({**weights, **averaged}, "safetensors", tmp_path)
     plain, average = (LatentDiffusion.from_pretrained(file, architecture=folder, use_ema=ema) for ema in (False, True))
     torch.testing.assert_close(average.unet.conv_in.bias, plain.unet.conv_in.bias + 1)
