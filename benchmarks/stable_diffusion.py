@@ -136,7 +136,7 @@ def send(function, arguments, pipe):
 
 
 def measure(function, arguments, limit):
-    """Run function(*arguments) in a process of its own. Returns: what it returned, None if it failed or was ended; GiB."""
+    """Run function(*arguments) in a process of its own. Returns: its result, None if it failed or was ended; GiB."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(False)
     process = context.Process(target=send, args=(function, arguments, sender))
@@ -155,9 +155,8 @@ def main(s):
     for version in s.versions:
         folder = output_folder(out_dir / str(version))
         config = OmegaConf.load(ROOT / "models" / YAMLS[str(version)])
-        config.merge_with(
-            base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision
-        )
+        own = dict(base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision)
+        config = OmegaConf.merge(config, own)
         OmegaConf.save(config, folder / "base.yaml")
         if not Path(config.base).exists():
             make_checkpoint(ROOT / config.architecture, config.base)

@@ -215,7 +215,8 @@ def calibrate(model, folder, dataset):
 
     error_scale: such that 90% of each number lie in their 90% intervals, by the rank that split conformal prediction
     takes. explained_loss: above it, unexplained.
-    model: ControlLDM, trained. folder: the control's. dataset: a ControlDataset, best of pictures that training did not see.
+    model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures that training did not
+    see.
     Source: Angelopoulos & Bates 2021, eq. 1.
     """
     device = model.base.device

@@ -7,6 +7,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 from ldm.base import LatentDiffusion
+from ldm.settings import InputError
 from tests.original_layout import build, original_weights
 
 
