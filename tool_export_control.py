@@ -2,8 +2,8 @@
 
     python tool_export_control.py MODEL_PATH FILE.safetensors
 
-Weights are named as in the original (control_model.input_blocks.…), those of the MLP mlp.fc1 to mlp.fc3; the metadata has
-the config, with the training's statistics. What diffusers loads is the folder MODEL_PATH itself.
+Weights are named as in the original (control_model.input_blocks.…), those of the MLP mlp.fc1 to mlp.fc3; the metadata
+has the config, with the training's statistics. What diffusers loads is the folder MODEL_PATH itself.
 """
 
 import sys

@@ -137,6 +137,8 @@ def main(s):
     if validation_batches and s.max_steps % every:
         trainer.validate(module, validation_batches, verbose=False)
     if trainer.is_global_zero:
+        trainer.optimizers = []  # their memory
+        module.zero_grad()
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
         calibrate(trained, out_dir, validation or train)
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
