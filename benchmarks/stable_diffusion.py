@@ -159,7 +159,7 @@ def main(s):
         config = OmegaConf.merge(config, own)
         OmegaConf.save(config, folder / "base.yaml")
         if not Path(config.base).exists():
-            make_checkpoint(ROOT / config.architecture, config.base)
+            measure(make_checkpoint, (ROOT / config.architecture, config.base), s.limit)
         maker = [sys.executable, ROOT / "dataForTrain" / "make_dataset.py", "photos=astronaut", "angles=[-4,2]"]
         subprocess.run([*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}"], check=True)
         for name, function in ROWS.items():
