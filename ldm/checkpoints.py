@@ -57,15 +57,13 @@ def read_weights(file):
                 weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"its pickle would run {name[1]}" if name else "no pickle of weights"
-        raise InputError(f"{file}: refused, {found}; expected tensors alone, best as .safetensors") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{file}: truncated, or no file of weights ({first}); expected .safetensors or .ckpt"
-        ) from None
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"refused, its pickle would run {name[1]}; expected tensors alone, best as .safetensors"
+        else:
+            first = str(error).strip().split("\n")[0]
+            what = f"truncated, or no file of weights ({first}); expected .safetensors or .ckpt"
+        raise InputError(f"{file}: {what}") from None
     while isinstance(weights, dict) and "state_dict" in weights:
         weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):

@@ -170,7 +170,7 @@ def test_statistics_are_those_of_the_data_and_are_taken_once(make_model):
 
 def test_unknown_hint_is_refused(base_yaml, tmp_path):
     s = override(tool_add_control.settings, ["hint=cnn"])
-    with pytest.raises(InputError, match='coordinate, dense, got "cnn"'):
+    with pytest.raises(InputError, match='coordinate, dense, original, got "cnn"'):
         tool_add_control.main(s, [base_yaml, tmp_path / "control"])
 
 

@@ -198,7 +198,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
         )
 
     monkeypatch.setattr(reading, "read_controls", read)
-    calibrate(tmp_path / "control", Known())
+    calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
     assert config.explained_loss == pytest.approx(6.0)
     final = Reading(controls + error, *stds, torch.tensor(config.error_scale), *[None] * 6)
