@@ -82,7 +82,7 @@ class LatentDiffusion(nn.Module):
             schedule = DDIMScheduler.from_pretrained(scheduler, **override)
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{scheduler}: not a whole DDIMScheduler ({str(error).strip().splitlines()[0]})") from None
-        return cls(*(part if part.dtype == dtype else part.to(dtype) for part in parts), schedule)
+        return cls(*(nn.Module.to(part, dtype) for part in parts), schedule)  # diffusers' own `to` warns of nothing
 
     @property
     def device(self):
