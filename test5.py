@@ -36,7 +36,7 @@ settings = dict(
     learning_rate=None,  # of plain SGD; None: as the YAML says, there null: found from the first gradient
     iterations=100,  # at the most; ends earlier when the control has settled
     guess_mode=False,  # True: the control acts less the further out, and not on the negative prompt
-    save_memory=False,  # True: a third slower, the chain's activations are computed twice and not kept
+    save_memory=False,  # True: the chain's activations are computed twice and not kept
     device="auto",  # a GPU where there is one
     out_dir="outputs/test5",
 )

@@ -41,7 +41,7 @@ settings = dict(
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
     sd_locked=True,  # False: the UNet's decoder learns too
     only_mid_control=False,
-    save_memory=False,  # True: a third slower, activations are computed twice and not kept
+    save_memory=False,  # True: activations are computed twice and not kept
     seed=0,
     # passed on to Lightning's Trainer
     accelerator="auto",
