@@ -57,10 +57,10 @@ def model(folder):
     return model.requires_grad_(False).eval()
 
 
-@pytest.mark.parametrize("form", ["yaml", "folder"])
-def test_all_scripts_take_it(base_file, folder, write_dataset, form, tmp_path, capsys):
-    data, source = write_dataset([1, 2, 3], size=SIZE), base_file[0] if form == "yaml" else folder
-    add(source, tmp_path / "fresh")
+def test_all_scripts_take_it(base_file, folder, version, write_dataset, tmp_path, capsys):
+    """1 as a single file, by its YAML; 2 as a folder."""
+    data = write_dataset([1, 2, 3], size=SIZE)
+    add(base_file[0] if version == 1 else folder, tmp_path / "fresh")
     arguments = ["max_steps=2", "batch_size=2", "accelerator=cpu", "devices=1", "precision=32-true", "save_memory=true"]
     paths = [f"resume_path={tmp_path / 'fresh'}", f"data_root={data}", f"out_dir={tmp_path / 'trained'}"]
     run_script(tutorial_train.main, tutorial_train.settings, [*arguments, *paths])
