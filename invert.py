@@ -1,7 +1,8 @@
 """Read the control from a picture, or from many, in about a second each: no start, with error bars and doubts.
 
-    python invert.py target_image_path=x.png prompt="a photo of a leather bag" out_dir=OUT
-    python invert.py targets=my_data/prompt.json out_dir=OUT
+    python invert.py input_image_path=before.png target_image_path=after.png out_dir=OUT
+    python invert.py model_path=runs/my_control target_image_path=x.png prompt="a photo of a leather bag" out_dir=OUT
+    python invert.py model_path=runs/my_control targets=my_data/prompt.json out_dir=OUT
 
 Leaves OUT/result.json and OUT/figure.png of one picture; OUT/results.jsonl, a line each, of many. A run over many that
 was killed goes on when started again with the same out_dir.
@@ -25,12 +26,23 @@ from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.base import find_path
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, check_texts, fill_settings, output_folder, run_script, write_whole
+from ldm.settings import (
+    InputError,
+    check_numbers,
+    check_texts,
+    fill_settings,
+    nearest,
+    output_folder,
+    run_script,
+    write_whole,
+)
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
     target_image_path="dataForTrain/resultData/astronaut_+2.png",
     prompt="a photo of an astronaut in an orange suit",
+    input_image_path="",  # the reference, of a control that is a change between two pictures
+    known="",  # what need not be found: "zoom=1,exposure=0"
     targets="",  # a prompt.json of many targets, in place of the two above; a row's "source" is only compared with
     out_dir="outputs/invert",
     objective="denoising",  # denoising: the likelihood bound; sampling: generate and compare, as test5.py
@@ -55,10 +67,16 @@ settings = dict(
 
 
 def read_batch(model, s, rows):
-    """Returns: the Reading of some rows' targets, their pictures (PIL) and prompt embeddings (B, 77, D)."""
-    pictures = [fit_picture(load_picture(row.target), model.config.image_size) for row in rows]
+    """Returns: the Reading of some rows; pictures of targets and of references, if any (PIL); embeddings (B, 77, D)."""
+
+    def encode(files):
+        pictures = [fit_picture(load_picture(file), model.config.image_size) for file in files]
+        return pictures, model.base.encode(pictures_to_tensor(pictures).to(model.base.device))
+
     with torch.no_grad():
-        latents = model.base.encode(pictures_to_tensor(pictures).to(model.base.device))
+        pictures, latents = encode([row.target for row in rows])
+        paired = rows[0].reference is not None
+        references, reference = encode([row.reference for row in rows]) if paired else ([None] * len(rows), None)
         prompts = [", ".join(filter(None, [row.prompt, s.a_prompt])) for row in rows]
         embeddings = model.base.embed(prompts)
         negative = model.base.embed([s.n_prompt]).expand_as(embeddings)
@@ -67,7 +85,7 @@ def read_batch(model, s, rows):
         how = dict(strength=s.strength, scale=s.scale, eta=s.eta, guess_mode=s.guess_mode, seed=s.seed, recompute=True)
         sampling = SamplingObjective(
             model,
-            latents,
+            latents if reference is None else reference,
             latents,
             embeddings,
             negative=negative,
@@ -77,10 +95,24 @@ def read_batch(model, s, rows):
         )
     if s.control is not None:
         start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1).to(latents)
-    reading = read_controls(
-        model, latents, embeddings, sampling=sampling, solver=s.solver, start=start, draws=s.draws, seed=s.seed
-    )
-    return reading, pictures, embeddings
+    how = dict(known=s.known, sampling=sampling, solver=s.solver, start=start, draws=s.draws, seed=s.seed)
+    return read_controls(model, latents, embeddings, reference, **how), pictures, references, embeddings
+
+
+def parse_known(text, names):
+    """Read "zoom=1,exposure=0". Returns: {name: number}. Raises: InputError for what names none of `names`."""
+    known = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            (known[name],) = parse_control(value)
+        except ValueError:
+            raise InputError(f'setting "known": expected name=number, got "{part}"') from None
+        if name not in names:
+            raise InputError(f'setting "known": unknown number "{name}"{nearest(name, names)}')
+    if len(known) == len(names):
+        raise InputError(f'setting "known": all of {", ".join(names)} are given, nothing is left to read')
+    return known
 
 
 def check(s, model, rows):
@@ -93,6 +125,13 @@ def check(s, model, rows):
     check_numbers(s, draws=(4, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
     config = model.control_net.config
+    s.known = parse_known(s.known, config.control_names)
+    if model.control_net.uses_reference and rows[0].reference is None:
+        raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
+    if rows[0].reference is not None and not model.control_net.uses_reference:
+        raise InputError(
+            f"model_path {s.model_path} takes no reference: leave out input_image_path, {rows[0].reference}"
+        )
     if config.control_low is None:
         raise InputError(f"model_path {s.model_path}: never trained, so its range is not known; run tutorial_train.py")
     try:
@@ -172,19 +211,21 @@ def main(s):
     if s.targets:
         rows = read_rows(find_path(s.targets), known=False)
     else:
-        rows = [Row(None, find_path(s.target_image_path), s.prompt)]
+        reference = find_path(s.input_image_path) if s.input_image_path else None
+        rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check(s, model, rows)
     tell_memory(s, model, min(s.batch_size, len(rows)))
     lines = resume(out_dir, s, rows) if s.targets else []
     with tqdm(total=len(rows), initial=len(lines), desc="reading", leave=False) as bar:
         while len(lines) < len(rows):
             some = rows[len(lines) : len(lines) + s.batch_size]
-            reading, pictures, embeddings = read_batch(model, s, some)
+            reading, pictures, references, embeddings = read_batch(model, s, some)
             for i, row in enumerate(some):
                 lines.append(json.dumps(describe_reading(model.control_net.config, reading, i, row, s.seed)) + "\n")
                 if s.figures or (s.figures is None and not s.targets):
                     name = f"{len(lines):05d}_{row.target.stem}.png" if s.targets else "figure.png"
-                    figure = draw_reading(model, reading, i, row, pictures[i], embeddings[i : i + 1], s.seed)
+                    shown = (pictures[i], references[i], embeddings[i : i + 1])
+                    figure = draw_reading(model, reading, i, row, *shown, s.seed)
                     write_whole(out_dir / name, partial(figure.savefig, format="png", dpi=100))
             if s.targets:
                 write_whole(out_dir / "results.jsonl", lambda file: file.write_text("".join(lines)))

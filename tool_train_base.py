@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dataForTrain.make_dataset import TRAIN, open_photo, render, render_framed
+from cldm.pairs import open_photo
+from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.ddim import draw_timesteps
 from ldm.pictures import pictures_to_tensor
 from ldm.settings import run_script
@@ -39,13 +40,6 @@ settings = dict(
     seed=0,
 )
 
-# Free pictures (PHOTOGRAPHS.md) that teach texture and colour beside the subjects; never drawn in full.
-EXTRA = [
-    "sklearn/datasets/images/china.jpg",
-    "sklearn/datasets/images/flower.jpg",
-    "skimage/data/grass.png",
-    "skimage/data/clock_motion.png",
-]
 VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3,
     up_block_types=["UpDecoderBlock2D"] * 3,
@@ -106,7 +100,7 @@ def draw_view(rng, size, details):
         picture, prompt = render_framed(photo, size, angle, zoom), photo.prompt
     else:
         file, prompt = rng.choice([(p.file, p.prompt) for p in TRAIN.values()] + [(file, "") for file in EXTRA])
-        photo = open_photo(file)
+        photo = open_photo(find_photo(file))
         side = math.exp(rng.uniform(math.log(64), math.log(0.65 * min(photo.size))))
         reach = side / math.sqrt(2) + 2
         center = rng.uniform(reach, photo.width - reach), rng.uniform(reach, photo.height - reach)

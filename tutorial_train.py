@@ -2,13 +2,16 @@
 
 The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder in diffusers' layout or a single file.
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
-"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. Everything of a run
-goes to out_dir, which is then the model_path of test5.py and test5_s1.py. A run that was killed goes on when started
-again with the same out_dir.
+"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. With
+"reference": "y.png" in every row, source is the change from that picture to the target, and the base's YAML has
+`reference: true`; pairs=FOLDER cuts such pairs from any pictures. Everything of a run goes to out_dir, which is then
+the model_path of test5.py, test5_s1.py and invert.py. A run that was killed goes on when started again with the same
+out_dir.
 """
 
 import logging
 import math
+import random
 import warnings
 from pathlib import Path
 
@@ -21,15 +24,19 @@ from torch.utils.data import DataLoader, RandomSampler
 from cldm.dataset import ControlDataset, read_control_names, split_rows
 from cldm.memory import Estimate, checkpointing
 from cldm.model import add_control, fit_statistics, load_base, load_model
+from cldm.pairs import CHANGES, FreshPairs, choose_changes, draw_change
 from cldm.reading import calibrate
 from cldm.report import PictureLogger
 from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
+from dataForTrain.make_dataset import find_pictures
 from ldm.settings import InputError, check_numbers, output_folder, run_script
 
 settings = dict(
     # what is trained on what
     data_root="dataForTrain",
-    base="models/tiny.yaml",  # the frozen base
+    pairs="",  # a folder of pictures, or "train": pairs are cut from them while training, in place of data_root
+    controls=None,  # of pairs: ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"], some; None: all
+    base="models/tiny.yaml",  # the frozen base; models/tiny_pair.yaml for pairs
     resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
     hint="dense",  # of a fresh control: dense (as the original: one resolution) or coordinate (any)
     out_dir="runs/control_tiny",
@@ -51,21 +58,63 @@ settings = dict(
 )
 
 
-def make_model(s, rows):
-    """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the rows' controls."""
-    control_dim = len(rows[0].control)
+VALIDATION_PAIRS = 144
+STATISTICS = 10_000  # random changes, for the spread of each
+
+
+def read_data(s):
+    """Returns: what is trained on, rows or files of pictures; the same for validation; all controls; names; units."""
+    if s.pairs:
+        ranges = choose_changes(s.controls)
+        rng = random.Random(s.seed)
+        drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
+        controls = [[change[name] for name in ranges] for change in drawn]
+        return *split_pictures(s.pairs), controls, list(ranges), [CHANGES[name][0] for name in ranges]
+    train, validation = split_rows(s.data_root)
+    controls = [row.control for row in train]
+    return train, validation, controls, *read_control_names(s.data_root, len(controls[0]))
+
+
+def split_pictures(folder):
+    """Returns: the pictures in a folder, those that packages carry for "train"; one in ten of them for validation."""
+    if folder == "train":
+        return find_pictures("train"), find_pictures("validation")
+    files = find_pictures(folder)
+    held_out = files[5::10] or files[2:3]
+    return [file for file in files if file not in held_out], held_out
+
+
+def make_model(s, controls, names, units, references):
+    """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the controls."""
     if s.resume_path:
         model = load_model(s.resume_path, dtype=torch.float32)
     else:
-        model = add_control(*load_base(s.base), control_dim=control_dim, hint=s.hint)
-    if model.control_net.control_dim != control_dim:
+        model = add_control(*load_base(s.base), control_dim=len(names), hint=s.hint)
+    data = s.pairs or s.data_root
+    if model.control_net.control_dim != len(names):
         raise InputError(
-            f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {s.data_root} has "
-            f"{control_dim}; make one with tool_add_control.py control_dim={control_dim}"
+            f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {data} has "
+            f"{len(names)}; make one with tool_add_control.py control_dim={len(names)}"
         )
+    if model.control_net.uses_reference != references:
+        has = "references" if references else "no references"
+        raise InputError(f"{data} has {has}: set reference: {str(references).lower()} in the YAML of the base")
     model.config.only_mid_control = s.only_mid_control
-    fit_statistics(model.control_net, [row.control for row in rows], *read_control_names(s.data_root, control_dim))
+    fit_statistics(model.control_net, controls, names, units)
     return model
+
+
+def make_datasets(s, model, train, validation):
+    """Returns: the datasets of training and validation, None without."""
+    base, size = model.base, model.config.image_size
+    if not s.pairs:
+        datasets = [ControlDataset(rows, base, size) if rows else None for rows in (train, validation)]
+        print(f"{len(train)} training and {len(validation)} validation pictures")
+        return datasets
+    print(f"pairs from {len(train)} training and {len(validation)} validation photographs")
+    ranges = choose_changes(s.controls)
+    drawn = FreshPairs(validation or train, ranges, base, size, 0, s.seed + 1).draw(VALIDATION_PAIRS, 0)
+    return FreshPairs(train, ranges, base, size, s.max_steps * s.batch_size, s.seed), drawn
 
 
 def tell_memory(s, model, trainer):
@@ -87,12 +136,10 @@ def main(s):
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(s.seed, verbose=False)
     out_dir = output_folder(s.out_dir)
-    train_rows, validation_rows = split_rows(s.data_root)
-    model = make_model(s, train_rows)
-    size = model.config.image_size
-    train = ControlDataset(train_rows, model.base, size, label="encoding")
-    validation = ControlDataset(validation_rows, model.base, size, label="validation") if validation_rows else []
-    print(f"{len(train)} training and {len(validation)} validation pictures; results go to {out_dir}")
+    train, validation, controls, names, units = read_data(s)
+    model = make_model(s, controls, names, units, references=bool(s.pairs) or train[0].reference is not None)
+    train, validation = make_datasets(s, model, train, validation)
+    print(f"results go to {out_dir}")
 
     module = ControlTraining(
         model,
@@ -102,8 +149,13 @@ def main(s):
         prompt_dropout=s.prompt_dropout,
         seed=s.seed,
     )
-    sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
-    pictures = PictureLogger(train, out_dir / "pictures", s.logger_freq)
+    resume_file, step = find_checkpoint(out_dir, module)
+    sampler = None
+    if s.pairs:
+        train.first = step * s.batch_size
+    else:
+        sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
+    pictures = PictureLogger(validation if s.pairs else train, out_dir / "pictures", s.logger_freq)
     every = min(s.logger_freq, s.max_steps)
     try:
         trainer = pl.Trainer(
@@ -125,13 +177,13 @@ def main(s):
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
     tell_memory(s, module.model, trainer)
-    validation_batches = DataLoader(validation, s.batch_size) if len(validation) else None
+    validation_batches = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
         trainer.fit(
             module,
             DataLoader(train, s.batch_size, sampler=sampler),
             validation_batches,
-            ckpt_path=find_checkpoint(out_dir, module),
+            ckpt_path=resume_file,
             weights_only=True,
         )
     if validation_batches and s.max_steps % every:

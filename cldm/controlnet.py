@@ -6,10 +6,14 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
+from torch.nn import functional as F
 
 from ldm.settings import InputError
 
-HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512)}  # and their hidden widths
+# and their hidden widths
+HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512), "reference": (256, 256)}
+
+REFERENCE_FEATURES = 64
 
 
 def default_names(control_dim):
@@ -100,10 +104,88 @@ class DenseHint(Hint):
         return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)
 
 
+class ReferenceHint(Hint):
+    """What a change does to a reference picture: its features, moved and scaled as a 3-layer MLP on the control says.
+
+    A position in the target is taken to one in the reference by an affine map, the exponential of a sum of generators,
+    one for each number, as a group of motions has them, and of what the MLP adds. Its other outputs are the scales and
+    shifts of features before both convolutions that follow.
+    Source: Jaderberg et al. 2015, spatial transformers; Perez et al. 2018, FiLM.
+    """
+
+    def __init__(self, control_dim, channels, hidden, latent_channels):
+        super().__init__()
+        self.control_dim = control_dim
+        self.widths = (6, *2 * [REFERENCE_FEATURES + 1], *2 * [2 * REFERENCE_FEATURES])
+        self.mlp = nn.Sequential(
+            nn.Linear(control_dim, hidden[0]),
+            nn.SiLU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.SiLU(),
+            nn.Linear(hidden[1], sum(self.widths)),
+        )
+        initialize_hint(self.mlp)
+        nn.init.normal_(self.mlp[-1].weight, std=1e-3)  # hardly any change at first
+        self.generators = nn.Linear(control_dim, 6, bias=False)
+        nn.init.zeros_(self.generators.weight)
+        self.extract = nn.Sequential(  # to twice the resolution, so that a position between two latents means something
+            nn.Conv2d(latent_channels, 2 * REFERENCE_FEATURES, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(2 * REFERENCE_FEATURES, 4 * REFERENCE_FEATURES, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+        self.mix = nn.Conv2d(REFERENCE_FEATURES + 1, 2 * REFERENCE_FEATURES, 3, padding=1)
+        self.out = nn.Conv2d(2 * REFERENCE_FEATURES, channels, 3, padding=1)
+
+    def features(self, condition):
+        control, reference = condition[:, : self.control_dim, 0, 0], condition[:, self.control_dim :]
+        with torch.autocast(control.device.type, enabled=False):  # half precision would round the number itself
+            motion, *modulation = self.mlp(control).split(self.widths, 1)
+            motion = F.pad((motion + self.generators(control)).unflatten(1, (2, 3)), (0, 0, 0, 1))
+            positions = self.positions(torch.linalg.matrix_exp(motion), *reference.shape[2:])
+        scale, shift, scale2, shift2 = (part[:, :, None, None] for part in modulation)
+        moved = sample_bilinear(self.extract(reference), 2 * positions + 0.5)
+        size = positions.new_tensor(reference.shape[:1:-1])[:, None, None]
+        inside = (torch.minimum(positions, size - 1 - positions) + 1).clamp(0, 1).prod(1, keepdim=True)
+        moved = torch.cat([moved, inside], 1) * (1 + scale) + shift
+        mixed = self.mix(F.silu(moved)) * (1 + scale2) + shift2
+        return self.out(F.silu(mixed))
+
+    @staticmethod
+    def positions(affine, height, width):
+        """Returns: (B, 2, h, w), x and y in the reference, in latents, of every latent of the target.
+
+        affine: (B, 3, 3), from the target to the reference, from the middle in units of half the longer side.
+        """
+        half = affine.new_tensor([width, height]) / 2
+        y, x = torch.meshgrid(*(torch.arange(n, device=affine.device) + 0.5 for n in (height, width)), indexing="ij")
+        here = (torch.stack([x, y]) - half[:, None, None]) / half.max()  # (2, h, w)
+        there = torch.einsum("bij,jhw->bihw", affine[:, :2, :2], here) + affine[:, :2, 2, None, None]
+        return there * half.max() + half[:, None, None] - 0.5
+
+
+def sample_bilinear(features, positions):
+    """Interpolate between four neighbours, with a forward-mode derivative, which torch's grid_sample lacks.
+
+    features: (B, C, H, W). positions: (B, 2, h, w), x and y in units of the grid; beyond the border, the border.
+    Returns: (B, C, h, w).
+    """
+    width, size = features.shape[3], features.new_tensor(features.shape[:1:-1], dtype=positions.dtype)[:, None, None]
+    positions = torch.minimum(positions.clamp_min(0), size - 1)
+    corner = torch.minimum(positions.detach().floor(), size - 2)
+    right, down = (positions - corner)[:, :, None].unbind(1)  # (B, 1, h, w) each
+    index = (corner[:, 1] * width + corner[:, 0]).long().flatten(1)[:, None].expand(-1, features.shape[1], -1)
+    flat = features.flatten(2)
+    neighbours = (flat.gather(2, index + k).unflatten(2, positions.shape[2:]) for k in (0, 1, width, width + 1))
+    top, top_right, bottom, bottom_right = neighbours
+    return (top * (1 - right) + top_right * right) * (1 - down) + (bottom * (1 - right) + bottom_right * right) * down
+
+
 class NumericControlNet(ControlNetModel):
     """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
 
-    hint: "coordinate", "dense" or "original". hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
+    hint: "coordinate", "dense", "original", or "reference": the control is then the change from a reference picture,
+    whose latents go in beside it. hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
     latent_size: side of the latents, not needed by "coordinate".
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
@@ -136,11 +218,12 @@ class NumericControlNet(ControlNetModel):
         if hint_hidden is None:
             self.register_to_config(hint_hidden=HINTS[hint])
         size = (len(control_mean), self.conv_in.out_channels, self.config.hint_hidden)
-        self.controlnet_cond_embedding = (
-            CoordinateHint(*size, hint_octaves)
-            if hint == "coordinate"
-            else DenseHint(*size, latent_size, original=hint == "original")
-        )
+        if hint == "coordinate":
+            self.controlnet_cond_embedding = CoordinateHint(*size, hint_octaves)
+        elif hint == "reference":
+            self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels)
+        else:
+            self.controlnet_cond_embedding = DenseHint(*size, latent_size, original=hint == "original")
 
     @staticmethod
     def _get_init_keys(input_class):
@@ -181,17 +264,32 @@ class NumericControlNet(ControlNetModel):
     def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, *args, **kwargs):
         """ControlNetModel.forward with a control for its picture.
 
-        controlnet_cond: (B, d), or (B, d, H, W) constant over H and W as diffusers' pipeline makes it.
+        sample: (B, C, h, w). controlnet_cond: (B, d), or (B, d, H, W) constant over H and W as diffusers' pipeline
+        makes it; with a reference (B, d + C, H, W), as `condition` makes it, or enlarged by whole numbers.
         """
-        if controlnet_cond.ndim == 4:
-            controlnet_cond = controlnet_cond[:, :, 0, 0]
-        if controlnet_cond.ndim != 2 or controlnet_cond.shape[1] != self.control_dim:
-            raise InputError(
-                f"control: expected {self.control_dim} numbers ({', '.join(self.config.control_names)}), "
-                f"got shape {tuple(controlnet_cond.shape)}"
-            )
+        maps = controlnet_cond if controlnet_cond.ndim == 4 else controlnet_cond[..., None, None]
+        expected = self.control_dim + (sample.shape[1] if self.uses_reference else 0)
+        if maps.ndim != 4 or maps.shape[1] != expected:
+            what = f"{self.control_dim} numbers ({', '.join(self.config.control_names)})"
+            what += " and the latents of a reference" if self.uses_reference else ""
+            raise InputError(f"control: expected {what}, got shape {tuple(controlnet_cond.shape)}")
         hint = self.controlnet_cond_embedding
         hint.dtype = sample.dtype
-        control = self.normalize(controlnet_cond.to(hint.mlp[0].weight.dtype))
-        control = control[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        control, reference = maps.to(hint.mlp[0].weight.dtype).tensor_split([self.control_dim], 1)
+        control = self.normalize(control[:, :, 0, 0])[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        if self.uses_reference:
+            down, right = (have // need for have, need in zip(maps.shape[2:], sample.shape[2:]))
+            control = torch.cat([control, reference[:, :, ::down, ::right]], 1)
         return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
+
+    @property
+    def uses_reference(self):
+        return self.config.hint == "reference"
+
+    def condition(self, control, reference=None):
+        """control: (B, d). reference: (B, C, h, w), latents. Returns: what `forward` takes of both."""
+        if not self.uses_reference:
+            return control
+        if reference is None:
+            raise InputError("this control is a change from a reference picture: give one (input_image_path)")
+        return torch.cat([control[:, :, None, None].expand(-1, -1, *reference.shape[2:]), reference], 1)

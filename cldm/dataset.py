@@ -20,8 +20,9 @@ TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json"
 @dataclass(frozen=True)
 class Row:
     control: tuple[float, ...] | None  # d numbers, in the dataset's units
-    target: Path
+    target: Path  # or a PIL picture, here and below
     prompt: str
+    reference: Path | None = None  # the picture that the control is a change from
 
 
 def parse_control(source):
@@ -44,6 +45,7 @@ def parse_control(source):
 def read_rows(file, known=True):
     """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}; targets relative to its folder.
 
+    All rows, or none, may have a "reference", a picture that the source is a change from.
     known: whether every row needs a source; without one, its control is None.
     Returns: list of Row, all controls of one length.
     Raises: InputError naming the file, the line, what was expected and what was found.
@@ -65,6 +67,9 @@ def read_rows(file, known=True):
                     f'{file} line {number}: "source" has {len(row.control)} numbers, the first row has '
                     f"{len(first)}; every row needs the same"
                 )
+            if rows and (row.reference is None) != (rows[0].reference is None):
+                has = "no" if row.reference is None else "a"
+                raise InputError(f'{file} line {number}: has {has} "reference", unlike the first row; all or none')
             rows.append(row)
     if not rows:
         raise InputError(f"{file}: no rows; expected one JSON object a line")
@@ -81,23 +86,24 @@ def _read_row(line, folder, where, known):
     for key in ("source", "target", "prompt"):
         if key not in row and (known or key != "source"):
             raise InputError(f'{where}: no "{key}"; expected the keys source, target and prompt')
-    for key in ("target", "prompt"):
-        if not isinstance(row[key], str):
+    for key in ("target", "prompt", "reference"):
+        if not isinstance(row.get(key, ""), str):
             raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])}')
     try:
         control = parse_control(row["source"]) if "source" in row else None
     except ValueError:
         got = json.dumps(row["source"])
         raise InputError(f'{where}: "source" must be a finite number or a list of them, got {got}') from None
-    target = folder / row["target"]
-    try:
-        with Image.open(target) as picture:
-            picture.verify()
-    except FileNotFoundError:
-        raise InputError(f'{where}: "target" {target} does not exist') from None
-    except Exception:  # Pillow raises many kinds
-        raise InputError(f'{where}: "target" {target} is not a picture') from None
-    return Row(control, target, row["prompt"])
+    files = {key: folder / row[key] for key in ("target", "reference") if key in row}
+    for key, file in files.items():
+        try:
+            with Image.open(file) as picture:
+                picture.verify()
+        except FileNotFoundError:
+            raise InputError(f'{where}: "{key}" {file} does not exist') from None
+        except Exception:  # Pillow raises many kinds
+            raise InputError(f'{where}: "{key}" {file} is not a picture') from None
+    return Row(control, prompt=row["prompt"], **files)
 
 
 def split_rows(data_root):
@@ -137,11 +143,16 @@ def read_control_names(data_root, control_dim):
     return names, units
 
 
+def _name(picture):
+    return picture if isinstance(picture, Path) else id(picture)
+
+
 class ControlDataset(Dataset):
     """Latents, text embeddings and controls of rows, all computed once by a LatentDiffusion.
 
-    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; of the empty prompt), control (d,).
-    Pictures of another size than image_size are resized.
+    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; of the empty prompt), control (d,), and
+    reference (C, h, w) where the rows have one.
+    Pictures of another size than image_size are resized. label: of the progress bar, None for none.
     """
 
     @torch.no_grad()
@@ -150,16 +161,19 @@ class ControlDataset(Dataset):
         self.controls = torch.tensor([row.control for row in rows])
         prompts = sorted({row.prompt for row in rows})
         self.prompt_index = [prompts.index(row.prompt) for row in rows]
-        self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).cpu()
-        self.empty = base.embed([""])[0].cpu()
+        self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
+        self.empty = base.embed([""])[0].float().cpu()
+        pictures = {_name(p): p for row in rows for p in (row.target, row.reference) if p is not None}
+        self.where = {name: i for i, name in enumerate(pictures)}
+        pictures = list(pictures.values())
         latents, sizes = [], set()
-        for start in tqdm(range(0, len(rows), batch_size), desc=label):
-            pictures = []
-            for row in rows[start : start + batch_size]:
-                picture = load_picture(row.target)
+        for start in tqdm(range(0, len(pictures), batch_size), desc=label, disable=label is None):
+            fitted = []
+            for picture in pictures[start : start + batch_size]:
+                picture = load_picture(picture)
                 sizes.add(picture.size)
-                pictures.append(fit_picture(picture, image_size))
-            latents.append(base.encode(pictures_to_tensor(pictures).to(base.device)).cpu())
+                fitted.append(fit_picture(picture, image_size))
+            latents.append(base.encode(pictures_to_tensor(fitted).to(base.device)).float().cpu())
         self.latents = torch.cat(latents)
         others = sizes - {(image_size, image_size)}
         if others:
@@ -170,9 +184,13 @@ class ControlDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i):
-        return dict(
-            latents=self.latents[i],
+        row = self.rows[i]
+        item = dict(
+            latents=self.latents[self.where[_name(row.target)]],
             embeddings=self.embeddings[self.prompt_index[i]],
             empty=self.empty,
             control=self.controls[i],
         )
+        if row.reference is not None:
+            item["reference"] = self.latents[self.where[_name(row.reference)]]
+        return item

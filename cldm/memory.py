@@ -70,7 +70,7 @@ class Estimate:
         timesteps = torch.zeros(pictures, dtype=torch.long, device=self.device)
         embeddings = torch.zeros(pictures, 77, config.cross_attention_dim, device=self.device)
         control = torch.zeros(pictures, self.model.control_net.control_dim, device=self.device)
-        return latents, timesteps, embeddings, control
+        return latents, timesteps, embeddings, control, torch.zeros_like(latents)
 
     def encoding(self):
         """Of the VAE, over as many pictures as it takes at once."""
@@ -95,9 +95,11 @@ class Estimate:
         pictures *= 2 if guided and not save_memory else 1
 
         def gradient(tracker):
-            latents, timesteps, embeddings, control = self.inputs(pictures)
+            latents, timesteps, embeddings, control, reference = self.inputs(pictures)
             with torch.enable_grad():
-                prediction = self.model.predict(latents, timesteps, embeddings, control.requires_grad_(True)).sum()
+                prediction = self.model.predict(
+                    latents, timesteps, embeddings, control.requires_grad_(True), reference
+                ).sum()
             kept = tracker.now
             torch.autograd.grad(prediction, control)
             return kept

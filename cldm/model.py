@@ -36,11 +36,15 @@ class ControlLDM(nn.Module):
         self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
         self.save_memory = False  # time for memory: guidance in two passes, gradients that compute each step again
 
-    def predict(self, latents, timesteps, embeddings, control, strength=1.0, encoded=None, guess_mode=False):
+    def predict(
+        self, latents, timesteps, embeddings, control, reference=None, strength=1.0, encoded=None, guess_mode=False
+    ):
         """One call of ControlNet and UNet.
 
         latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D).
-        control: (B, d), in the dataset's units; None: the base alone. strength: factor on what the ControlNet adds.
+        control: (B, d), in the dataset's units; None: the base alone. reference: (B, C, h, w), the latents of the
+        picture that the control is a change from, for a control that knows references.
+        strength: factor on what the ControlNet adds.
         encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, to spare its time.
         guess_mode: let the ControlNet act the less the further out, from 1 in the middle to 0.1.
         Returns: (B, C, h, w), noise or velocity, whichever the base was trained to predict.
@@ -53,7 +57,7 @@ class ControlLDM(nn.Module):
             latents.to(self.control_net.dtype),
             timesteps,
             embeddings.to(self.control_net.dtype),
-            control,
+            self.control_net.condition(control, reference),
             conditioning_scale=strength,
             guess_mode=guess_mode,
             return_dict=False,
@@ -69,6 +73,7 @@ class ControlLDM(nn.Module):
         embeddings,
         control,
         *,
+        reference=None,
         negative=None,
         scale=1.0,
         strength=1.0,
@@ -80,7 +85,8 @@ class ControlLDM(nn.Module):
         """Draw pictures' latents by DDIM with classifier-free guidance (Ho & Salimans 2022).
 
         latents, timesteps, eta, noise: as ldm.ddim.ddim_sample has them. embeddings, negative: (B, 77, D).
-        control: (B, d). scale: of the guidance; at 1 `negative` is not used. strength: of the control.
+        control: (B, d). reference: (B, C, h, w) or None, as in predict.
+        scale: of the guidance; at 1 `negative` is not used. strength: of the control.
         guess_mode: as in predict, and the negative prompt goes without control (Zhang et al. 2023, sec. 3.3).
         recompute: for a gradient in the memory of one step: forget a step's activations and compute them again (Chen et
         al. 2016), a third more time. save_memory asks for it too, and for guidance's two predictions one by one.
@@ -88,14 +94,15 @@ class ControlLDM(nn.Module):
         """
 
         def with_prompt(x, t):
-            return self.predict(x, t, embeddings, control, strength, guess_mode=guess_mode)
+            return self.predict(x, t, embeddings, control, reference, strength, guess_mode=guess_mode)
 
         def guided(x, t):
             if not self.save_memory and not guess_mode:
-                both, twice = torch.cat([negative, embeddings]), torch.cat([control, control])
-                without, prompted = self.predict(torch.cat([x, x]), t, both, twice, strength).chunk(2)
+                both = torch.cat([negative, embeddings])
+                twice = [None if part is None else torch.cat([part, part]) for part in (control, reference)]
+                without, prompted = self.predict(torch.cat([x, x]), t, both, *twice, strength).chunk(2)
             else:
-                without = self.predict(x, t, negative, None if guess_mode else control, strength)
+                without = self.predict(x, t, negative, None if guess_mode else control, reference, strength)
                 prompted = with_prompt(x, t)
             return without + scale * (prompted - without)
 
@@ -123,12 +130,15 @@ def load_base(path):
     base = LatentDiffusion.from_pretrained(config.base, **options)
     if config.image_size is None:
         config.image_size = base.unet.config.sample_size * base.downsampling
+    unit = base.downsampling * 2 ** (len(base.unet.config.block_out_channels) - 1)
+    if not isinstance(config.image_size, int) or config.image_size < 1 or config.image_size % unit:
+        raise InputError(f"{path}: image_size must be a multiple of {unit} with this base, got {config.image_size}")
     return base, config
 
 
 def describe(path):
     """Returns: the DictConfig in models/ that names the base `path`, else the one of its architecture."""
-    configs = {file.stem: read_yaml(file) for file in (ROOT / "models").glob("*.yaml")}
+    configs = {file.stem: read_yaml(file) for file in sorted((ROOT / "models").glob("*.yaml"))}
     for config in configs.values():
         if find_path(config.base).resolve() == path.resolve():
             return config
@@ -144,14 +154,16 @@ def describe(path):
 def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, encoder=""):
     """Give a base a fresh control: encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
+    Where config says `reference: true`, its hint is "reference".
     encoder: a file with a ControlNet in the original layout, whose encoder is copied in place of the UNet's.
     Returns: ControlLDM whose output equals the base's exactly, until it is trained.
     """
+    hint = "reference" if config.get("reference") else hint
     control_net = NumericControlNet.from_unet(
         base.unet,
         hint=hint,
         hint_hidden=hint_hidden,
-        latent_size=None if hint == "coordinate" else config.image_size // base.downsampling,
+        latent_size=None if hint in ("coordinate", "reference") else config.image_size // base.downsampling,
         control_names=default_names(control_dim),
         control_units=[""] * control_dim,
         control_mean=[0.0] * control_dim,

@@ -6,9 +6,9 @@ numbers each. Its loss is their mean square. Everything that does not depend on 
 
 import warnings
 from abc import ABC, abstractmethod
-from functools import partial
 
 import torch
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -33,7 +33,7 @@ class SlicedAttention(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.nn.functional.scaled_dot_product_attention:
+        if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, *rest = args
         rows = max(1, ATTENTION // (query.shape[:-2].numel() * key.shape[-2]))
@@ -56,11 +56,14 @@ def forward_mode(function, control):
 class Objective(ABC):
     """Residuals and their derivatives, in calls of at most CHUNK pictures.
 
+    known: (B, d) numbers that are given, NaN where they are sought; None: all are. Controls, here and below, are the
+    sought ones alone.
     calls: how many pictures the model was evaluated on so far; a derivative counts as one more.
     """
 
     model: ControlLDM
     draws: int  # K
+    known = None
     calls_each = 1  # evaluations of the model for one residual
     paired = False  # whether every two draws have opposite noise
     calls = 0
@@ -72,6 +75,15 @@ class Objective(ABC):
     @abstractmethod
     def residuals(self, control, targets, draws):
         """control: (P, k, d). targets: (P,), which target each is for. draws: (k,), of the K. Returns: (P, k, N)."""
+
+    def complete(self, control, targets):
+        """control: (P, ..., f), those sought. targets: (P,). Returns: (P, ..., d), with those that are known."""
+        if self.known is None:
+            return control
+        sought = self.known[0].isnan()
+        parts, rest = iter(control.unbind(-1)), control[..., 0]
+        known = [column.view(-1, *[1] * (rest.ndim - 1)).expand_as(rest) for column in self.known[targets].unbind(1)]
+        return torch.stack([next(parts) if free else given for free, given in zip(sought, known)], -1)
 
     def _chunked(self, function, control, targets, draws, share=1):
         """Returns: what function(control (P, k, d), draws, targets) makes of them all: tensors (P, k, ...).
@@ -92,7 +104,7 @@ class Objective(ABC):
         """control: (P, d). targets: (P,). draws: (k,), by default all. Returns: residuals (P, k, N)."""
 
         def function(control, draws, targets):
-            residuals = self.residuals(control, targets, draws)
+            residuals = self.residuals(self.complete(control, targets), targets, draws)
             self.calls += control.shape[0] * control.shape[1] * self.calls_each
             return (residuals,)
 
@@ -107,7 +119,7 @@ class Objective(ABC):
         """
 
         def function(control, draws, targets):
-            both = forward_mode(partial(self.residuals, targets=targets, draws=draws), control)
+            both = forward_mode(lambda c: self.residuals(self.complete(c, targets), targets, draws), control)
             self.calls += (1 + control.shape[2]) * control.shape[0] * control.shape[1] * self.calls_each
             return both
 
@@ -123,7 +135,7 @@ class Objective(ABC):
         def function(control, draws, targets):
             moving = control.detach().clone().requires_grad_(True)
             with torch.enable_grad():
-                residuals = self.residuals(moving, targets, draws)
+                residuals = self.residuals(self.complete(moving, targets), targets, draws)
                 (gradient,) = torch.autograd.grad(residuals.square().mean(2).sum(), moving)
             self.calls += 2 * control.shape[0] * control.shape[1] * self.calls_each
             return residuals.detach(), gradient
@@ -134,16 +146,19 @@ class Objective(ABC):
 class DenoisingObjective(Objective):
     """The likelihood bound of a diffusion model: how well noise added to the target is told from it, at a control.
 
-    target_latents: (B, C, h, w). embeddings: (B, 77, D). draws: K noises and timesteps, the same for every target, in
-    pairs of opposite sign. levels: share of the noise schedule that the timesteps cover.
-    Residuals are those of whatever the base predicts, noise or velocity.
+    target_latents: (B, C, h, w). embeddings: (B, 77, D). reference: (B, C, h, w), as ControlLDM.predict has it.
+    draws: K noises and timesteps, the same for every target, in pairs of opposite sign. levels: share of the noise
+    schedule that the timesteps cover.
+    Residuals are those of whatever the base predicts, noise or velocity, averaged over squares of `pool` latents: the
+    larger, the wider the valleys.
     Source: Li et al. 2023, the diffusion classifier.
     """
 
     paired = True
+    pool = 1
 
-    def __init__(self, model, target_latents, embeddings, *, draws=8, levels=(0.5, 1.0), seed=0):
-        pairs, self.draws = draws // 2, draws // 2 * 2
+    def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, levels=(0.5, 1.0), seed=0):
+        pairs, self.draws, self.reference = draws // 2, draws // 2 * 2, reference
         scheduler, self.model = model.base.scheduler, model
         count, device = len(target_latents), target_latents.device
         low, high = (share * (scheduler.config.num_train_timesteps - 1) for share in levels)
@@ -167,15 +182,18 @@ class DenoisingObjective(Objective):
             self.timesteps[index],
             encoded.embeddings,
             control.flatten(0, 1),
+            None if self.reference is None else self.reference[index // self.draws],
             encoded=encoded,
         )
-        return (prediction - self.wanted[index]).flatten(1).unflatten(0, control.shape[:2])
+        difference = F.avg_pool2d(prediction - self.wanted[index], self.pool)
+        return difference.flatten(1).unflatten(0, control.shape[:2])
 
 
 class SamplingObjective(Objective):
     """Test5's: generate by DDIM at a control, compare latents with the target's.
 
-    input_latents, target_latents: (B, C, h, w). embeddings, negative: (B, 77, D). draws: K pictures, each from noise of
+    input_latents, target_latents: (B, C, h, w); the first are the reference of a control that takes one.
+    embeddings, negative: (B, 77, D). draws: K pictures, each from noise of
     its own, the same for every target. seed: of noise for `longest` steps, by default ddim_steps.
     how: scale, strength, eta, guess_mode and recompute, as ControlLDM.generate has them.
     """
@@ -197,6 +215,7 @@ class SamplingObjective(Objective):
     ):
         self.model, self.target, self.draws, self.how = model, target_latents, draws, how
         self.embeddings, self.negative = embeddings, negative
+        self.reference = input_latents if model.control_net.uses_reference else None
         shape, device = target_latents.shape, target_latents.device
         self.noise = draw_noise(shape, 1 + (longest or ddim_steps), seed, device, draws)
         self.start_from(input_latents[:, None].expand(-1, draws, -1, -1, -1), ddim_steps, denoise_strength)
@@ -210,14 +229,15 @@ class SamplingObjective(Objective):
 
     def residuals(self, control, targets, draws):
         def repeat(tensor):
-            return tensor[targets].repeat_interleave(len(draws), 0)
+            return None if tensor is None else tensor[targets].repeat_interleave(len(draws), 0)
 
         generated = self.model.generate(
             self.noisy[targets][:, draws].flatten(0, 1),
             ddim_timesteps(*self.steps),
             repeat(self.embeddings),
             control.flatten(0, 1),
-            negative=None if self.negative is None else repeat(self.negative),
+            reference=repeat(self.reference),
+            negative=repeat(self.negative),
             noise=self.noise[1:, draws].repeat(1, len(targets), 1, 1, 1),
             **self.how,
         )

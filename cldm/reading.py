@@ -33,9 +33,9 @@ class Reading:
     """What was read from B targets, d numbers each, in the dataset's units."""
 
     control: torch.Tensor  # (B, d)
-    noise_std: torch.Tensor  # (B, d), standard error by the spread over draws of noise
-    residual_std: torch.Tensor  # (B, d), what it would be if all that is left unexplained came from wrong controls
-    error_scale: torch.Tensor  # (d,), the share of residual_std that does
+    noise_covariance: torch.Tensor  # (B, d, d), of errors by the spread over draws of noise
+    residual_covariance: torch.Tensor  # (B, d, d), what it would be if all that is left came from wrong controls
+    error_scale: torch.Tensor  # (d,), the share of residual_covariance's standard deviations that does
     loss: torch.Tensor  # (B,) mean squared residual
     flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
     others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
@@ -44,9 +44,15 @@ class Reading:
     seconds: float  # a target
 
     @property
+    def covariance(self):
+        """(B, d, d), of the errors; nothing for numbers that were known."""
+        scale = torch.diag(self.error_scale)
+        return self.noise_covariance + scale @ self.residual_covariance @ scale
+
+    @property
     def std(self):
         """(B, d), standard error."""
-        return (self.noise_std.square() + (self.error_scale * self.residual_std).square()).sqrt()
+        return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
 
     @property
     def interval90(self):
@@ -56,11 +62,24 @@ class Reading:
 
 @torch.no_grad()
 def read_controls(
-    model, target_latents, embeddings, *, sampling=None, solver="lm", start=None, draws=8, seed=0, **options
+    model,
+    target_latents,
+    embeddings,
+    reference=None,
+    *,
+    known=None,
+    sampling=None,
+    solver="lm",
+    start=None,
+    draws=8,
+    seed=0,
+    **options,
 ):
     """Find the controls that explain pictures best.
 
     model: ControlLDM, trained. target_latents: (B, C, h, w). embeddings: (B, 77, D).
+    reference: (B, C, h, w), the latents of the pictures that controls are changes from, where the model takes them.
+    known: {name: number} of controls that need not be found; with all others, they are part of what is returned.
     sampling: a SamplingObjective of the same targets, to be solved in place of the denoising objective.
     solver: "lm", "sgd" or "adam", with its `options`.
     start: (B, S, d), S places to start from; None: where probes find valleys.
@@ -68,32 +87,42 @@ def read_controls(
     Returns: Reading.
     """
     began, count, config = time.perf_counter(), len(target_latents), model.control_net.config
-    low, high = (bound.to(target_latents) for bound in search_bounds(config))
-    denoising = DenoisingObjective(model, target_latents, embeddings, draws=draws, seed=seed)
+    given = target_latents.new_tensor([(known or {}).get(name, math.nan) for name in config.control_names])
+    sought = given.isnan()
+    low, high = (bound.to(target_latents)[sought] for bound in search_bounds(config))
+    denoising = DenoisingObjective(model, target_latents, embeddings, reference, draws=draws, seed=seed)
     everything = torch.arange(count, device=target_latents.device)
+    objective = sampling or denoising
+    if known:
+        objective.known = denoising.known = given.expand(count, -1)
     if start is None:
         control, targets = probe(denoising, everything, low, high)
     else:
-        control, targets = start.flatten(0, 1), everything.repeat_interleave(start.shape[1])
-    objective = sampling or denoising
-    found = solve(solver, objective, control, targets, low, high, model.control_net.spread(low), **options)
+        control, targets = start.flatten(0, 1)[:, sought], everything.repeat_interleave(start.shape[1])
+    unit = model.control_net.spread(given)[sought]
+    found = solve(solver, objective, control, targets, low, high, unit, **options)
 
     valleys = rank_valleys(found, targets, high - low)
     best = torch.stack([own[0] for own in valleys])
-    noise_std, residual_std = standard_errors(found, objective.paired, high - low)
+    covariances = standard_errors(found, objective.paired, high - low)
+    square = (sought[:, None] & sought).expand(count, -1, -1)
+    noise, residual = (torch.zeros(square.shape).to(low).masked_scatter(square, cov[best]) for cov in covariances)
+    controls = objective.complete(found.control, targets)
     result = Reading(
-        found.control[best],
-        noise_std[best],
-        residual_std[best],
-        low.new_tensor(config.error_scale or [0.0] * len(low)),
+        controls[best],
+        noise,
+        residual,
+        low.new_tensor(config.error_scale or [0.0] * len(given)),
         found.losses[best].mean(1),
         flags=[],
-        others=[found.control[own[1:]].tolist() for own in valleys],
+        others=[controls[own[1:]].tolist() for own in valleys],
         iterations=found.iterations[best],
         model_calls=0.0,
         seconds=0.0,
     )
-    explained = denoising.evaluate(result.control, everything).square().mean((1, 2)) if sampling else result.loss
+    explained = (
+        denoising.evaluate(result.control[:, sought], everything).square().mean((1, 2)) if sampling else result.loss
+    )
     conditions = dict(
         outside_range=is_outside(config, result.control, result.std),
         ambiguous=[is_ambiguous(found.losses[own], objective.paired) for own in valleys],
@@ -177,8 +206,8 @@ def standard_errors(found, paired, width):
     """Estimate how unsure the controls of a Solution are.
 
     paired: whether every two draws have opposite noise. width: (d,), of the searched range.
-    Returns: noise_std, residual_std, each (P, d): White's sandwich over draws, and the classical standard error that
-    takes all residuals for independent. A control without effect on the residuals may be anywhere in the range.
+    Returns: covariances of the errors, each (P, d, d): White's sandwich over draws, and the classical one that takes
+    all residuals for independent. A control without effect on the residuals may be anywhere in the range.
     """
     gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
     gradients = gradients.double() * width  # of controls in units of the range, which may be of very unlike sizes
@@ -186,11 +215,11 @@ def standard_errors(found, paired, width):
     count = gradients.shape[1]
     scatter = torch.einsum("pkd,pke->pde", gradients, gradients) / (count * max(count - 1, 1))
     inverse = torch.linalg.pinv(curvature, hermitian=True)
-    noise = (inverse @ scatter @ inverse).diagonal(dim1=1, dim2=2)
+    noise = inverse @ scatter @ inverse
     idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
-    noise = torch.where(idle, 1, noise)
-    residual = loss * inverse.diagonal(dim1=1, dim2=2)
-    return (noise.sqrt() * width).to(width), (residual.sqrt() * width).to(width)
+    noise = torch.where(torch.diag_embed(idle), 1, noise)
+    units = width[:, None] * width
+    return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
 
 
 def is_outside(config, control, std):
@@ -225,13 +254,15 @@ def calibrate(model, folder, dataset):
     readings = []
     for start in tqdm(range(0, len(chosen), BATCH), desc="calibrating"):
         batch = default_collate([dataset[i] for i in chosen[start : start + BATCH]])
-        readings.append(read_controls(model, batch["latents"].to(device), batch["embeddings"].to(device)))
-    noise, residual, found, loss = (
-        torch.cat([getattr(reading, key) for reading in readings]).cpu()
-        for key in ("noise_std", "residual_std", "control", "loss")
+        inputs = (batch[key].to(device) for key in ("latents", "embeddings", "reference") if key in batch)
+        readings.append(read_controls(model, *inputs))
+    noise, residual = (
+        torch.cat([getattr(reading, key).diagonal(dim1=1, dim2=2) for reading in readings]).cpu()
+        for key in ("noise_covariance", "residual_covariance")
     )
-    missing = ((found - dataset.controls[chosen]) / Z90).square() - noise.square()
-    shares = torch.where(residual > 0, missing / residual.square(), 0)  # 0: a control without any effect
+    found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
+    missing = ((found - dataset.controls[chosen]) / Z90).square() - noise
+    shares = torch.where(residual > 0, missing / residual, 0)  # 0: a control without any effect
     rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
     error_scale = shares.sort(0).values[rank - 1].clamp_min(0).sqrt().tolist()
     explained_loss = UNEXPLAINED * loss.quantile(0.95).item()

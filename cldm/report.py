@@ -82,6 +82,7 @@ def describe_reading(config, reading, i, row, seed):
     """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
     control, std, interval90 = (getattr(reading, key)[i].tolist() for key in ("control", "std", "interval90"))
     result = {
+        **({"reference": str(row.reference)} if row.reference else {}),
         "target": str(row.target),
         "prompt": row.prompt,
         "names": list(config.control_names),
@@ -89,6 +90,7 @@ def describe_reading(config, reading, i, row, seed):
         "control": number(control),
         "std": number(std),
         "interval90": interval90,
+        "covariance": reading.covariance[i].tolist(),
         "flags": reading.flags[i],
         "others": reading.others[i],
         "loss": reading.loss[i].item(),
@@ -103,38 +105,44 @@ def describe_reading(config, reading, i, row, seed):
 
 
 @torch.no_grad()
-def draw_reading(model, reading, i, row, picture, embeddings, seed):
+def draw_reading(model, reading, i, row, picture, reference, embeddings, seed):
     """Returns: a matplotlib Figure: target i, the generation at its control, their difference; the loss over the range.
 
-    picture: PIL, the target. embeddings: (1, 77, D), its prompt's.
+    picture, reference: PIL, the target and what it is a change from, or None. embeddings: (1, 77, D), its prompt's.
     """
-    config, control = model.control_net.config, reading.control[i]
-    latents = model.base.encode(pictures_to_tensor([picture]))
-    objective = DenoisingObjective(model, latents, embeddings, draws=PROFILE_DRAWS, seed=seed)
+    config, control, device = model.control_net.config, reading.control[i], model.base.device
+
+    def encode(picture):
+        return None if picture is None else model.base.encode(pictures_to_tensor([picture]).to(device))
+
+    latents, given = encode(picture), encode(reference)
+    objective = DenoisingObjective(model, latents, embeddings, given, draws=PROFILE_DRAWS, seed=seed)
     timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
-    noise = draw_noise(latents.shape, GRID_STEPS + 1, seed, latents.device)
+    noise = draw_noise(latents.shape, GRID_STEPS + 1, seed, device)
     start = model.base.scheduler.add_noise(latents, noise[0], timesteps[:1])
-    sampling = model.config.sampling
-    drawn = model.generate(start, timesteps, embeddings, control[None], eta=sampling.eta, noise=noise[1:])
+    eta = model.config.sampling.eta
+    drawn = model.generate(start, timesteps, embeddings, control[None], reference=given, eta=eta, noise=noise[1:])
     generated = tensor_to_pictures(model.base.decode(drawn))[0]
     difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = {"reference": reference} if reference else {}
+    panels |= {f"target\n{row.prompt}": picture, "generation at the control": generated, "difference": difference}
+    figure = Figure(figsize=(max(12, 3 * len(control)), 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    panels = {f"target\n{row.prompt}": picture, "generation at the control": generated, "difference": difference}
     for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
         axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
     parts = below.subplots(1, len(control), squeeze=False)[0]
     bounds = zip(parts, config.control_names, config.control_units, *search_bounds(config))
+    count = PROFILE_POINTS if len(control) == 1 else PROFILE_POINTS // 2
     for k, (axes, name, unit, low, high) in enumerate(bounds):
-        points = control.repeat(PROFILE_POINTS, 1)
-        points[:, k] = torch.linspace(low, high, PROFILE_POINTS)
-        losses = objective.evaluate(points, torch.zeros(PROFILE_POINTS, dtype=torch.long)).square().mean((1, 2))
-        axes.semilogy(points[:, k], losses, color="tab:blue")
-        axes.axvspan(*reading.interval90[i, k], color="tab:orange", alpha=0.4, label="90% interval")
+        points = control.repeat(count, 1)
+        points[:, k] = torch.linspace(low, high, count)
+        losses = objective.evaluate(points, torch.zeros(count, dtype=torch.long, device=device)).square().mean((1, 2))
+        axes.semilogy(points[:, k].cpu(), losses.cpu(), color="tab:blue")
+        axes.axvspan(*reading.interval90[i, k].tolist(), color="tab:orange", alpha=0.4, label="90% interval")
         axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained")
-        axes.set(xlabel=f"{name} ({unit})" if unit else name, ylabel="denoising loss")
+        axes.set(xlabel=f"{name} ({unit})" if unit else name, ylabel=None if k else "denoising loss")
         axes.set_title(f"{control[k]:+.3f} ± {reading.std[i, k]:.3f} {unit}".rstrip(), fontsize=10)
     axes.legend()
     figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
@@ -172,7 +180,8 @@ class PictureLogger(pl.Callback):
         noise = draw_noise(latents.shape, GRID_STEPS + 1, 0, device)
         start = model.base.scheduler.add_noise(torch.zeros_like(latents), noise[0].expand_as(latents), timesteps[:1])
         eta = model.config.sampling.eta
-        drawn = model.generate(start, timesteps, embeddings, control, eta=eta, noise=noise[1:])
+        reference = self.batch["reference"].to(device) if "reference" in self.batch else None
+        drawn = model.generate(start, timesteps, embeddings, control, reference=reference, eta=eta, noise=noise[1:])
         pairs = torch.stack([model.base.decode(latents), model.base.decode(drawn)], 1).flatten(0, 1).clamp(-1, 1)
         grid = make_grid(pairs.float() / 2 + 0.5, nrow=2 * GRID_CONTROLS)
         self.folder.mkdir(exist_ok=True)

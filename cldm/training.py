@@ -43,7 +43,7 @@ class ControlTraining(pl.LightningModule):
         latents = batch["latents"]
         embeddings = torch.where(kept[:, None, None], batch["embeddings"], batch["empty"])
         noisy = self.model.base.scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"])
+        prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"], batch.get("reference"))
         target = self.model.base.prediction_target(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
 
@@ -87,13 +87,13 @@ class ControlTraining(pl.LightningModule):
 
 
 def find_checkpoint(out_dir, module):
-    """Returns: the path of a killed run's checkpoint in out_dir, None without one.
+    """Returns: the path of a killed run's checkpoint in out_dir, and its step; None, 0 without one.
 
     Raises: InputError if it is broken, or of another model than `module`.
     """
     file = out_dir / RESUME_FILE
     if not file.exists():
-        return None
+        return None, 0
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         saved, step = checkpoint["state_dict"], checkpoint["global_step"]
@@ -103,7 +103,7 @@ def find_checkpoint(out_dir, module):
     if {name: p.shape for name, p in saved.items()} != trained:
         raise InputError(f"{file}: checkpoint of another model; delete it to start anew, or choose another out_dir")
     print(f"going on from step {step} of {file}")
-    return file
+    return file, step
 
 
 class SaveBestAndLast(pl.Callback):

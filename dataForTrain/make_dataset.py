@@ -3,6 +3,7 @@
     python dataForTrain/make_dataset.py                                       # dataForTrain/prompt.json, resultData/
     python dataForTrain/make_dataset.py angles=[-3.37,1.61] out_dir=elsewhere # other angles, identical framing
     python dataForTrain/make_dataset.py views=200 out_dir=elsewhere           # several controls at once, at random
+    python dataForTrain/make_dataset.py pairs=100 photos=FOLDER out_dir=elsewhere   # changes between two pictures
 
 The photographs come inside the wheels of scikit-image, matplotlib and scikit-learn; PHOTOGRAPHS.md has
 their sources and licences. A positive angle turns the picture counterclockwise.
@@ -13,7 +14,6 @@ import math
 import random
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,13 +22,16 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cldm.pairs import CHANGES, choose_changes, draw_pair, expose, list_pictures, open_photo  # noqa: E402
 from ldm.settings import InputError, check_numbers, run_script, whole_folder  # noqa: E402
 
 settings = dict(
     angles=None,  # a list, degrees; None: TRAIN_ANGLES, and VALIDATION_ANGLES into validation.json
     views=None,  # how many of every photo, all CONTROLS at random, and a tenth for validation; None: angles alone
-    seed=0,  # of the views
-    photos="train",  # "train", "held_out", or names separated by commas
+    pairs=None,  # how many pairs, cut at random from the photos, between which `controls` change
+    controls=None,  # of pairs: ["rotation", "zoom"] or {rotation: [-5, 5]}; None: cldm.pairs.CHANGES, all
+    seed=0,  # of views and pairs
+    photos="train",  # "train", "held_out", or names separated by commas; of pairs also "validation", or any folder
     image_size=128,  # pixels
     out_dir=str(Path(__file__).resolve().parent),
 )
@@ -66,6 +69,15 @@ TRAIN = {
     "rocket": Photo("skimage/data/rocket.jpg", "a photo of a rocket on the launch pad"),
     "text": Photo("skimage/data/text.png", "a photo of handwriting on paper"),
 }
+# Free pictures (PHOTOGRAPHS.md) that teach texture and colour beside the subjects; never drawn in full.
+EXTRA = [
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+    "skimage/data/grass.png",
+    "skimage/data/clock_motion.png",
+]
+# What only calibrates a control for pairs; those that train it are TRAIN and EXTRA.
+VALIDATION = ["skimage/data/motorcycle_left.png", "skimage/data/moon.png", "skimage/data/page.png"]
 # Seen by no training and by no tuning, ever: for measuring on pictures that are new.
 HELD_OUT = {
     "grace_hopper": Photo("matplotlib/mpl-data/sample_data/grace_hopper.jpg", "a portrait of an officer"),
@@ -74,18 +86,13 @@ HELD_OUT = {
 }
 
 
-@lru_cache
-def open_photo(file):
-    """Returns: the photograph `file`, RGB, transparency on white."""
+def find_photo(file):
+    """Returns: the path of the photograph `file`."""
     package, path = file.split("/", 1)
     spec = find_spec(package)
     if spec is None:
         raise InputError(f"photograph {file}: package {package} is not installed (pip install -r requirements.txt)")
-    photo = Image.open(Path(spec.submodule_search_locations[0]) / path)
-    if photo.mode == "RGBA":
-        white = Image.new("RGBA", photo.size, "white")
-        photo = Image.alpha_composite(white, photo)
-    return photo.convert("RGB")
+    return Path(spec.submodule_search_locations[0]) / path
 
 
 def render(photo, size, side, angle_deg=0.0, center=None):
@@ -117,20 +124,13 @@ def render_framed(photo, size, angle_deg=0.0, zoom=1.0, exposure=0.0, blur=0.0):
     deviation of a Gaussian, in pixels of the result.
     Returns: PIL picture, size x size.
     """
-    picture = open_photo(photo.file)
+    picture = open_photo(find_photo(photo.file))
     picture = render(picture, size, photo.frame * min(picture.size) / zoom, angle_deg)
     if blur:
         picture = picture.filter(ImageFilter.GaussianBlur(blur))
     if exposure:
         picture = picture.point([round(255 * expose(value / 255, exposure)) for value in range(256)] * 3)
     return picture
-
-
-def expose(value, stops):
-    """value: in sRGB, from 0 to 1. Returns: likewise, clipped. Source: IEC 61966-2-1, its transfer function."""
-    light = value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
-    light = min(1.0, light * 2**stops)
-    return 12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055
 
 
 def draw_view(rng):
@@ -156,6 +156,33 @@ def select_photos(names):
     return {name: known[name] for name in names.split(",")}
 
 
+def find_pictures(photos):
+    """Returns: the paths of the pictures to cut pairs from: in a folder, or those that `photos` names."""
+    if Path(photos).is_dir():
+        return list_pictures(photos)
+    if photos == "validation":
+        return [find_photo(file) for file in VALIDATION]
+    return [find_photo(p.file) for p in select_photos(photos).values()] + [
+        find_photo(f) for f in EXTRA if photos == "train"
+    ]
+
+
+def write_pairs(s, out):
+    """Write prompt.json and controls.yaml of s.pairs pairs into the folder `out`, pictures into its resultData/."""
+    ranges, files, rng, lines = choose_changes(s.controls), find_pictures(s.photos), random.Random(s.seed), []
+    for i in tqdm(range(s.pairs), desc="pairs"):
+        reference, target, change = draw_pair(rng, files, s.image_size, ranges)
+        row = {"source": [round(change[name], 6) for name in ranges]}
+        for key, picture in dict(reference=reference, target=target).items():
+            row[key] = f"resultData/{i:05d}_{key}.png"
+            picture.save(out / row[key])
+        lines.append(json.dumps(row | {"prompt": ""}))
+    (out / "prompt.json").write_text("\n".join(lines) + "\n")
+    units = [CHANGES[name][0] for name in ranges]
+    OmegaConf.save({"names": list(ranges), "units": units}, out / "controls.yaml")
+    print(f"{len(lines)} pairs from {len(files)} photographs: {Path(s.out_dir) / 'prompt.json'}")
+
+
 def choose_controls(s):
     """Returns: {file: a function of no arguments, the control vectors of a photo}."""
     if s.views is not None:
@@ -174,10 +201,15 @@ def choose_controls(s):
 
 
 def main(s):
-    check_numbers(s, views=(1, 10**6), image_size=(1, 4096))
-    other = [key for key in ("angles", "views", "photos", "image_size") if s[key] != settings[key]]
+    check_numbers(s, views=(1, 10**6), pairs=(1, 10**6), image_size=(1, 4096))
+    other = [key for key in ("angles", "views", "pairs", "photos", "image_size") if s[key] != settings[key]]
     if other and Path(s.out_dir).resolve() == Path(settings["out_dir"]):
         raise InputError(f"{other[0]}: would replace the training set in {s.out_dir}; choose another out_dir")
+    if s.pairs is not None:
+        with whole_folder(s.out_dir) as out:
+            (out / "resultData").mkdir()
+            write_pairs(s, out)
+        return
     photos, files = select_photos(s.photos), choose_controls(s)
     names = list(CONTROLS) if s.views is not None else ["angle"]
     units = [unit for unit, *_ in CONTROLS.values()] if s.views is not None else ["degrees"]

@@ -8,10 +8,19 @@ from ldm.settings import InputError
 
 
 def load_picture(path):
-    """Returns: the picture at `path`, RGB. Raises: InputError if there is none or it is no picture."""
+    """Returns: the picture at `path`, RGB, transparency on white; a PIL picture as it is.
+
+    Raises: InputError if there is no picture.
+    """
+    if isinstance(path, Image.Image):
+        return path
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file, expected a picture") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError):

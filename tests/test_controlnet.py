@@ -19,11 +19,13 @@ def inputs(base, normal):
 
 @torch.no_grad()
 def predict(model, inputs, control, **options):
-    return model.predict(*inputs, torch.tensor(control), **options)
+    reference = inputs[0].flip(3) if model.control_net.uses_reference else None
+    return model.predict(*inputs, torch.tensor(control), reference, **options)
 
 
 @torch.no_grad()
 def residuals(control_net, inputs, control):
+    control = control_net.condition(control, inputs[0].flip(3)) if control.ndim == 2 else control
     down, mid = control_net(*inputs, control, return_dict=False)
     return [*down, mid]
 
@@ -143,9 +145,22 @@ def test_control_of_another_length_is_refused(make_model, inputs, shape):
 @pytest.mark.parametrize("hint", HINTS)
 def test_constant_map_equals_vector(make_model, inputs, hint):
     control_net, control = make_model(2, hint).control_net, torch.tensor([[2.0, 0.5], [-1.0, 1.5]])
-    as_map = control[:, :, None, None].expand(-1, -1, 32, 32)
+    condition = control_net.condition(control, inputs[0].flip(3))
+    as_map = condition if condition.ndim == 4 else condition[:, :, None, None].expand(-1, -1, LATENT_SIZE, LATENT_SIZE)
+    as_map = as_map.repeat_interleave(4, 2).repeat_interleave(4, 3)  # as diffusers' pipeline enlarges it
     for vector, constant in zip(residuals(control_net, inputs, control), residuals(control_net, inputs, as_map)):
         assert torch.equal(vector, constant)
+
+
+def test_a_reference_is_seen_at_any_resolution_and_asked_for(make_model, base, normal):
+    model, embeddings, control = make_model(2, "reference"), base.embed(["a cup"]), torch.tensor([[1.0, 0.5]])
+    latents, reference = normal(1, CHANNELS, 12, 20), normal(1, CHANNELS, 12, 20)
+    first, other = (model.predict(latents, 900, embeddings, control, r) for r in (reference, reference.flip(2)))
+    assert first.shape == latents.shape and (first - other).abs().max() > 1e-3
+    with pytest.raises(InputError, match="input_image_path"):
+        model.predict(latents, 900, embeddings, control)
+    with pytest.raises(InputError, match="expected 2 numbers .* and the latents of a reference"):
+        model.control_net(latents, 900, embeddings, control)
 
 
 @pytest.mark.parametrize("hint", HINTS)

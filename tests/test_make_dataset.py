@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import tool_train_base
+from cldm.pairs import expose, open_photo
 from dataForTrain import make_dataset
 from dataForTrain.make_dataset import (
     CONTROLS,
     HELD_OUT,
     TRAIN,
     VALIDATION_ANGLES,
-    expose,
-    open_photo,
+    find_photo,
     render,
     render_framed,
 )
@@ -127,7 +127,7 @@ def test_framing_does_not_depend_on_the_angle():
 @pytest.mark.parametrize("name", [*TRAIN, *HELD_OUT])
 def test_every_photo_holds_its_frame_at_any_angle(name):
     photo = {**TRAIN, **HELD_OUT}[name]
-    width, height = open_photo(photo.file).size
+    width, height = open_photo(find_photo(photo.file)).size
     side = photo.frame * min(width, height)
     assert side * 2**0.5 < min(width, height)
 

@@ -15,11 +15,12 @@ def make_objective(make_model, normal):
     """make_objective(kind, control_dim, batch) -> an objective in double precision."""
 
     def make(kind, control_dim=1, batch=1):
-        model = make_model(control_dim).double()
+        model = make_model(control_dim, "reference" if kind == "pairs" else "coordinate").double()
         target = normal(batch, CHANNELS, LATENT_SIZE, LATENT_SIZE).double()
         embeddings = model.base.embed(["a photo of a cup"] * batch)
-        if kind == "denoising":
-            return DenoisingObjective(model, target, embeddings, draws=4)
+        if kind != "sampling":
+            reference = target.flip(3) if kind == "pairs" else None
+            return DenoisingObjective(model, target, embeddings, reference, draws=4)
         start = torch.zeros_like(target)
         return SamplingObjective(model, start, target, embeddings, draws=4, ddim_steps=4, eta=1.0)
 
@@ -38,7 +39,7 @@ def test_halves_equal_the_unet(make_model, normal):
     torch.testing.assert_close(decode_unet(unet, encoded, down, mid), expected)
 
 
-@pytest.mark.parametrize("kind", ["denoising", "sampling"])
+@pytest.mark.parametrize("kind", ["denoising", "sampling", "pairs"])
 def test_derivatives_equal_finite_differences_and_reverse_mode(make_objective, kind):
     objective = make_objective(kind, control_dim=2, batch=2)
     control, targets = torch.tensor([[0.5, -1.0], [2.0, 0.3]]).double(), torch.arange(2)
@@ -56,7 +57,7 @@ def test_derivatives_equal_finite_differences_and_reverse_mode(make_objective, k
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["denoising", "sampling"])
+@pytest.mark.parametrize("kind", ["denoising", "sampling", "pairs"])
 def test_some_draws_and_small_calls_give_the_same_numbers(make_objective, monkeypatch, kind):
     objective = make_objective(kind, control_dim=2, batch=2)
     control, targets = torch.tensor([[0.5, -1.0], [2.0, 0.3], [1.0, 1.0]]).double(), torch.tensor([1, 0, 1])
@@ -67,6 +68,17 @@ def test_some_draws_and_small_calls_give_the_same_numbers(make_objective, monkey
     for chunk in (1, 6):
         monkeypatch.setattr(objectives, "CHUNK", chunk)
         torch.testing.assert_close(objective.linearize(control, targets), whole)
+
+
+def test_a_known_number_is_left_out_of_the_derivative(make_objective):
+    objective = make_objective("denoising", control_dim=2, batch=2)
+    control, targets = torch.tensor([[0.5, -1.0], [2.0, 0.3]]).double(), torch.arange(2)
+    residuals, jacobian = objective.linearize(control, targets)
+    gradient = objective.gradient(control, targets)[1]
+    objective.known = torch.stack([torch.full((2,), torch.nan), control[:, 1]], 1)
+    torch.testing.assert_close(objective.evaluate(control[:, :1], targets), residuals)
+    torch.testing.assert_close(objective.linearize(control[:, :1], targets), (residuals, jacobian[..., :1]))
+    torch.testing.assert_close(objective.gradient(control[:, :1], targets)[1], gradient[..., :1])
 
 
 def test_recomputing_gives_the_same_gradient(make_objective):

@@ -1,0 +1,265 @@
+"""Pairs: the target is the reference, changed as the numbers say; changes invert and compose; all scripts take them."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE
+from omegaconf import OmegaConf
+from PIL import Image, ImageFilter
+from torch.nn import functional as F
+
+import invert
+import test5
+import tutorial_train
+from cldm.controlnet import ReferenceHint, sample_bilinear
+from cldm.dataset import read_rows
+from cldm.model import load_model, save_model
+from cldm.pairs import CHANGES, FreshPairs, choose_changes, compose, draw_pair, inverse
+from dataForTrain import make_dataset
+from ldm.base import find_path
+from ldm.settings import InputError, override, run_script
+
+NONE = {name: none for name, (*_, none) in CHANGES.items()}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three smooth pictures, one of them below it."""
+    folder, noise = tmp_path / "photos", np.random.default_rng(0)
+    (folder / "more").mkdir(parents=True)
+    for name in ("a.png", "b.jpg", "more/c.png"):
+        pixels = noise.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((400, 300), Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def paired(make_model, tmp_path):
+    """The folder of a control that takes references, of two numbers."""
+    model = make_model(2, "reference")
+    names = dict(control_names=["rotation", "exposure"], control_units=["degrees", "stops"])
+    model.control_net.register_to_config(control_low=[-5.0, -1.0], control_high=[5.0, 1.0], **names)
+    save_model(model, tmp_path / "control")
+    return tmp_path / "control"
+
+
+def changed(picture, change):
+    """Returns: a PIL picture changed as Pillow itself does it, one number after the other."""
+    size = picture.width
+    picture = picture.rotate(change["rotation"], Image.Resampling.BICUBIC)
+    side = size / change["zoom"]
+    x, y = (size * (0.5 - change[k] / change["zoom"]) - side / 2 for k in ("shift x", "shift y"))
+    picture = picture.transform(picture.size, Image.Transform.EXTENT, (x, y, x + side, y + side), Image.BICUBIC)
+    return picture.filter(ImageFilter.GaussianBlur(change["blur"]))
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [{"rotation": [8, 8]}, {"zoom": [1.2, 1.2]}, {"shift x": [0.1, 0.1]}, {"shift y": [0.1, 0.1]}, {"blur": [2, 2]}],
+    ids=lambda ranges: next(iter(ranges)),
+)
+def test_the_target_is_the_reference_changed(photos, ranges):
+    files, middle = sorted(photos.glob("*.*")), slice(20, 76)
+    for seed in range(4):
+        reference, target, change = draw_pair(random.Random(seed), files, 96, choose_changes(ranges))
+        assert change == NONE | {name: value for name, (value, _) in ranges.items()}
+
+        def difference(change, reference=reference, target=target):
+            pictures = (np.asarray(p, float)[middle, middle] for p in (changed(reference, change), target))
+            return np.abs(np.subtract(*pictures)).mean()
+
+        assert difference(change) < 0.2 * difference(NONE)
+
+
+def test_exposure_multiplies_light(photos):
+    ranges = choose_changes({"exposure": [-1, -1]})
+    reference, target, _ = draw_pair(random.Random(1), sorted(photos.glob("*.*")), 64, ranges)
+    light = [(np.asarray(picture, float) / 255) ** 2.2 for picture in (reference, target)]
+    inner = (light[0] > 0.05) & (light[0] < 0.9)
+    assert np.median(light[1][inner] / light[0][inner]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_reference_tells_nothing_of_the_target(photos):
+    """Its own angle, exposure and blur are random: the mean light of targets does not follow the exposure alone."""
+    drawn = [
+        draw_pair(random.Random(i), sorted(photos.glob("*.*")), 16, choose_changes(["exposure"])) for i in range(60)
+    ]
+    light = np.array([np.asarray(target).mean() for _, target, _ in drawn])
+    ratio = np.log([np.asarray(t).mean() / np.asarray(r).mean() for r, t, _ in drawn])
+    change = [change["exposure"] for *_, change in drawn]
+    assert abs(np.corrcoef(ratio, change)[0, 1]) > 0.95 > 0.9 > abs(np.corrcoef(light, change)[0, 1])
+
+
+def test_a_change_and_its_inverse_are_no_change():
+    change = {"rotation": 7.0, "zoom": 1.2, "shift x": 0.1, "shift y": -0.05, "exposure": 0.5, "blur": 0.0}
+    assert compose(change, inverse(change)) == pytest.approx(NONE, abs=1e-12)
+    assert compose(NONE, change) == pytest.approx(change) and compose(change, NONE) == pytest.approx(change)
+    assert inverse({"exposure": 0.5, "tilt": 2.0}) == {"exposure": -0.5, "tilt": -2.0}
+
+
+def test_changes_after_each_other_compose(photos):
+    first, second = NONE | {"rotation": 6.0, "shift x": 0.08}, NONE | {"zoom": 1.2, "rotation": 3.0, "blur": 1.0}
+    whole = compose(first, second)
+    assert whole["rotation"] == pytest.approx(9) and whole["shift x"] == pytest.approx(
+        1.2 * 0.08 * math.cos(math.radians(3))
+    )
+    assert compose({"blur": 3.0}, {"blur": 4.0}) == {"blur": 5.0}
+    picture = Image.open(photos / "a.png").crop((0, 0, 128, 128))
+    middle = slice(40, 88)
+    step, once = changed(changed(picture, first), second), changed(picture, whole)
+    pictures = [np.asarray(p, float)[middle, middle] for p in (step, once, picture)]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 0.1 * np.abs(pictures[0] - pictures[2]).mean()
+
+
+def test_item_of_a_killed_run_is_what_it_would_have_been(photos, base, monkeypatch):
+    monkeypatch.setattr("cldm.pairs.POOL", 3)
+    monkeypatch.setattr("cldm.pairs.PASSES", 2)
+
+    def make(seed=0):
+        return FreshPairs(sorted(photos.glob("*.*")), choose_changes(["zoom"]), base, IMAGE_SIZE, 20, seed)
+
+    def same(a, b):
+        return all(torch.equal(a[key], b[key]) for key in a)
+
+    whole, resumed, other = make(), make(), make(1)
+    resumed.first = 8
+    items = [whole[i] for i in range(12)]
+    assert all(same(items[8 + i], resumed[i]) for i in range(4)) and not same(items[0], other[0])
+    assert len({item["control"].item() for item in items}) > 3  # of two pools
+    assert items[0]["reference"].shape == items[0]["latents"].shape == (CHANNELS, LATENT_SIZE, LATENT_SIZE)
+
+
+@pytest.mark.parametrize("controls", [["tilt"], [], {"rotation": [5]}, {"rotation": [5, -5]}, {"zoom": [0, 1]}])
+def test_changes_that_are_none_are_named(controls):
+    with pytest.raises(InputError, match="controls"):
+        choose_changes(controls)
+
+
+def test_bilinear_samples_are_torchs(normal):
+    features, positions = normal(2, 3, 5, 7), 4 * normal(2, 2, 4, 6) + 2
+    size = torch.tensor([7, 5])[:, None, None]
+    grid = ((2 * positions + 1) / size - 1).movedim(1, 3)
+    expected = F.grid_sample(features, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(sample_bilinear(features, positions), expected)
+
+
+def test_generators_move_the_reference():
+    """A quarter turn takes the middle of the right side to the middle of the upper one; a shift is in half sides."""
+    motion = torch.zeros(2, 3, 3)
+    motion[0, 0, 1], motion[0, 1, 0], motion[1, 0, 2] = math.pi / 2, -math.pi / 2, 0.25
+    turned, moved = ReferenceHint.positions(torch.linalg.matrix_exp(motion), 8, 8)
+    torch.testing.assert_close(turned[:, 0, 7], torch.tensor([0.0, 0.0]), atol=1e-5, rtol=0)  # a corner, to the next
+    torch.testing.assert_close(moved[:, 3, 2], torch.tensor([3.0, 3.0]))
+
+
+def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):
+    pair = [f"input_image_path={photos / 'a.png'}", f"target_image_path={photos / 'b.jpg'}", "prompt="]
+    arguments = [f"model_path={paired}", *pair, f"out_dir={tmp_path / 'out'}"]
+    run_script(invert.main, invert.settings, [*arguments, "known=exposure=0.25"])
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["control"][1] == 0.25 and result["std"][1] == 0 and result["std"][0] > 0
+    assert result["covariance"][0][0] == pytest.approx(result["std"][0] ** 2) and result["covariance"][0][1] == 0
+    run_script(invert.main, invert.settings, arguments)
+    free = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert free["loss"] <= result["loss"] * 1.001 and free["covariance"][0][1] == free["covariance"][1][0] != 0
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        ("tilt=1", "tilt"),
+        ("exposure=x", "exposure=x"),
+        ("exposure", "name=number"),
+        ("rotation=0,exposure=0", "all of"),
+    ],
+)
+def test_known_numbers_that_are_none_are_named(paired, picture, tmp_path, fails_in_one_line, known, message):
+    pair = [f"input_image_path={picture}", f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
+    arguments = [f"model_path={paired}", *pair, f"known={known}"]
+    assert message in fails_in_one_line(invert.main, invert.settings, arguments)
+
+
+def test_a_reference_is_asked_for_and_refused_where_it_has_no_place(
+    paired, make_model, picture, tmp_path, fails_in_one_line
+):
+    arguments = [f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
+    line = fails_in_one_line(invert.main, invert.settings, [f"model_path={paired}", *arguments])
+    assert "input_image_path" in line
+    plain = make_model()
+    plain.control_net.register_to_config(control_low=[-1.0], control_high=[1.0])
+    save_model(plain, tmp_path / "plain")
+    arguments += [f"model_path={tmp_path / 'plain'}", f"input_image_path={picture}"]
+    assert "takes no reference" in fails_in_one_line(invert.main, invert.settings, arguments)
+
+
+def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
+    row = {"source": 1, "target": str(photos / "a.png"), "prompt": ""}
+    file = tmp_path / "prompt.json"
+    file.write_text("\n".join(map(json.dumps, [row | {"reference": str(photos / "b.jpg")}, row])))
+    with pytest.raises(InputError, match='line 2: has no "reference"'):
+        read_rows(file)
+    file.write_text(json.dumps(row | {"reference": "missing.png"}))
+    with pytest.raises(InputError, match='"reference" .*missing.png does not exist'):
+        read_rows(file)
+
+
+@pytest.fixture
+def train(base_yaml, tmp_path):
+    """train(*arguments) -> out_dir, after 4 steps of two pairs."""
+    base = OmegaConf.merge(OmegaConf.load(base_yaml), {"reference": True})
+    OmegaConf.save(base, tmp_path / "pair.yaml")
+
+    def run(*arguments):
+        own = [f"base={tmp_path / 'pair.yaml'}", f"out_dir={tmp_path / 'out'}", "batch_size=2", "max_steps=4"]
+        own += ["logger_freq=2", "precision=32-true", "accelerator=cpu", "devices=1"]
+        s = override(tutorial_train.settings, [*own, *arguments])
+        tutorial_train.main(s)
+        return find_path(s.out_dir)
+
+    return run
+
+
+def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
+    """Fresh pairs in training, killed and gone on with; pairs on disk, for training, reading and test5."""
+    monkeypatch.setattr("cldm.pairs.POOL", 4)
+    monkeypatch.setattr(tutorial_train, "VALIDATION_PAIRS", 6)
+    controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
+    whole = load_model(train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole'}", "max_steps=6")).control_net
+    folder = train(f"pairs={photos}", controls)
+    config = load_model(folder).control_net.config
+    assert list(config.control_names) == ["rotation", "exposure"] and list(config.control_units) == ["degrees", "stops"]
+    assert config.control_low == pytest.approx([-5, -1], abs=0.01) and config.error_scale is not None
+    train(f"pairs={photos}", controls, "max_steps=6")
+    assert torch.load(folder / "resume.ckpt", weights_only=True)["global_step"] == 6
+    assert whole.controlnet_cond_embedding.generators.weight.any()
+
+    s = override(make_dataset.settings, ["pairs=5", f"photos={photos}", controls, "image_size=32"])
+    s.out_dir = str(tmp_path / "pairs")
+    make_dataset.main(s)
+    rows = read_rows(tmp_path / "pairs" / "prompt.json")
+    assert len(rows) == 5 and all(abs(row.control[0]) <= 5 and row.reference.is_file() for row in rows)
+    disk = train(f"data_root={tmp_path / 'pairs'}", f"out_dir={tmp_path / 'disk'}")
+    targets = f"targets={tmp_path / 'pairs' / 'prompt.json'}"
+    out = f"out_dir={tmp_path / 'read'}"
+    run_script(invert.main, invert.settings, [f"model_path={disk}", targets, out, "known=exposure=0"])
+    results = [json.loads(line) for line in (tmp_path / "read" / "results.jsonl").read_text().splitlines()]
+    assert [result["reference"] for result in results] == [str(row.reference) for row in rows]
+    assert all(len(result["error"]) == 2 for result in results)
+
+    pair = [f"input_image_path={rows[0].reference}", f"target_image_path={rows[0].target}", "prompt="]
+    arguments = [f"model_path={disk}", *pair, f"out_dir={tmp_path / 'test5'}", "control=[1,0]"]
+    run_script(test5.main, test5.settings, [*arguments, "iterations=2", "ddim_steps=2"])
+    assert len(json.loads((tmp_path / "test5" / "result.json").read_text())["control"]) == 2
+
+
+def test_a_base_that_knows_no_references_refuses_pairs(photos, base_yaml, tmp_path, fails_in_one_line):
+    arguments = [f"base={base_yaml}", f"pairs={photos}", f"out_dir={tmp_path / 'out'}"]
+    assert "reference: true" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    arguments = [f"base={base_yaml}", f"pairs={empty}", f"out_dir={tmp_path / 'out'}"]
+    assert "no pictures" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
