@@ -8,15 +8,17 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-import tool_train_base
 from cldm.pairs import expose, open_photo
 from dataForTrain import make_dataset
 from dataForTrain.make_dataset import (
     CONTROLS,
+    EXTRA,
     HELD_OUT,
     TRAIN,
+    VALIDATION,
     VALIDATION_ANGLES,
     find_photo,
+    find_pictures,
     render,
     render_framed,
 )
@@ -91,8 +93,11 @@ def test_zoom_enlarges_about_the_middle():
 
 def test_held_out_photos_are_in_no_training_list():
     assert not set(HELD_OUT) & set(TRAIN)
-    held_out = {photo.file for photo in HELD_OUT.values()}
-    assert not held_out & ({photo.file for photo in TRAIN.values()} | set(tool_train_base.EXTRA))
+    held_out = [photo.file for photo in HELD_OUT.values()]
+    assert not set(held_out) & ({photo.file for photo in TRAIN.values()} | set(EXTRA) | set(VALIDATION))
+    paired = {find_photo(file) for file in held_out} & {*find_pictures("train"), *find_pictures("validation")}
+    assert not paired and find_pictures("held_out") == [find_photo(file) for file in held_out]
+    assert not set(find_pictures("train")) & set(find_pictures("validation"))
     rows = read(FOLDER / "prompt.json") + read(FOLDER / "validation.json")
     assert {Path(row["target"]).name.rpartition("_")[0] for row in rows} == set(TRAIN)
     assert not {row["prompt"] for row in rows} & {photo.prompt for photo in HELD_OUT.values()}
