@@ -130,9 +130,9 @@ def load_base(path):
     base = LatentDiffusion.from_pretrained(config.base, **options)
     if config.image_size is None:
         config.image_size = base.unet.config.sample_size * base.downsampling
-    unit = base.downsampling * 2 ** (len(base.unet.config.block_out_channels) - 1)
-    if not isinstance(config.image_size, int) or config.image_size < 1 or config.image_size % unit:
-        raise InputError(f"{path}: image_size must be a multiple of {unit} with this base, got {config.image_size}")
+    if not isinstance(config.image_size, int) or config.image_size < 1 or config.image_size % base.downsampling:
+        expected = f"a multiple of {base.downsampling}"
+        raise InputError(f"{path}: image_size must be {expected} with this base, got {config.image_size}")
     return base, config
 
 

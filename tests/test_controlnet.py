@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
+from omegaconf import OmegaConf
 
 import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
@@ -185,8 +186,14 @@ def test_statistics_are_those_of_the_data_and_are_taken_once(make_model):
 
 def test_unknown_hint_is_refused(base_yaml, tmp_path):
     s = override(tool_add_control.settings, ["hint=cnn"])
-    with pytest.raises(InputError, match='coordinate, dense, original, got "cnn"'):
+    with pytest.raises(InputError, match='coordinate, dense, original, reference, got "cnn"'):
         tool_add_control.main(s, [base_yaml, tmp_path / "control"])
+
+
+def test_a_picture_size_that_does_not_fit_is_named(base_yaml, tmp_path):
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(base_yaml), {"image_size": 30}), tmp_path / "odd.yaml")
+    with pytest.raises(InputError, match="image_size must be a multiple of 4 .* got 30"):
+        load_base(tmp_path / "odd.yaml")
 
 
 def test_base_folder_without_yaml_gets_its_own_picture_size(base_yaml):

@@ -177,7 +177,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     count = 36
     controls = torch.randn(count, 2, generator=generator)
     error = torch.tensor([0.3, 0.03]) * torch.randn(count, 2, generator=generator)
-    stds = torch.full((count, 2), 0.01), torch.full((count, 2), 1.0)
+    covariances = [torch.diag(torch.full((2,), std**2)).expand(count, 2, 2) for std in (0.01, 1.0)]
 
     class Known(torch.utils.data.Dataset):
         def __init__(self):
@@ -194,13 +194,21 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
         assert config.error_scale is config.explained_loss is None
         loss = torch.full((len(which),), 2.0)
         return Reading(
-            controls[which] + error[which], *(std[which] for std in stds), torch.zeros(2), loss, [], [], None, 0, 0
+            controls[which] + error[which],
+            *(part[which] for part in covariances),
+            torch.zeros(2),
+            loss,
+            [],
+            [],
+            None,
+            0,
+            0,
         )
 
     monkeypatch.setattr(reading, "read_controls", read)
     calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
     assert config.explained_loss == pytest.approx(6.0)
-    final = Reading(controls + error, *stds, torch.tensor(config.error_scale), *[None] * 6)
+    final = Reading(controls + error, *covariances, torch.tensor(config.error_scale), *[None] * 6)
     inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
