@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 
-demo: .venv/installed  ## infer an angle from a photograph with the shipped control
-	.venv/bin/python test5.py out_dir=outputs/demo
+demo: .venv/installed  ## read the change between two pictures with the shipped control
+	.venv/bin/python invert.py out_dir=outputs/demo
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -1,6 +1,6 @@
 """Read the control from a picture, or from many, in about a second each: no start, with error bars and doubts.
 
-    python invert.py input_image_path=before.png target_image_path=after.png out_dir=OUT
+    python invert.py input_image_path=before.png target_image_path=after.png known=zoom=1 out_dir=OUT
     python invert.py model_path=runs/my_control target_image_path=x.png prompt="a photo of a leather bag" out_dir=OUT
     python invert.py model_path=runs/my_control targets=my_data/prompt.json out_dir=OUT
 
@@ -38,12 +38,12 @@ from ldm.settings import (
 )
 
 settings = dict(
-    model_path="models/control_tiny",  # the out_dir of a training
-    target_image_path="dataForTrain/resultData/astronaut_+2.png",
-    prompt="a photo of an astronaut in an orange suit",
-    input_image_path="",  # the reference, of a control that is a change between two pictures
+    model_path="models/control_tiny_pair",  # the out_dir of a training
+    input_image_path="dataForTrain/demo/resultData/00000_reference.png",  # picture A, where the control is a change
+    target_image_path="dataForTrain/demo/resultData/00000_target.png",  # picture B, or the only one
+    prompt="",  # as in training; pairs need none
     known="",  # what need not be found: "zoom=1,exposure=0"
-    targets="",  # a prompt.json of many targets, in place of the two above; a row's "source" is only compared with
+    targets="",  # a prompt.json of many targets, in place of those above; a row's "source" is only compared with
     out_dir="outputs/invert",
     objective="denoising",  # denoising: the likelihood bound; sampling: generate and compare, as test5.py
     solver="lm",  # lm: Levenberg-Marquardt; sgd; adam
@@ -211,6 +211,8 @@ def main(s):
     if s.targets:
         rows = read_rows(find_path(s.targets), known=False)
     else:
+        if s.target_image_path != settings["target_image_path"] and s.input_image_path == settings["input_image_path"]:
+            s.input_image_path = ""  # belongs to the default's target
         reference = find_path(s.input_image_path) if s.input_image_path else None
         rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check(s, model, rows)

@@ -139,17 +139,26 @@ class ReferenceHint(Hint):
 
     def features(self, condition):
         control, reference = condition[:, : self.control_dim, 0, 0], condition[:, self.control_dim :]
-        with torch.autocast(control.device.type, enabled=False):  # half precision would round the number itself
-            motion, *modulation = self.mlp(control).split(self.widths, 1)
-            motion = F.pad((motion + self.generators(control)).unflatten(1, (2, 3)), (0, 0, 0, 1))
-            positions = self.positions(torch.linalg.matrix_exp(motion), *reference.shape[2:])
+        positions, inside, modulation = self.motion(control, *reference.shape[2:])
         scale, shift, scale2, shift2 = (part[:, :, None, None] for part in modulation)
         moved = sample_bilinear(self.extract(reference), 2 * positions + 0.5)
-        size = positions.new_tensor(reference.shape[:1:-1])[:, None, None]
-        inside = (torch.minimum(positions, size - 1 - positions) + 1).clamp(0, 1).prod(1, keepdim=True)
         moved = torch.cat([moved, inside], 1) * (1 + scale) + shift
         mixed = self.mix(F.silu(moved)) * (1 + scale2) + shift2
         return self.out(F.silu(mixed))
+
+    def motion(self, control, height, width):
+        """control: (B, d), normalised. height, width: of the latents.
+
+        Returns: where every latent of the target lies in the reference, x and y in latents (B, 2, h, w); how far
+        inside that is, from 0 to 1 (B, 1, h, w); the MLP's other outputs.
+        """
+        with torch.autocast(control.device.type, enabled=False):  # half precision would round the number itself
+            motion, *modulation = self.mlp(control).split(self.widths, 1)
+            motion = F.pad((motion + self.generators(control)).unflatten(1, (2, 3)), (0, 0, 0, 1))
+            positions = self.positions(torch.linalg.matrix_exp(motion), height, width)
+        size = positions.new_tensor([width, height])[:, None, None]
+        inside = (torch.minimum(positions, size - 1 - positions) + 1).clamp(0, 1).prod(1, keepdim=True)
+        return positions, inside, modulation
 
     @staticmethod
     def positions(affine, height, width):

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cldm.objectives import CHUNK, SAVING_CHUNK, SlicedAttention
+from cldm.objectives import CHUNK, DERIVATIVES, SAVING_CHUNK, SlicedAttention
 from ldm.unet import encode_unet
 
 GIB = 2**30  # bytes
@@ -111,7 +111,7 @@ class Estimate:
     def reading(self, targets, draws, save_memory=False):
         """Levenberg-Marquardt over draws of noise, by forward mode; of the sampling objective too."""
         numbers = self.model.control_net.control_dim
-        chunk = max(1, min(SAVING_CHUNK if save_memory else CHUNK, targets * draws) // numbers)
+        chunk = max(1, min(SAVING_CHUNK if save_memory else CHUNK, targets * draws) // max(1, numbers // DERIVATIVES))
 
         def encode(tracker):
             encoded = encode_unet(self.model.base.unet, *self.inputs(1)[:3])

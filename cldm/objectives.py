@@ -12,11 +12,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from cldm.controlnet import sample_bilinear
 from cldm.model import ControlLDM
 from ldm.ddim import ddim_timesteps
 from ldm.unet import Encoded, encode_unet
 
 CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
+DERIVATIVES = 3  # by so many numbers are taken of as many pictures at once; by twice as many, of half
+LEVELS = (0.5, 1.0), (0.3, 0.8)  # of noise, without and with a reference; what errs least on validation pictures
+STILL = 0.5  # latents: a number that moves the reference less, over its range, does not move it
 ATTENTION = 2**24  # attention weights that a derivative by forward mode keeps at once
 
 
@@ -123,7 +127,7 @@ class Objective(ABC):
             self.calls += (1 + control.shape[2]) * control.shape[0] * control.shape[1] * self.calls_each
             return both
 
-        return self._chunked(function, control, targets, draws, control.shape[1])
+        return self._chunked(function, control, targets, draws, max(1, control.shape[1] // DERIVATIVES))
 
     def gradient(self, control, targets):
         """Reverse mode: the time of about two evaluations, however many numbers there are.
@@ -148,16 +152,15 @@ class DenoisingObjective(Objective):
 
     target_latents: (B, C, h, w). embeddings: (B, 77, D). reference: (B, C, h, w), as ControlLDM.predict has it.
     draws: K noises and timesteps, the same for every target, in pairs of opposite sign. levels: share of the noise
-    schedule that the timesteps cover.
-    Residuals are those of whatever the base predicts, noise or velocity, averaged over squares of `pool` latents: the
-    larger, the wider the valleys.
+    schedule that the timesteps cover; None: as LEVELS says.
+    Residuals are those of whatever the base predicts, noise or velocity.
     Source: Li et al. 2023, the diffusion classifier.
     """
 
     paired = True
-    pool = 1
 
-    def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, levels=(0.5, 1.0), seed=0):
+    def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, levels=None, seed=0):
+        levels = levels or LEVELS[reference is not None]
         pairs, self.draws, self.reference = draws // 2, draws // 2 * 2, reference
         scheduler, self.model = model.base.scheduler, model
         count, device = len(target_latents), target_latents.device
@@ -185,8 +188,47 @@ class DenoisingObjective(Objective):
             None if self.reference is None else self.reference[index // self.draws],
             encoded=encoded,
         )
-        difference = F.avg_pool2d(prediction - self.wanted[index], self.pool)
-        return difference.flatten(1).unflatten(0, control.shape[:2])
+        return (prediction - self.wanted[index]).flatten(1).unflatten(0, control.shape[:2])
+
+
+class MotionObjective(Objective):
+    """How unlike the target the reference is where its hint looks for it. No model is called: it costs next to nothing.
+
+    target_latents, reference: (B, C, h, w). known: (d,), of all targets, NaN where sought. What moves nothing is left
+    in the middle of its range.
+    Residuals are those of latents averaged over squares of `pool`, with mean 0 and spread 1 in every channel of what
+    both pictures show: their mean square is twice what their correlation lacks of 1.
+    Source: Evangelidis & Psarakis 2008, the enhanced correlation coefficient.
+    """
+
+    draws, calls_each, pool, chunk = 1, 0, 1, 1024
+
+    def __init__(self, model, target_latents, reference, known):
+        self.model, self.target, self.reference = model, target_latents, reference
+        config, hint = model.control_net.config, model.control_net.controlnet_cond_embedding
+        low, high = (known.new_tensor(bound) for bound in (config.control_low, config.control_high))
+        ends = ((low + high) / 2 + torch.diag((high - low) / 2) * sign for sign in (-1, 1))
+        places = [
+            hint.motion(model.control_net.normalize(end), *reference.shape[2:])[0] for end in ends
+        ]  # (d, 2, h, w)
+        moves = (places[1] - places[0]).norm(dim=1).mean((1, 2)) > STILL
+        self.moving = moves & known.isnan()  # (d,)
+        self.known = known.where(moves | ~known.isnan(), (low + high) / 2).expand(len(target_latents), -1)
+
+    def residuals(self, control, targets, draws):
+        control_net, target = self.model.control_net, self.target[targets]
+        control = control_net.normalize(control[:, 0])
+        positions, inside, _ = control_net.controlnet_cond_embedding.motion(control, *target.shape[2:])
+        moved, shown = sample_bilinear(self.reference[targets], positions), F.avg_pool2d(inside, self.pool)
+        weights = shown / shown.mean((2, 3), keepdim=True).clamp_min(1e-3)
+
+        def normalize(latents):
+            latents = F.avg_pool2d(latents * inside, self.pool) / shown.clamp_min(1e-3)
+            latents = latents - (latents * weights).mean((2, 3), keepdim=True)
+            return latents / ((latents.square() * weights).mean((2, 3), keepdim=True) + 1e-6).sqrt()
+
+        residuals = (normalize(moved) - normalize(target)) * (weights + 1e-6).sqrt()
+        return residuals.flatten(1)[:, None]
 
 
 class SamplingObjective(Objective):

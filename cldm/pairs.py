@@ -148,7 +148,7 @@ def compose(first, second):
     """
     given = [{name: change.get(name, none) for name, (*_, none) in CHANGES.items()} for change in (first, second)]
     matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
-    whole = {name: first[name] + second[name] for name in first} | _motions(matrix)
+    whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
     whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
     return {name: whole[name] for name in first}
 
@@ -157,11 +157,12 @@ def inverse(change):
     """change: {name: number}. Returns: likewise, the way back, in which nothing is blurred."""
     given = {name: change.get(name, none) for name, (*_, none) in CHANGES.items()}
     back = {name: -value for name, value in change.items()} | {"blur": 0.0}
-    back |= _motions(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
+    back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
     return {name: back[name] for name in change}
 
 
-def _motions(matrix):
+def decompose(matrix):
+    """matrix: as similarity has it. Returns: {name: number} of MOTIONS."""
     rotation, zoom = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])), float(np.linalg.det(matrix)) ** 0.5
     return dict(zip(MOTIONS, (rotation, zoom, float(matrix[0, 2]), float(matrix[1, 2]))))
 

@@ -8,18 +8,23 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.objectives import DenoisingObjective
+from cldm.objectives import DenoisingObjective, MotionObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
 from ldm.base import find_path
 from ldm.settings import write_whole
 
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
 PROBES = 8  # points tried for one number, with one draw of noise; for several, six times as many
+MATCHES = 64  # points tried where numbers move a reference, which takes no model; the best PROBES are refined
+FINEST = 8  # squares, on a side, that latents are averaged over at first to match them
+RIVALS = 2  # places, at most, where the reference matches the target that the model chooses from
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # a control further beyond the trained range than this share of it is outside, however unsure it is
 RIVAL = 1.5  # a valley this many times as high as the best, by the probes' draw, is left alone
 AMBIGUOUS = 0.1  # a valley higher than the best by less than this share of its loss explains the target as well
-UNEXPLAINED = 3.0  # a target is unexplained at this many times the loss that 95% of validation pictures stay below
+# A target is unexplained at this many times the loss that 95% of validation pictures stay below, without and with a
+# reference: other pictures' references can be moved and scaled to look a little like it.
+UNEXPLAINED = 3.0, 1.5
 NO_EFFECT = 1e-6  # of the loss: a control that changes less, over the whole range, has no effect
 SAME = 0.02  # solutions less than this share of the searched range apart are one
 BATCH = 12  # targets read together
@@ -96,7 +101,10 @@ def read_controls(
     if known:
         objective.known = denoising.known = given.expand(count, -1)
     if start is None:
-        control, targets = probe(denoising, everything, low, high)
+        motion = None
+        if model.control_net.uses_reference:
+            motion = MotionObjective(model, target_latents, reference, given)
+        control, targets = probe(denoising, everything, low, high, sought, motion)
     else:
         control, targets = start.flatten(0, 1)[:, sought], everything.repeat_interleave(start.shape[1])
     unit = model.control_net.spread(given)[sought]
@@ -141,27 +149,67 @@ def search_bounds(config):
     return low - margin, high + margin
 
 
-def probe(objective, targets, low, high):
-    """Try points that fill the box between low and high evenly, (d,) each, with one draw of noise.
+def probe(objective, targets, low, high, sought, motion=None):
+    """Try points that fill the box between low and high evenly, (f,) each, with one draw of noise.
 
-    Returns: places low in the valleys that they lie in (P, d), and whose they are (P,), of targets (B,).
+    sought: (d,) bool, which f numbers of a control they are. motion: a MotionObjective, which is probed instead where
+    numbers move something; the others start in the middle.
+    Returns: places low in the valleys that they lie in (P, f), and whose they are (P,), of targets (B,).
     """
-    draws = torch.tensor([(objective.draws - 1) // 4 * 2])  # of a middle noise level
-    if len(low) == 1:
-        points = low + (high - low) * (torch.arange(PROBES, device=low.device)[:, None] + 0.5) / PROBES
+    middle = (objective.draws - 1) // 4 * 2  # of the noise levels
+    if motion is not None and motion.moving.any():
+        draws, own = torch.tensor([middle, middle + 1]), motion.moving[sought]
+        moved, whose = match(motion, targets, low[own], high[own])
+        points = ((low + high) / 2).repeat(len(moved), 1)
+        points[:, own] = moved
     else:
-        points = torch.quasirandom.SobolEngine(len(low), scramble=True, seed=0).draw(6 * PROBES).to(low)
-        points = low + (high - low) * points
-    residuals = objective.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(len(points)), draws)
-    losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
-    whose, which = find_valleys(points / (high - low), losses).nonzero(as_tuple=True)
-    if len(low) == 1:  # the points lie close enough to the bottom
-        return points[which], targets[whose]
-    found = levenberg_marquardt(objective, points[which], targets[whose], low, high, draws=draws)
-    losses, kept = found.losses.mean(1), []
-    for own in rank_valleys(found, targets[whose], high - low):
-        kept += [i for i in own.tolist() if losses[i] <= RIVAL * losses[own[0]]]
+        draws = torch.tensor([middle])
+        if len(low) == 1:
+            points = low + (high - low) * (torch.arange(PROBES, device=low.device)[:, None] + 0.5) / PROBES
+        else:
+            points = fill_box(6 * PROBES, low, high)
+        residuals = objective.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(len(points)), draws)
+        losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
+        whose, which = find_valleys(points / (high - low), losses).nonzero(as_tuple=True)
+        points = points[which]
+        if len(low) == 1:  # the points lie close enough to the bottom
+            return points, targets[whose]
+    found = levenberg_marquardt(objective, points, targets[whose], low, high, draws=draws)
+    kept = keep_rivals(found, targets[whose], high - low)
     return found.control[kept], targets[whose[kept]]
+
+
+def fill_box(count, low, high):
+    """Returns: (count, f) points that fill the box between low and high, (f,) each, evenly."""
+    return low + (high - low) * torch.quasirandom.SobolEngine(len(low), scramble=True, seed=0).draw(count).to(low)
+
+
+def match(motion, targets, low, high):
+    """Move the reference onto the target, from coarse to fine.
+
+    Returns: places (P, m) of the m numbers that move it, and the index of their target (P,).
+    """
+    points = fill_box(MATCHES, low, high)
+    pool = max(1, min(motion.target.shape[2:]) // FINEST)
+    motion.pool = pool
+    residuals = motion.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(MATCHES))
+    losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
+    control = points[losses.topk(PROBES, largest=False).indices].flatten(0, 1)
+    whose = torch.arange(len(targets), device=targets.device).repeat_interleave(PROBES)
+    while pool:
+        motion.pool = pool
+        found = levenberg_marquardt(motion, control, targets[whose], low, high)
+        control, pool = found.control, pool // 2
+    kept = keep_rivals(found, whose, high - low, RIVALS)
+    return control[kept], whose[kept]
+
+
+def keep_rivals(found, targets, width, most=None):
+    """Returns: indices of every target's best solutions, at most so many, apart by the width (f,), near the best."""
+    losses, kept = found.losses.mean(1), []
+    for own in rank_valleys(found, targets, width):
+        kept += [i for i in own[:most].tolist() if losses[i] <= RIVAL * losses[own[0]]]
+    return kept
 
 
 def find_valleys(points, losses):
@@ -265,7 +313,7 @@ def calibrate(model, folder, dataset):
     shares = torch.where(residual > 0, missing / residual, 0)  # 0: a control without any effect
     rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
     error_scale = shares.sort(0).values[rank - 1].clamp_min(0).sqrt().tolist()
-    explained_loss = UNEXPLAINED * loss.quantile(0.95).item()
+    explained_loss = UNEXPLAINED[model.control_net.uses_reference] * loss.quantile(0.95).item()
     model.control_net.register_to_config(error_scale=error_scale, explained_loss=explained_loss)
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))

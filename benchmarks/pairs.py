@@ -1,0 +1,259 @@
+"""Reading the change between two pictures: every way there is, on the same pairs, in one run.
+
+    python benchmarks/pairs.py                                  # all, about 85 minutes on two cores
+    python benchmarks/pairs.py methods=ours,ecc                 # some
+
+Pairs are cut from photographs that no training has seen. Prints the README's tables: rotation alone; all six numbers;
+pictures of 320 x 320 pixels turned about a point that is not their middle; how often intervals hold the truth and what
+is flagged, of true pairs and of pairs of different photographs. out_dir/errors.json has every error.
+"""
+
+import contextlib
+import io
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from skimage.filters import difference_of_gaussians, window
+from skimage.registration import phase_cross_correlation
+from skimage.transform import EuclideanTransform, SimilarityTransform, warp, warp_polar
+from torch import nn
+from torchvision.models import resnet18
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from cldm.model import load_model  # noqa: E402
+from cldm.pairs import CHANGES, MOTIONS, POOL, choose_changes, decompose, draw_pair, open_photo, similarity  # noqa: E402
+from cldm.reading import BATCH, read_controls  # noqa: E402
+from dataForTrain.make_dataset import find_pictures  # noqa: E402
+from ldm.pictures import fit_picture, pictures_to_tensor  # noqa: E402
+from ldm.settings import InputError, nearest, output_folder, run_script, write_whole  # noqa: E402
+
+SIZE = 128  # pixels
+settings = dict(
+    model_path="models/control_tiny_pair",
+    methods="all",
+    photos="held_out",  # a group of make_dataset.py's, or any folder
+    pairs=64,
+    seed=3,
+    regressor_minutes=60.0,  # as long as the control was trained
+    out_dir="outputs/pairs",
+)
+NAMES = list(CHANGES)
+NONE = {name: none for name, (*_, none) in CHANGES.items()}
+
+
+def outside_pair(rng, files):
+    """Returns: reference, target, change: 320 x 320 pictures turned by whole degrees about any point, PNG or JPEG."""
+    size = 320
+    while True:
+        photo = open_photo(rng.choice(files))
+        angle = rng.choice([-1, 1]) * rng.randint(1, 8)
+        pivot = [rng.uniform(-0.5, 0.5) for _ in range(2)]  # widths from the middle
+        there = np.array([[1, 0, pivot[0]], [0, 1, pivot[1]], [0, 0, 1]])
+        motion = there @ similarity(angle, 1, 0, 0) @ np.linalg.inv(there)
+        if max(abs(motion[0, 2]), abs(motion[1, 2])) > CHANGES["shift x"][2] or min(photo.size) < size:
+            continue
+        x, y = (rng.uniform(0, side - size) for side in photo.size)
+        pixels = np.array([[1 / size, 0, -0.5], [0, 1 / size, -0.5], [0, 0, 1]])
+        place = np.array([[1, 0, x], [0, 1, y], [0, 0, 1]]) @ np.linalg.inv(pixels)
+        matrices = place @ pixels, place @ np.linalg.inv(motion) @ pixels
+        corners = matrices[1] @ [[0, size, 0, size], [0, 0, size, size], [1, 1, 1, 1]]
+        if corners[:2].min() < 0 or (corners[:2].max(1) > photo.size).any():
+            continue
+        cut = [
+            photo.transform((size, size), Image.Transform.AFFINE, m[:2].flatten().tolist(), Image.Resampling.BICUBIC)
+            for m in matrices
+        ]
+        file = io.BytesIO()
+        cut[1].save(file, rng.choice(["png", "jpeg"]))
+        return *(fit_picture(p, SIZE) for p in (cut[0], Image.open(file))), NONE | decompose(motion)
+
+
+def gray(picture):
+    return np.asarray(picture.convert("L"), np.float32) / 255
+
+
+def from_pixels(matrix):
+    """matrix: (3, 3), from pixels of the target to those of the reference. Returns: {name: number} of MOTIONS."""
+    pixels = np.array([[1 / SIZE, 0, 0.5 / SIZE - 0.5], [0, 1 / SIZE, 0.5 / SIZE - 0.5], [0, 0, 1]])
+    return decompose(pixels @ np.linalg.inv(matrix) @ np.linalg.inv(pixels))
+
+
+def ecc(reference, target, sought):
+    """OpenCV's enhanced correlation coefficient over pyramids, of the fewest freedoms that hold what is sought.
+
+    The best of pyramids of several heights: the tallest often does not converge on so small pictures.
+    """
+    options, best = cv2.ECCParameters(), (-1.0, np.eye(2, 3, dtype=np.float32))
+    options.motionType = cv2.MOTION_AFFINE if "zoom" in sought else cv2.MOTION_EUCLIDEAN
+    for options.nlevels in (4, 3, 2, 1):
+        start = np.eye(2, 3, dtype=np.float32)
+        with contextlib.suppress(cv2.error):  # where it does not converge
+            found = cv2.findTransformECCMultiScale(gray(target), gray(reference), start, options)
+            best = max(best, found, key=lambda result: result[0])
+    return from_pixels(np.vstack([best[1], [0, 0, 1]]).astype(float))
+
+
+def log_polar(reference, target, sought):
+    """Phase correlation of log-polar spectra for rotation and zoom, then of pictures for the shift (scikit-image).
+
+    Spectra have mean 0 and spread 1 at every radius, which did best on training photographs.
+    """
+    pictures, radius, turns, radii = [gray(picture) for picture in (reference, target)], SIZE // 2, 720, 2 * SIZE
+    spectra = []
+    for picture in pictures:
+        filtered = difference_of_gaussians(picture, 1, 5) * window("hann", picture.shape)
+        spectrum = np.abs(np.fft.fftshift(np.fft.fft2(filtered)))
+        polar = warp_polar(spectrum, radius=radius, output_shape=(turns, radii), scaling="log", order=1)[: turns // 2]
+        spectra.append((polar - polar.mean(0)) / (polar.std(0) + 1e-6))
+    (turn, scale), *_ = phase_cross_correlation(*spectra, upsample_factor=20, normalization=None)
+    angle = (turn * 360 / turns + 90) % 180 - 90
+    zoom = math.exp(scale * math.log(radius) / radii) if "zoom" in sought else 1.0
+    middle = (SIZE - 1) / 2
+    center = SimilarityTransform(translation=(-middle, -middle))
+    turned = EuclideanTransform(rotation=math.radians(angle)) + SimilarityTransform(scale=1 / zoom)
+    back = center + turned + center.inverse  # from the target's pixels to the reference's, but for the shift
+    hann = window("hann", pictures[0].shape)
+    moved = warp(pictures[0], back, mode="reflect") * hann
+    (down, right), *_ = phase_cross_correlation(pictures[1] * hann, moved, upsample_factor=20)
+    shift = SimilarityTransform(translation=(-right, -down))
+    return from_pixels((shift + back).params)
+
+
+class Siamese(nn.Module):
+    """What one would train instead: the first half of a ResNet-18 on either picture, the second half on both."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        whole = resnet18()
+        self.each = nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.layer1, whole.layer2)
+        self.both = nn.Sequential(nn.Conv2d(256, 128, 1), whole.layer3, whole.layer4, nn.Flatten())
+        self.last = nn.Linear(512 * (SIZE // 16) ** 2, outputs)
+
+    def forward(self, reference, target):
+        return self.last(self.both(torch.cat([self.each(reference), self.each(target)], 1)))
+
+
+def train_siamese(minutes, seed):
+    """Train it on fresh pairs of the photographs that the control was trained on. Returns: the network."""
+    rng, files, ranges = random.Random(seed), find_pictures("train"), choose_changes(None)
+    spread = torch.tensor([(high - low) / 12**0.5 for low, high in ranges.values()])
+    middle = torch.tensor([(high + low) / 2 for low, high in ranges.values()])
+    network, share = Siamese(len(NAMES)).train(), 0.0
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.01)
+    began, pool, step = time.perf_counter(), [], 0
+    with tqdm(total=100, desc="training the Siamese network", leave=False) as bar:
+        while share < 1:
+            if step % (4 * POOL // 32) == 0:  # each pair is used four times, as for the control
+                pool = [draw_pair(rng, files, SIZE, ranges) for _ in range(POOL)]
+            some = rng.sample(pool, 32)
+            reference, target = (pictures_to_tensor([pair[i] for pair in some]) for i in (0, 1))
+            wanted = (torch.tensor([list(pair[2].values()) for pair in some]) - middle) / spread
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+            with torch.autocast("cpu", torch.bfloat16):
+                found = network(reference, target)
+            loss = (found.float() - wanted).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step, share = step + 1, min(1.0, (time.perf_counter() - began) / (60 * minutes))
+            bar.n = round(100 * share)
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    network.eval()
+
+    @torch.no_grad()
+    def read(reference, target, sought):
+        found = network(pictures_to_tensor([reference]), pictures_to_tensor([target]))[0] * spread + middle
+        return dict(zip(NAMES, found.tolist()))
+
+    return read
+
+
+def read_pairs(model, pairs, sought):
+    """Read pairs by the control, those of no change known that are not sought. Returns: Readings."""
+    known, readings = {name: NONE[name] for name in NAMES if name not in sought}, []
+    for first in tqdm(range(0, len(pairs), BATCH), desc="reading", leave=False):
+        references, targets, _ = zip(*pairs[first : first + BATCH])
+        with torch.no_grad():
+            latents, given = (model.base.encode(pictures_to_tensor(pictures)) for pictures in (targets, references))
+        embeddings = model.base.embed([""]).expand(len(latents), -1, -1)
+        readings.append(read_controls(model, latents, embeddings, given, known=known))
+    return readings
+
+
+def show(name, errors, seconds):
+    """Print a row: of every number sought, median, 90% and worst."""
+    cells = []
+    for own in errors.values():
+        own = np.abs(own)
+        digits = 4 if own.max() < 0.5 else 3
+        cells.append(" / ".join(f"{value:.{digits}f}" for value in (np.median(own), np.quantile(own, 0.9), own.max())))
+    print(f"| {name} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
+
+
+def main(s):
+    methods = ["ours", "ecc", "log_polar", "siamese"]
+    names = methods if s.methods == "all" else s.methods.split(",")
+    if unknown := [name for name in names if name not in methods]:
+        raise InputError(f'methods: no "{unknown[0]}"{nearest(unknown[0], methods)}')
+    out_dir, files = output_folder(s.out_dir), find_pictures(s.photos)
+    rng, model = random.Random(s.seed), load_model(s.model_path)
+    torch.manual_seed(s.seed)
+    readers = {"ecc": ecc, "log_polar": log_polar}
+    if "siamese" in names:
+        readers["siamese"] = train_siamese(s.regressor_minutes, s.seed)
+    every = choose_changes(None)
+    tasks = {
+        "rotation alone": (["rotation"], [draw_pair(rng, files, SIZE, {"rotation": (-5, 5)}) for _ in range(s.pairs)]),
+        "all six": (NAMES, [draw_pair(rng, files, SIZE, every) for _ in range(s.pairs)]),
+        "from outside": (["rotation", "shift x", "shift y"], [outside_pair(rng, files) for _ in range(s.pairs)]),
+    }
+    report = {}
+    for task, (sought, pairs) in tasks.items():
+        units = [f"{name} ({CHANGES[name][0]})" for name in sought]
+        print(f"\n{task}, {len(pairs)} pairs: median / 90% within / worst\n")
+        print(f"| | {' | '.join(units)} | seconds a pair |\n|{' --- |' * (len(sought) + 2)}")
+        for method in names:
+            began = time.perf_counter()
+            if method == "ours":
+                readings = read_pairs(model, pairs, sought)
+                found = [dict(zip(NAMES, c)) for r in readings for c in r.control.tolist()]
+            else:
+                found = [readers[method](reference, target, sought) for reference, target, _ in pairs]
+            seconds = (time.perf_counter() - began) / len(pairs)
+            own = [name for name in sought if method in ("ours", "siamese") or name in MOTIONS]
+            errors = {name: [f[name] - change[name] for f, (*_, change) in zip(found, pairs)] for name in own}
+            show(method, errors | {name: [math.nan] for name in sought if name not in own}, seconds)
+            report[f"{task}, {method}"] = errors
+            if method == "ours":
+                tell_doubts(readings, errors)
+    if "ours" in names:
+        turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((s.pairs + 1) // 2)]
+        mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
+        print(f"\n{len(mixed)} pairs of different photographs:")
+        tell_doubts(read_pairs(model, mixed, NAMES), {})
+    write_whole(out_dir / "errors.json", lambda file: file.write_text(json.dumps(report)))
+
+
+def tell_doubts(readings, errors):
+    """Print the share of every number's true values in their 90% intervals, and of readings that are flagged."""
+    std = torch.cat([reading.std for reading in readings])
+    for name, own in errors.items():
+        inside = np.mean(np.abs(own) <= 1.645 * std[:, NAMES.index(name)].numpy())
+        print(f"    {name}: {inside:.0%} in interval90")
+    flags = [f for reading in readings for f in reading.flags]
+    shares = (f"{flag} {np.mean([flag in f for f in flags]):.0%}" for flag in ("outside_range", "ambiguous"))
+    print(f"    {', '.join(shares)}, unexplained {np.mean(['unexplained' in f for f in flags]):.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, settings)
