@@ -132,7 +132,7 @@ def read_controls(
         denoising.evaluate(result.control[:, sought], everything).square().mean((1, 2)) if sampling else result.loss
     )
     conditions = dict(
-        outside_range=is_outside(config, result.control, result.std),
+        outside_range=is_outside(config, result.control, result.std, sought),
         ambiguous=[is_ambiguous(found.losses[own], objective.paired) for own in valleys],
         unexplained=explained > (config.explained_loss or math.inf),
     )
@@ -270,11 +270,14 @@ def standard_errors(found, paired, width):
     return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
 
 
-def is_outside(config, control, std):
-    """Returns: (B,) bool, whether controls (B, d) lie beyond the trained range by more than they are uncertain."""
+def is_outside(config, control, std, sought):
+    """sought: (d,) bool, which numbers were read.
+
+    Returns: (B,) bool, whether any of those in control (B, d) lies further beyond the trained range than it is unsure.
+    """
     low, high = control.new_tensor(config.control_low), control.new_tensor(config.control_high)
     slack = torch.minimum(Z90 * std, OUTSIDE * (high - low))
-    return ((control < low - slack) | (control > high + slack)).any(1)
+    return (((control < low - slack) | (control > high + slack)) & sought).any(1)
 
 
 def is_ambiguous(losses, paired):

@@ -1,10 +1,10 @@
-"""benchmarks/inversion.py at its smallest: the methods that take seconds, one target each."""
+"""Benchmarks at their smallest: the methods that take seconds, one target each."""
 
 import json
 
 import pytest
 
-from benchmarks import inversion
+from benchmarks import inversion, pairs
 from ldm.settings import run_script
 
 
@@ -26,3 +26,14 @@ def test_an_unknown_method_is_named(fails_in_one_line, tmp_path):
     assert "lm_denoising" in fails_in_one_line(
         inversion.main, inversion.settings, ["methods=lm_denoisin", f"out_dir={tmp_path}"]
     )
+
+
+def test_peers_read_pairs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pairs, "POOL", 32)
+    arguments = ["methods=ecc,log_polar,siamese", "pairs=3", "regressor_minutes=0.02", f"out_dir={tmp_path}"]
+    run_script(pairs.main, pairs.settings, arguments)
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert all(abs(error) < 0.5 for error in errors["rotation alone, log_polar"]["rotation"])
+    assert all(abs(error) < 0.5 for error in errors["from outside, ecc"]["rotation"])
+    assert list(errors["all six, log_polar"]) == ["rotation", "zoom", "shift x", "shift y"]
+    assert len(errors["all six, siamese"]["blur"]) == 3 and "| siamese |" in capsys.readouterr().out

@@ -18,7 +18,9 @@ import tutorial_train
 from cldm.controlnet import ReferenceHint, sample_bilinear
 from cldm.dataset import read_rows
 from cldm.model import load_model, save_model
+from cldm.objectives import MotionObjective
 from cldm.pairs import CHANGES, FreshPairs, choose_changes, compose, draw_pair, inverse
+from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.base import find_path
 from ldm.settings import InputError, override, run_script
@@ -154,6 +156,30 @@ def test_generators_move_the_reference():
     turned, moved = ReferenceHint.positions(torch.linalg.matrix_exp(motion), 8, 8)
     torch.testing.assert_close(turned[:, 0, 7], torch.tensor([0.0, 0.0]), atol=1e-5, rtol=0)  # a corner, to the next
     torch.testing.assert_close(moved[:, 3, 2], torch.tensor([3.0, 3.0]))
+
+
+def test_the_reference_is_moved_onto_the_target_without_a_start(make_model, normal):
+    """The first number turns by as many degrees, the second moves nothing."""
+    model = make_model(2, "reference")
+    low, high = [-10.0, -1.0], [10.0, 1.0]
+    names = dict(control_mean=[0.0, 0.0], control_std=[5.0, 0.5])
+    model.control_net.register_to_config(control_low=low, control_high=high, **names)
+    hint = model.control_net.controlnet_cond_embedding
+    for weights in (*hint.mlp[-1].parameters(), hint.generators.weight):
+        weights.data.zero_()
+    hint.generators.weight.data[1, 0], hint.generators.weight.data[3, 0] = math.radians(5), -math.radians(5)
+    reference = F.interpolate(normal(3, CHANNELS, 8, 8), size=(32, 32), mode="bicubic")
+    truth = torch.tensor([[7.0, 0.3], [-4.0, -0.9], [0.5, 0.5]])
+    positions, _, _ = hint.motion(model.control_net.normalize(truth), 32, 32)
+    target = sample_bilinear(reference, positions)
+    motion = MotionObjective(model, target, reference, torch.full((2,), torch.nan))
+    assert motion.moving.tolist() == [True, False]
+    places, whose = match(motion, torch.arange(3), torch.tensor(low[:1]), torch.tensor(high[:1]))
+    assert whose.unique().tolist() == [0, 1, 2]
+    for i in range(3):
+        assert places[whose == i][0].item() == pytest.approx(truth[i, 0].item(), abs=0.05)
+    given = MotionObjective(model, target, reference, torch.tensor([2.0, torch.nan]))
+    assert not given.moving.any() and given.known[0].tolist() == [2.0, 0.0]
 
 
 def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):

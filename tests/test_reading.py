@@ -159,7 +159,8 @@ def test_outside_is_beyond_doubt_and_never_far_beyond(trained):
     config = trained().control_net.config  # from -2 to 4
     control = torch.tensor([[4.2], [4.2], [4.4], [-2.2], [3.0]])
     std = torch.tensor([[0.05], [0.2], [9.0], [0.05], [9.0]])
-    assert is_outside(config, control, std).tolist() == [True, False, True, True, False]
+    assert is_outside(config, control, std, torch.tensor([True])).tolist() == [True, False, True, True, False]
+    assert not is_outside(config, control, std, torch.tensor([False])).any()
 
 
 def test_ambiguous_is_a_second_valley_about_as_good():

@@ -6,10 +6,12 @@ from omegaconf import OmegaConf
 
 import test5
 import test5_s1
+from cldm.dataset import read_rows
 from cldm.model import load_model
 from cldm.reading import read_controls
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
-from ldm.pictures import pictures_to_tensor
+from ldm.base import find_path
+from ldm.pictures import load_picture, pictures_to_tensor
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,24 @@ def test_four_numbers_are_read_at_once():
     for value, true, near in zip(found.control[0].tolist(), control, (0.5, 0.02, 0.15, 0.4)):
         assert value == pytest.approx(true, abs=near)
     assert found.flags == [[]]
+
+
+def test_the_change_between_two_pictures_is_read():
+    """Six numbers of a photograph that no training has seen; none, where the other picture is of something else."""
+    model, (row,) = load_model("models/control_tiny_pair"), read_rows(find_path("dataForTrain/demo/prompt.json"))
+    other = render_framed(HELD_OUT["gravel"], model.config.image_size)
+    with torch.no_grad():
+        targets = model.base.encode(pictures_to_tensor([load_picture(row.target), other]))
+        reference = model.base.encode(pictures_to_tensor([load_picture(row.reference)])).expand(2, -1, -1, -1)
+        embeddings = model.base.embed(["", ""])
+    found = read_controls(model, targets, embeddings, reference)
+    for value, true, near in zip(found.control[0].tolist(), row.control, (0.3, 0.01, 0.005, 0.005, 0.15, 0.3)):
+        assert value == pytest.approx(true, abs=near)
+    assert found.flags[0] == [] and "unexplained" in found.flags[1]
+    zoom, shift_x, shift_y, exposure, blur = row.control[1:]
+    known = {"zoom": zoom, "shift x": shift_x, "shift y": shift_y, "exposure": exposure, "blur": blur}
+    alone = read_controls(model, targets[:1], embeddings[:1], reference[:1], known=known)
+    assert alone.control[0, 0].item() == pytest.approx(row.control[0], abs=0.2) and alone.flags == [[]]
 
 
 def test_warm_started_descent_arrives(shipped):
