@@ -22,6 +22,7 @@ from cldm.dataset import Row, parse_control, read_rows
 from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.objectives import SamplingObjective
+from cldm.pairs import known_back
 from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.base import find_path
@@ -51,6 +52,7 @@ settings = dict(
     draws=8,  # of noise, in pairs, for the denoising objective
     batch_size=BATCH,  # targets read together
     figures=None,  # per target: true, false; None: for a single one
+    both_ways=None,  # read the change from target to reference too, as a check; None: for a single pair
     seed=0,
     save_memory=False,  # True: fewer pictures at once
     device="auto",  # a GPU where there is one
@@ -67,7 +69,9 @@ settings = dict(
 
 
 def read_batch(model, s, rows):
-    """Returns: the Reading of some rows; pictures of targets and of references, if any (PIL); embeddings (B, 77, D)."""
+    """Returns: the Reading of some rows; that of their ways back, or None; pictures (PIL) of targets, and of references
+    or None; embeddings (B, 77, D).
+    """
 
     def encode(files):
         pictures = [fit_picture(load_picture(file), model.config.image_size) for file in files]
@@ -95,8 +99,12 @@ def read_batch(model, s, rows):
         )
     if s.control is not None:
         start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1).to(latents)
-    how = dict(known=s.known, sampling=sampling, solver=s.solver, start=start, draws=s.draws, seed=s.seed)
-    return read_controls(model, latents, embeddings, reference, **how), pictures, references, embeddings
+    how = dict(solver=s.solver, draws=s.draws, seed=s.seed)
+    reading = read_controls(model, latents, embeddings, reference, known=s.known, sampling=sampling, start=start, **how)
+    back, known = None, known_back(s.known, model.control_net.config.control_names)
+    if s.both_ways and len(known) < model.control_net.control_dim:
+        back = read_controls(model, reference, embeddings, latents, known=known, **how)
+    return reading, back, pictures, references, embeddings
 
 
 def parse_known(text, names):
@@ -126,6 +134,10 @@ def check(s, model, rows):
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
     config = model.control_net.config
     s.known = parse_known(s.known, config.control_names)
+    if s.both_ways is None:
+        s.both_ways = not s.targets and model.control_net.uses_reference
+    elif s.both_ways and not model.control_net.uses_reference:
+        raise InputError(f'setting "both_ways": model_path {s.model_path} takes no reference')
     if model.control_net.uses_reference and rows[0].reference is None:
         raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
     if rows[0].reference is not None and not model.control_net.uses_reference:
@@ -217,13 +229,13 @@ def main(s):
         rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check(s, model, rows)
     tell_memory(s, model, min(s.batch_size, len(rows)))
-    lines = resume(out_dir, s, rows) if s.targets else []
+    lines, config = resume(out_dir, s, rows) if s.targets else [], model.control_net.config
     with tqdm(total=len(rows), initial=len(lines), desc="reading", leave=False) as bar:
         while len(lines) < len(rows):
             some = rows[len(lines) : len(lines) + s.batch_size]
-            reading, pictures, references, embeddings = read_batch(model, s, some)
+            reading, back, pictures, references, embeddings = read_batch(model, s, some)
             for i, row in enumerate(some):
-                lines.append(json.dumps(describe_reading(model.control_net.config, reading, i, row, s.seed)) + "\n")
+                lines.append(json.dumps(describe_reading(config, reading, back, i, row, s.seed)) + "\n")
                 if s.figures or (s.figures is None and not s.targets):
                     name = f"{len(lines):05d}_{row.target.stem}.png" if s.targets else "figure.png"
                     shown = (pictures[i], references[i], embeddings[i : i + 1])
@@ -233,14 +245,13 @@ def main(s):
                 write_whole(out_dir / "results.jsonl", lambda file: file.write_text("".join(lines)))
             bar.update(len(some))
     if s.targets:
-        summarize(model.control_net.config, lines)
+        summarize(config, lines)
         return
     result = json.loads(lines[0])
     write_whole(out_dir / "result.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
-    config = model.control_net.config
-    values = zip(config.control_names, config.control_units, reading.control[0].tolist(), reading.std[0].tolist())
-    for name, unit, value, std in values:
-        print(f"{name}: {value:+.3f} ± {std:.3f} {unit}".rstrip())
+    for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+        trip = f"; there and back {result['round_trip'][name]:+.3f}" if name in result.get("round_trip", {}) else ""
+        print(f"{name}: {reading.control[0, k]:+.3f} ± {reading.std[0, k]:.3f} {unit}".rstrip() + trip)
     print(
         f"{', '.join(result['flags']) or 'no doubts'}; {result['seconds']:.1f} seconds; {out_dir}/figure.png shows it"
     )

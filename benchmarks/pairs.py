@@ -15,12 +15,14 @@ import math
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from skimage.filters import difference_of_gaussians, window
 from skimage.registration import phase_cross_correlation
 from skimage.transform import EuclideanTransform, SimilarityTransform, warp, warp_polar
@@ -142,12 +144,29 @@ class Siamese(nn.Module):
         return self.last(self.both(torch.cat([self.each(reference), self.each(target)], 1)))
 
 
-def train_siamese(minutes, seed):
-    """Train it on fresh pairs of the photographs that the control was trained on. Returns: the network."""
-    rng, files, ranges = random.Random(seed), find_pictures("train"), choose_changes(None)
+def siamese(minutes, seed, file):
+    """Returns: what reads pairs by the Siamese network in `file`, which is trained if it is not there."""
+    network, ranges = Siamese(len(NAMES)), choose_changes(None)
     spread = torch.tensor([(high - low) / 12**0.5 for low, high in ranges.values()])
     middle = torch.tensor([(high + low) / 2 for low, high in ranges.values()])
-    network, share = Siamese(len(NAMES)).train(), 0.0
+    if not file.exists():
+        train_siamese(network, minutes, seed, lambda change: (torch.tensor(list(change.values())) - middle) / spread)
+        write_whole(file, partial(save_file, network.state_dict()))
+    network.load_state_dict(load_file(file))
+    network.eval()
+
+    @torch.no_grad()
+    def read(reference, target, sought):
+        found = network(pictures_to_tensor([reference]), pictures_to_tensor([target]))[0] * spread + middle
+        return dict(zip(NAMES, found.tolist()))
+
+    return read
+
+
+def train_siamese(network, minutes, seed, normalize):
+    """Train it on fresh pairs of the photographs that the control was trained on."""
+    rng, files, ranges, share = random.Random(seed), find_pictures("train"), choose_changes(None), 0.0
+    network.train()
     optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.01)
     began, pool, step = time.perf_counter(), [], 0
     with tqdm(total=100, desc="training the Siamese network", leave=False) as bar:
@@ -156,7 +175,7 @@ def train_siamese(minutes, seed):
                 pool = [draw_pair(rng, files, SIZE, ranges) for _ in range(POOL)]
             some = rng.sample(pool, 32)
             reference, target = (pictures_to_tensor([pair[i] for pair in some]) for i in (0, 1))
-            wanted = (torch.tensor([list(pair[2].values()) for pair in some]) - middle) / spread
+            wanted = torch.stack([normalize(pair[2]) for pair in some])
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
             with torch.autocast("cpu", torch.bfloat16):
@@ -168,14 +187,6 @@ def train_siamese(minutes, seed):
             step, share = step + 1, min(1.0, (time.perf_counter() - began) / (60 * minutes))
             bar.n = round(100 * share)
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    network.eval()
-
-    @torch.no_grad()
-    def read(reference, target, sought):
-        found = network(pictures_to_tensor([reference]), pictures_to_tensor([target]))[0] * spread + middle
-        return dict(zip(NAMES, found.tolist()))
-
-    return read
 
 
 def read_pairs(model, pairs, sought):
@@ -210,7 +221,7 @@ def main(s):
     torch.manual_seed(s.seed)
     readers = {"ecc": ecc, "log_polar": log_polar}
     if "siamese" in names:
-        readers["siamese"] = train_siamese(s.regressor_minutes, s.seed)
+        readers["siamese"] = siamese(s.regressor_minutes, s.seed, out_dir / "siamese.safetensors")
     every = choose_changes(None)
     tasks = {
         "rotation alone": (["rotation"], [draw_pair(rng, files, SIZE, {"rotation": (-5, 5)}) for _ in range(s.pairs)]),

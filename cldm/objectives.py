@@ -63,6 +63,7 @@ class Objective(ABC):
     known: (B, d) numbers that are given, NaN where they are sought; None: all are. Controls, here and below, are the
     sought ones alone.
     calls: how many pictures the model was evaluated on so far; a derivative counts as one more.
+    channels: C of the N = C h w numbers.
     """
 
     model: ControlLDM
@@ -70,7 +71,7 @@ class Objective(ABC):
     known = None
     calls_each = 1  # evaluations of the model for one residual
     paired = False  # whether every two draws have opposite noise
-    calls = 0
+    calls, channels = 0, 1
 
     @property
     def chunk(self):
@@ -162,7 +163,7 @@ class DenoisingObjective(Objective):
     def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, levels=None, seed=0):
         levels = levels or LEVELS[reference is not None]
         pairs, self.draws, self.reference = draws // 2, draws // 2 * 2, reference
-        scheduler, self.model = model.base.scheduler, model
+        scheduler, self.model, self.channels = model.base.scheduler, model, target_latents.shape[1]
         count, device = len(target_latents), target_latents.device
         low, high = (share * (scheduler.config.num_train_timesteps - 1) for share in levels)
         timesteps = (low + (high - low) * (torch.arange(pairs) + 0.5) / pairs).long()

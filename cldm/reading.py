@@ -112,19 +112,23 @@ def read_controls(
 
     valleys = rank_valleys(found, targets, high - low)
     best = torch.stack([own[0] for own in valleys])
-    covariances = standard_errors(found, objective.paired, high - low)
-    square = (sought[:, None] & sought).expand(count, -1, -1)
-    noise, residual = (torch.zeros(square.shape).to(low).masked_scatter(square, cov[best]) for cov in covariances)
     controls = objective.complete(found.control, targets)
+    at = Solution(*(part[best] for part in vars(found).values()))
+    loss = at.losses.mean(1)
+    if reference is not None and solver == "lm":  # it may not show all that the target does
+        at = levenberg_marquardt(objective, at, everything, low, high, scale=loss)
+    covariances = standard_errors(at, objective.paired, high - low)
+    both = (sought[:, None] & sought).expand(count, -1, -1)
+    noise, residual = (torch.zeros(both.shape).to(low).masked_scatter(both, own) for own in covariances)
     result = Reading(
-        controls[best],
+        objective.complete(at.control, everything),
         noise,
         residual,
         low.new_tensor(config.error_scale or [0.0] * len(given)),
-        found.losses[best].mean(1),
+        loss,
         flags=[],
         others=[controls[own[1:]].tolist() for own in valleys],
-        iterations=found.iterations[best],
+        iterations=at.iterations,
         model_calls=0.0,
         seconds=0.0,
     )

@@ -14,57 +14,81 @@ class Solution:
     residuals: torch.Tensor  # (P, K, N)
     jacobian: torch.Tensor  # (P, K, N, d)
     iterations: torch.Tensor  # (P,)
+    weights: torch.Tensor | None = None  # (P, 1, N), of the residuals; None: all 1
+
+    def __post_init__(self):
+        if self.weights is None:
+            self.weights = torch.ones_like(self.residuals[:, :1])
 
     @property
     def losses(self):
-        """(P, K), mean squares."""
-        return self.residuals.square().mean(2)
+        """(P, K), weighted mean squares."""
+        return (self.weights * self.residuals.square()).mean(2)
 
     @property
     def gradients(self):
-        """(P, K, d), of half the mean squares."""
-        return torch.einsum("pkn,pknd->pkd", self.residuals, self.jacobian) / self.residuals.shape[2]
+        """(P, K, d), of half the weighted mean squares."""
+        return torch.einsum("pkn,pknd->pkd", self.weights * self.residuals, self.jacobian) / self.residuals.shape[2]
 
     @property
     def curvature(self):
         """(P, d, d), Gauss-Newton's, of half the loss."""
-        return torch.einsum("pknd,pkne->pde", self.jacobian, self.jacobian) / self.residuals[0].numel()
+        weighted = self.weights[..., None] * self.jacobian
+        return torch.einsum("pknd,pkne->pde", weighted, self.jacobian) / self.residuals[0].numel()
 
 
 def levenberg_marquardt(
-    objective, control, targets, low, high, *, draws=None, iterations=20, tolerance=5e-3, damping=1e-3
+    objective, control, targets, low, high, *, draws=None, scale=None, iterations=20, tolerance=5e-3, damping=1e-3
 ):
     """Minimise objective's loss by damped Gauss-Newton steps within bounds.
 
     The Jacobian is exact at the start and after a long step; after a short one, Broyden's rank-one update corrects it.
-    control: (P, d), where to start. targets: (P,) which target each is for. low, high: (d,), bounds.
+    control: (P, d), where to start, or a Solution to go on from. targets: (P,) which target each is for. low, high:
+    (d,), bounds.
     draws: (k,), of noise, by default all.
+    scale: (P,), of the Cauchy loss: places in the picture whose mean square is larger count for less. None: the loss is
+    the mean square.
     tolerance: a control whose step is shorter than this share of the range has settled. damping: the first, as a share
     of the curvature's own diagonal; a step that does not lower the loss is taken back and the damping raised tenfold.
     Far from a minimum, where the curvature promises too little, steps are doubled.
     Returns: Solution.
-    Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
+    Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version; Holland & Welsch 1977,
+    iteratively reweighted least squares.
     """
-    width = high - low
-    damping = torch.full_like(control[:, 0], damping)
-    at = Solution(control.clone(), *objective.linearize(control, targets, draws), torch.zeros_like(targets))
-    active = torch.arange(len(control), device=control.device)
+    width, at = high - low, control
+    if not isinstance(at, Solution):
+        at = Solution(control.clone(), *objective.linearize(control, targets, draws), torch.zeros_like(targets))
+    damping = torch.full_like(at.control[:, 0], damping)
+    scale = torch.full_like(damping, torch.inf) if scale is None else scale
+
+    def weigh(residuals, scale):
+        """Returns: loss (P,), weights (P, 1, N)."""
+        squares = residuals.unflatten(2, (objective.channels, -1)).square().mean((1, 2))  # (P, places)
+        excess = squares / scale[:, None]
+        loss = torch.where(excess > 0, excess.log1p() / excess, 1) * squares
+        weights = (1 / (1 + excess))[:, None].repeat(1, 1, objective.channels)
+        return loss.mean(1), weights
+
+    loss, at.weights = weigh(at.residuals, scale)
+    active = torch.arange(len(targets), device=targets.device)
     for _ in range(iterations):
-        now = Solution(*(part[active] for part in (at.control, at.residuals, at.jacobian, at.iterations)))
+        now = Solution(*(part[active] for part in vars(at).values()))
         step = gauss_newton_step(now.gradients.mean(1), now.curvature, damping[active], width)
         proposal = (now.control + step).clamp(low, high)
         step = (proposal - now.control) / width
         residuals = objective.evaluate(proposal, targets[active], draws)
-        before, after = now.residuals.square().mean((1, 2)), residuals.square().mean((1, 2))
+        before, (after, weights) = loss[active], weigh(residuals, scale[active])
         slope = now.gradients.mean(1) + 0.5 * torch.einsum("pde,pe->pd", now.curvature, step * width)
         expected = -2 * (slope * step * width).sum(1)
         eager = ((before - after > EAGER * expected) & (step.abs().amax(1) > tolerance)).nonzero()[:, 0]
         while len(eager):
             longer = (now.control[eager] + 2 * step[eager] * width).clamp(low, high)
             tried = objective.evaluate(longer, targets[active][eager], draws)
-            lower = (loss := tried.square().mean((1, 2))) < after[eager]
+            reached = weigh(tried, scale[active][eager])
+            lower = reached[0] < after[eager]
             eager = eager[lower]
-            proposal[eager], residuals[eager], after[eager] = longer[lower], tried[lower], loss[lower]
+            proposal[eager], residuals[eager], after[eager] = longer[lower], tried[lower], reached[0][lower]
+            weights[eager] = reached[1][lower]
             step[eager] = (longer[lower] - now.control[eager]) / width
         length = step.abs().amax(1)
         surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian * width, step)
@@ -78,7 +102,8 @@ def levenberg_marquardt(
             jacobian[far] = objective.linearize(proposal[far], targets[active][far], draws)[1]
         at.jacobian[active] = jacobian
         kept = active[better]
-        at.control[kept], at.residuals[kept] = proposal[better], residuals[better]
+        at.control[kept], at.residuals[kept], at.weights[kept] = proposal[better], residuals[better], weights[better]
+        loss[kept] = after[better]
         at.iterations[active] += 1
         damping[active] = torch.where(better, damping[active] / 10, damping[active] * 10).clamp(1e-7, 1e7)
         active = active[length > tolerance]

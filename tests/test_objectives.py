@@ -92,6 +92,8 @@ def test_recomputing_gives_the_same_gradient(make_objective):
 class Valley:
     """Residuals of Rosenbrock's valley, whose minimum is at (1, 1), for one target and one draw."""
 
+    channels = 1
+
     def evaluate(self, control, targets, draws=None):
         x, y = control.unbind(1)
         return torch.stack([10 * (y - x**2), 1 - x], 1)[:, None]
@@ -137,3 +139,33 @@ def test_levenberg_marquardt_is_quick_from_far_away(monkeypatch):
     quick = iterations()
     monkeypatch.setattr(solvers, "EAGER", torch.inf)
     assert quick <= 5 and 2 * quick <= iterations()
+
+
+class Strangers(Valley):
+    """Numbers that should all be the control, a tenth of which something else has put far away; two channels."""
+
+    channels = 2
+
+    def __init__(self):
+        self.seen = torch.randn(1, 4, 2, 500, generator=torch.Generator().manual_seed(0))
+        self.seen[..., :50] += 30
+
+    def evaluate(self, control, targets, draws=None):
+        return (control[:, :, None, None] - self.seen).flatten(2)
+
+    def linearize(self, control, targets, draws=None):
+        residuals = self.evaluate(control, targets)
+        return residuals, torch.ones_like(residuals)[..., None]
+
+
+def test_the_cauchy_loss_leaves_alone_what_fits_nowhere():
+    start, bound, objective = torch.tensor([[5.0]]), torch.tensor([50.0]), Strangers()
+
+    def solve(**how):
+        return levenberg_marquardt(objective, start, torch.arange(1), -bound, bound, tolerance=1e-6, **how)
+
+    squares, robust = solve(), solve(scale=torch.ones(1))
+    assert squares.control > 2.9 and robust.control.abs() < 0.1
+    weights = robust.weights.unflatten(2, (2, -1))
+    assert (weights[..., :50] < 0.01).all() and weights[..., 50:].mean() > 0.4
+    assert robust.gradients.mean().abs() < 1e-3
