@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 from skimage.filters import difference_of_gaussians, window
 from skimage.registration import phase_cross_correlation
 from skimage.transform import EuclideanTransform, SimilarityTransform, warp, warp_polar
@@ -32,7 +33,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.model import load_model  # noqa: E402
-from cldm.pairs import CHANGES, MOTIONS, POOL, choose_changes, decompose, draw_pair, open_photo, similarity  # noqa: E402
+from cldm.pairs import (  # noqa: E402
+    CHANGES,
+    MOTIONS,
+    POOL,
+    choose_changes,
+    compose,
+    decompose,
+    draw_pair,
+    draw_views,
+    open_photo,
+    similarity,
+)
 from cldm.reading import BATCH, read_controls  # noqa: E402
 from dataForTrain.make_dataset import find_pictures  # noqa: E402
 from ldm.pictures import fit_picture, pictures_to_tensor  # noqa: E402
@@ -201,14 +213,14 @@ def read_pairs(model, pairs, sought):
     return readings
 
 
-def show(name, errors, seconds):
-    """Print a row: of every number sought, median, 90% and worst."""
+def show(name, errors, last):
+    """Print a row: of every number sought, median, 90% and worst; seconds, or how many pairs."""
     cells = []
     for own in errors.values():
         own = np.abs(own)
         digits = 4 if own.max() < 0.5 else 3
         cells.append(" / ".join(f"{value:.{digits}f}" for value in (np.median(own), np.quantile(own, 0.9), own.max())))
-    print(f"| {name} | {' | '.join(cells)} | {seconds:.2f} |", flush=True)
+    print(f"| {name} | {' | '.join(cells)} | {last if isinstance(last, int) else f'{last:.2f}'} |", flush=True)
 
 
 def main(s):
@@ -221,14 +233,15 @@ def main(s):
     torch.manual_seed(s.seed)
     readers = {"ecc": ecc, "log_polar": log_polar}
     if "siamese" in names:
-        readers["siamese"] = siamese(s.regressor_minutes, s.seed, out_dir / "siamese.safetensors")
+        file = out_dir / f"siamese_{s.regressor_minutes:g}_{s.seed}.safetensors"
+        readers["siamese"] = siamese(s.regressor_minutes, s.seed, file)
     every = choose_changes(None)
     tasks = {
         "rotation alone": (["rotation"], [draw_pair(rng, files, SIZE, {"rotation": (-5, 5)}) for _ in range(s.pairs)]),
         "all six": (NAMES, [draw_pair(rng, files, SIZE, every) for _ in range(s.pairs)]),
         "from outside": (["rotation", "shift x", "shift y"], [outside_pair(rng, files) for _ in range(s.pairs)]),
     }
-    report = {}
+    report, kept = {}, None
     for task, (sought, pairs) in tasks.items():
         units = [f"{name} ({CHANGES[name][0]})" for name in sought]
         print(f"\n{task}, {len(pairs)} pairs: median / 90% within / worst\n")
@@ -247,12 +260,46 @@ def main(s):
             report[f"{task}, {method}"] = errors
             if method == "ours":
                 tell_doubts(readings, errors)
+                kept = (found, errors) if task == "all six" else kept
     if "ours" in names:
         turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((s.pairs + 1) // 2)]
         mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
         print(f"\n{len(mixed)} pairs of different photographs:")
         tell_doubts(read_pairs(model, mixed, NAMES), {})
+        check_ways(model, rng, files, tasks["all six"][1], *kept)
     write_whole(out_dir / "errors.json", lambda file: file.write_text(json.dumps(report)))
+
+
+def check_ways(model, rng, files, pairs, found, errors):
+    """Print how far readings that need no truth miss what they should come to.
+
+    found, errors: of the pairs, as read. There and back should be no change; so should a picture to itself; and by way
+    of another picture, the same change.
+    """
+
+    def read(pairs):
+        """Nothing about blur, which has no way back. Returns: a list of {name: number}."""
+        readings = read_pairs(model, pairs, [name for name in NAMES if name != "blur"])
+        return [dict(zip(NAMES, control)) for reading in readings for control in reading.control.tolist()]
+
+    def miss(ways, wholes):
+        ways = list(ways)
+        return {name: [way[name] - whole[name] for way, whole in zip(ways, wholes)] for name in NAMES[:-1]}
+
+    print("\nchecks without truth, what should be nothing: median / 90% within / worst\n")
+    print(f"| | {' | '.join(NAMES[:-1])} | pairs |\n|{' --- |' * (len(NAMES) + 1)}")
+    backs = read([(target, reference, None) for reference, target, _ in pairs])
+    trips = miss(map(compose, found, backs), [NONE] * len(pairs))
+    show("there and back", trips, len(pairs))
+    some = pairs[: (len(pairs) + 3) // 4]
+    show("to itself", miss(read([(one, one, None) for one, *_ in some]), [NONE] * len(some)), len(some))
+    less = {name: ((low + none) / 2, (high + none) / 2) for name, (_, low, high, none) in CHANGES.items()}
+    views = [draw_views(rng, files, SIZE, less | {"blur": (0, 0)}, 2) for _ in some]
+    legs = ([(a, b, None) for a, ((b, _), _) in views], [(b, c, None) for _, ((b, _), (c, _)) in views])
+    whole = read([(a, c, None) for a, (_, (c, _)) in views])
+    show("by way of another", miss(map(compose, *map(read, legs)), whole), len(some))
+    agree = (f"{name} {spearmanr(np.abs(trips[name]), np.abs(errors[name])).statistic:.2f}" for name in trips)
+    print(f"rank correlation of there and back with the error: {', '.join(agree)}")
 
 
 def tell_doubts(readings, errors):

@@ -70,30 +70,38 @@ def draw_change(rng, ranges):
 
 
 def draw_pair(rng, files, size, ranges):
-    """Cut two squares from a photograph between which known things change.
+    """Returns: reference, target (PIL), {name: number}, as draw_views has them."""
+    reference, ((target, change),) = draw_views(rng, files, size, ranges, 1)
+    return reference, target, change
 
-    The reference is a random square, mirrored, turned, exposed, blurred and recoloured at random, so that the target
+
+def draw_views(rng, files, size, ranges, count):
+    """Cut squares from a photograph between which known things change.
+
+    The reference is a random square, mirrored, turned, exposed, blurred and recoloured at random, so that a target
     alone tells nothing.
     files: of photographs, one is drawn. size: pixels of the pictures. ranges: as choose_changes has them.
-    Returns: reference, target (PIL), {name: number}.
+    Returns: reference (PIL); `count` targets (PIL), each with how it is changed from the reference, {name: number}.
     Raises: InputError if no photograph is large enough.
     """
     for _ in range(1000 * len(files)):
-        file, change = rng.choice(files), draw_change(rng, ranges)
+        file, changes = rng.choice(files), [draw_change(rng, ranges) for _ in range(count)]
         width, height = open_photo(file).size
         largest = min(width, height)
         side = math.exp(rng.uniform(math.log(min(SMALLEST * size, largest)), math.log(largest)))
         turned = similarity(rng.choice([0, 90, 180, 270]) + rng.uniform(-TILT, TILT), 1.0, 0.0, 0.0)
         frame = np.array([[rng.choice([-side, side]), 0, rng.uniform(0, width)], [0, side, rng.uniform(0, height)]])
         frame = np.vstack([frame, [0, 0, 1]]) @ turned  # from positions in the reference to those in the photograph
-        moved = frame @ np.linalg.inv(similarity(*(change[name] for name in MOTIONS)))
+        moved = [frame @ np.linalg.inv(similarity(*(change[name] for name in MOTIONS))) for change in changes]
         blur = max(0.0, rng.uniform(-REFERENCE_BLUR, REFERENCE_BLUR))
         exposure = rng.uniform(-REFERENCE_EXPOSURE, REFERENCE_EXPOSURE)
         channels = rng.sample(range(3), 3)
-        if reaches(frame, width, height) and reaches(moved, width, height):
-            reference = cut(file, frame, size, blur, exposure, channels)
-            blur = math.hypot(blur * change["zoom"], change["blur"])
-            return reference, cut(file, moved, size, blur, exposure + change["exposure"], channels), change
+        if all(reaches(view, width, height) for view in [frame, *moved]):
+            targets = []
+            for view, change in zip(moved, changes):
+                blurred = math.hypot(blur * change["zoom"], change["blur"])
+                targets.append((cut(file, view, size, blurred, exposure + change["exposure"], channels), change))
+            return cut(file, frame, size, blur, exposure, channels), targets
     raise InputError(f"no picture large enough to cut {size} x {size} pixels from it, turned and shifted")
 
 

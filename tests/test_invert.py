@@ -111,6 +111,7 @@ def test_results_of_another_run_are_kept(arguments, targets, tmp_path, fails_in_
         ("a_prompt=a: b", 'setting "a_prompt": expected a text'),
         ("control=abc", "control: expected finite numbers, got abc"),
         ("draws=2", 'setting "draws"'),
+        ("both_ways=true", 'setting "both_ways"'),
         ("batch_size=0", 'setting "batch_size"'),
         ("targets=nowhere.json", "nowhere.json"),
     ],
