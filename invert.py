@@ -52,7 +52,7 @@ settings = dict(
     draws=8,  # of noise, in pairs, for the denoising objective
     batch_size=BATCH,  # targets read together
     figures=None,  # per target: true, false; None: for a single one
-    both_ways=None,  # read the change from target to reference too, as a check; None: for a single pair
+    both_ways=None,  # read the change from target to reference too, as a check; None: for a single pair by denoising
     seed=0,
     save_memory=False,  # True: fewer pictures at once
     device="auto",  # a GPU where there is one
@@ -101,9 +101,9 @@ def read_batch(model, s, rows):
         start = torch.tensor([[s.control]]).repeat(len(rows), 1, 1).to(latents)
     how = dict(solver=s.solver, draws=s.draws, seed=s.seed)
     reading = read_controls(model, latents, embeddings, reference, known=s.known, sampling=sampling, start=start, **how)
-    back, known = None, known_back(s.known, model.control_net.config.control_names)
-    if s.both_ways and len(known) < model.control_net.control_dim:
-        back = read_controls(model, reference, embeddings, latents, known=known, **how)
+    known = known_back(s.known, model.control_net.config.control_names) if s.both_ways else {}
+    read_back = s.both_ways and len(known) < model.control_net.control_dim
+    back = read_controls(model, reference, embeddings, latents, known=known, **how) if read_back else None
     return reading, back, pictures, references, embeddings
 
 
@@ -134,10 +134,12 @@ def check(s, model, rows):
     check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
     config = model.control_net.config
     s.known = parse_known(s.known, config.control_names)
+    if model.control_net.uses_reference and s.known.get("zoom", 1) <= 0:
+        raise InputError(f'setting "known": zoom is a ratio, above 0, got {s.known["zoom"]:g}')
     if s.both_ways is None:
-        s.both_ways = not s.targets and model.control_net.uses_reference
-    elif s.both_ways and not model.control_net.uses_reference:
-        raise InputError(f'setting "both_ways": model_path {s.model_path} takes no reference')
+        s.both_ways = not s.targets and model.control_net.uses_reference and s.objective == "denoising"
+    elif s.both_ways and not (model.control_net.uses_reference and s.objective == "denoising"):
+        raise InputError('setting "both_ways": needs a model that takes a reference, and objective=denoising')
     if model.control_net.uses_reference and rows[0].reference is None:
         raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
     if rows[0].reference is not None and not model.control_net.uses_reference:
@@ -224,7 +226,7 @@ def main(s):
         rows = read_rows(find_path(s.targets), known=False)
     else:
         if s.target_image_path != settings["target_image_path"] and s.input_image_path == settings["input_image_path"]:
-            s.input_image_path = ""  # belongs to the default's target
+            s.input_image_path = ""  # the demo's reference belongs to the demo's target
         reference = find_path(s.input_image_path) if s.input_image_path else None
         rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check(s, model, rows)

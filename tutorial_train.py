@@ -68,7 +68,7 @@ def read_data(s):
         ranges = choose_changes(s.controls)
         rng = random.Random(s.seed)
         drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
-        controls = [[change[name] for name in ranges] for change in drawn]
+        controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
         return *split_pictures(s.pairs), controls, list(ranges), [CHANGES[name][0] for name in ranges]
     train, validation = split_rows(s.data_root)
     controls = [row.control for row in train]
@@ -96,6 +96,9 @@ def make_model(s, controls, names, units, references):
             f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {data} has "
             f"{len(names)}; make one with tool_add_control.py control_dim={len(names)}"
         )
+    have = model.control_net.config
+    if s.pairs and have.control_low is not None and list(have.control_names) != names:
+        raise InputError(f"resume_path {s.resume_path}: was trained on {', '.join(have.control_names)}, not these")
     if model.control_net.uses_reference != references:
         has = "references" if references else "no references"
         raise InputError(f"{data} has {has}: set reference: {str(references).lower()} in the YAML of the base")
@@ -150,11 +153,7 @@ def main(s):
         seed=s.seed,
     )
     resume_file, step = find_checkpoint(out_dir, module)
-    sampler = None
-    if s.pairs:
-        train.first = step * s.batch_size
-    else:
-        sampler = RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
+    sampler = None if s.pairs else RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
     pictures = PictureLogger(validation if s.pairs else train, out_dir / "pictures", s.logger_freq)
     every = min(s.logger_freq, s.max_steps)
     try:
@@ -173,9 +172,13 @@ def main(s):
             gradient_clip_val=1.0,
             num_sanity_val_steps=0,
             log_every_n_steps=10,
+            use_distributed_sampler=not s.pairs,  # every process draws pairs of its own
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
+    if s.pairs:
+        train.first = step * s.batch_size
+        train.seed += trainer.global_rank << 32
     tell_memory(s, module.model, trainer)
     validation_batches = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):

@@ -36,6 +36,7 @@ from cldm.model import load_model  # noqa: E402
 from cldm.pairs import (  # noqa: E402
     CHANGES,
     MOTIONS,
+    NO_CHANGE,
     POOL,
     choose_changes,
     compose,
@@ -61,19 +62,21 @@ settings = dict(
     out_dir="outputs/pairs",
 )
 NAMES = list(CHANGES)
-NONE = {name: none for name, (*_, none) in CHANGES.items()}
 
 
 def outside_pair(rng, files):
     """Returns: reference, target, change: 320 x 320 pictures turned by whole degrees about any point, PNG or JPEG."""
     size = 320
+    files = [file for file in files if min(open_photo(file).size) > 1.3 * size]  # so that turned squares fit in
+    if not files:
+        raise InputError(f"photos: none is large enough to cut {size} x {size} pixels from it, turned")
     while True:
         photo = open_photo(rng.choice(files))
         angle = rng.choice([-1, 1]) * rng.randint(1, 8)
         pivot = [rng.uniform(-0.5, 0.5) for _ in range(2)]  # widths from the middle
         there = np.array([[1, 0, pivot[0]], [0, 1, pivot[1]], [0, 0, 1]])
         motion = there @ similarity(angle, 1, 0, 0) @ np.linalg.inv(there)
-        if max(abs(motion[0, 2]), abs(motion[1, 2])) > CHANGES["shift x"][2] or min(photo.size) < size:
+        if max(abs(motion[0, 2]), abs(motion[1, 2])) > CHANGES["shift x"][2]:
             continue
         x, y = (rng.uniform(0, side - size) for side in photo.size)
         pixels = np.array([[1 / size, 0, -0.5], [0, 1 / size, -0.5], [0, 0, 1]])
@@ -88,7 +91,7 @@ def outside_pair(rng, files):
         ]
         file = io.BytesIO()
         cut[1].save(file, rng.choice(["png", "jpeg"]))
-        return *(fit_picture(p, SIZE) for p in (cut[0], Image.open(file))), NONE | decompose(motion)
+        return *(fit_picture(p, SIZE) for p in (cut[0], Image.open(file))), NO_CHANGE | decompose(motion)
 
 
 def gray(picture):
@@ -203,7 +206,7 @@ def train_siamese(network, minutes, seed, normalize):
 
 def read_pairs(model, pairs, sought):
     """Read pairs by the control, those of no change known that are not sought. Returns: Readings."""
-    known, readings = {name: NONE[name] for name in NAMES if name not in sought}, []
+    known, readings = {name: NO_CHANGE[name] for name in NAMES if name not in sought}, []
     for first in tqdm(range(0, len(pairs), BATCH), desc="reading", leave=False):
         references, targets, _ = zip(*pairs[first : first + BATCH])
         with torch.no_grad():
@@ -289,10 +292,10 @@ def check_ways(model, rng, files, pairs, found, errors):
     print("\nchecks without truth, what should be nothing: median / 90% within / worst\n")
     print(f"| | {' | '.join(NAMES[:-1])} | pairs |\n|{' --- |' * (len(NAMES) + 1)}")
     backs = read([(target, reference, None) for reference, target, _ in pairs])
-    trips = miss(map(compose, found, backs), [NONE] * len(pairs))
+    trips = miss(map(compose, found, backs), [NO_CHANGE] * len(pairs))
     show("there and back", trips, len(pairs))
     some = pairs[: (len(pairs) + 3) // 4]
-    show("to itself", miss(read([(one, one, None) for one, *_ in some]), [NONE] * len(some)), len(some))
+    show("to itself", miss(read([(one, one, None) for one, *_ in some]), [NO_CHANGE] * len(some)), len(some))
     less = {name: ((low + none) / 2, (high + none) / 2) for name, (_, low, high, none) in CHANGES.items()}
     views = [draw_views(rng, files, SIZE, less | {"blur": (0, 0)}, 2) for _ in some]
     legs = ([(a, b, None) for a, ((b, _), _) in views], [(b, c, None) for _, ((b, _), (c, _)) in views])

@@ -196,7 +196,7 @@ class NumericControlNet(ControlNetModel):
     hint: "coordinate", "dense", "original", or "reference": the control is then the change from a reference picture,
     whose latents go in beside it. hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
-    latent_size: side of the latents, not needed by "coordinate".
+    latent_size: side of the latents, needed by "dense" and "original" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. error_scale,
     explained_loss: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.

@@ -121,6 +121,8 @@ def split_rows(data_root):
                 f'{Path(data_root) / VALIDATION_FILE}: "source" has {len(validation[0].control)} numbers, '
                 f"{TRAINING_FILE} has {len(rows[0].control)}"
             )
+        if (validation[0].reference is None) != (rows[0].reference is None):
+            raise InputError(f'{Path(data_root)}: "reference" must be in all rows of both files, or in none')
         return rows, validation
     distinct = sorted({row.control for row in rows})
     held_out = set(distinct[5:-1:10] or distinct[2:3]) if len(distinct) >= 5 else set()

@@ -20,7 +20,7 @@ from ldm.unet import Encoded, encode_unet
 CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
 DERIVATIVES = 3  # by so many numbers are taken of as many pictures at once; by twice as many, of half
 LEVELS = (0.5, 1.0), (0.3, 0.8)  # of noise, without and with a reference; what errs least on validation pictures
-STILL = 0.5  # latents: a number that moves the reference less, over its range, does not move it
+STILL = 0.25  # latents: a number that moves the reference less, over half its range, does not move it
 ATTENTION = 2**24  # attention weights that a derivative by forward mode keeps at once
 
 
@@ -208,11 +208,11 @@ class MotionObjective(Objective):
         self.model, self.target, self.reference = model, target_latents, reference
         config, hint = model.control_net.config, model.control_net.controlnet_cond_embedding
         low, high = (known.new_tensor(bound) for bound in (config.control_low, config.control_high))
-        ends = ((low + high) / 2 + torch.diag((high - low) / 2) * sign for sign in (-1, 1))
-        places = [
-            hint.motion(model.control_net.normalize(end), *reference.shape[2:])[0] for end in ends
-        ]  # (d, 2, h, w)
-        moves = (places[1] - places[0]).norm(dim=1).mean((1, 2)) > STILL
+        points = ((low + high) / 2 + torch.diag((high - low) / 2) * sign for sign in (-1, 0, 1))
+        first, middle, last = (
+            hint.motion(model.control_net.normalize(point), *reference.shape[2:])[0] for point in points
+        )  # (d, 2, h, w) each
+        moves = torch.maximum((first - middle).norm(dim=1), (last - middle).norm(dim=1)).mean((1, 2)) > STILL
         self.moving = moves & known.isnan()  # (d,)
         self.known = known.where(moves | ~known.isnan(), (low + high) / 2).expand(len(target_latents), -1)
 
@@ -236,8 +236,8 @@ class SamplingObjective(Objective):
     """Test5's: generate by DDIM at a control, compare latents with the target's.
 
     input_latents, target_latents: (B, C, h, w); the first are the reference of a control that takes one.
-    embeddings, negative: (B, 77, D). draws: K pictures, each from noise of
-    its own, the same for every target. seed: of noise for `longest` steps, by default ddim_steps.
+    embeddings, negative: (B, 77, D). draws: K pictures, each from noise of its own, the same for every target.
+    seed: of noise for `longest` steps, by default ddim_steps.
     how: scale, strength, eta, guess_mode and recompute, as ControlLDM.generate has them.
     """
 
@@ -257,6 +257,7 @@ class SamplingObjective(Objective):
         **how,
     ):
         self.model, self.target, self.draws, self.how = model, target_latents, draws, how
+        self.channels = target_latents.shape[1]
         self.embeddings, self.negative = embeddings, negative
         self.reference = input_latents if model.control_net.uses_reference else None
         shape, device = target_latents.shape, target_latents.device

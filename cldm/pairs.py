@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,13 +24,14 @@ CHANGES = {
     "exposure": ("stops", -1.0, 1.0, 0.0),  # of linear light
     "blur": ("pixels", 0.0, 2.0, 0.0),  # standard deviation of a Gaussian, after the zoom
 }
+NO_CHANGE = {name: none for name, (*_, none) in CHANGES.items()}
 MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 SMALLEST = 0.7  # side of a cut square over the pictures' size: below it, they would be blurred
 TILT = 15.0  # degrees, at most, that a reference is turned, beside the quarter turns
 REFERENCE_EXPOSURE, REFERENCE_BLUR = 0.7, 1.0  # stops and pixels, at most, that a reference itself is changed by
 OVERSAMPLE = 2  # a picture is cut at this many times its resolution, then averaged down
 LONGEST = 2048  # pixels of a photograph's longer side; more is scaled down when it is read
-POOL, PASSES = 512, 4  # pairs drawn at once in training, and how often each is used with other noise
+POOL, PASSES = 512, 4  # pairs drawn at once in training, and how often each is used, on average, with other noise
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -48,21 +49,27 @@ def choose_changes(controls):
     Raises: InputError for a name that is not among them, or bounds that are none.
     """
     controls = list(CHANGES) if controls is None else controls
-    unknown = [name for name in controls if name not in CHANGES]
-    if unknown or not len(controls):
-        raise InputError(f"controls: expected some of {', '.join(CHANGES)}, got {list(controls)}")
+    listed = isinstance(controls, (Sequence, Mapping)) and not isinstance(controls, str)
+    if not listed or not controls or any(name not in CHANGES for name in controls):
+        raise InputError(f"controls: expected some of {', '.join(CHANGES)}, got {controls}")
     ranges = {name: bounds for name, (_, *bounds, _) in CHANGES.items() if name in controls}
-    if isinstance(controls, Mapping):
-        ranges = {name: list(controls[name]) for name in ranges}
-    for name, bounds in ranges.items():
-        if len(bounds) != 2 or not bounds[0] <= bounds[1] or (name == "zoom" and bounds[0] <= 0):
-            raise InputError(f"controls: {name} needs [low, high], got {bounds}")
+    if not isinstance(controls, Mapping):
+        return ranges
+    for name in ranges:
+        try:
+            low, high = map(float, controls[name])
+        except (TypeError, ValueError):
+            low = high = math.nan
+        least = {"zoom": 1e-3, "blur": 0}.get(name, -math.inf)
+        if not least <= low <= high < math.inf or low == -math.inf:
+            raise InputError(f"controls: {name} needs [low, high], got {controls[name]}")
+        ranges[name] = [low, high]
     return ranges
 
 
 def draw_change(rng, ranges):
     """Returns: {name: number} of all CHANGES, those in `ranges` drawn evenly, zoom in its logarithm."""
-    change = {name: none for name, (*_, none) in CHANGES.items()}
+    change = dict(NO_CHANGE)
     for name, (low, high) in ranges.items():
         even = name != "zoom"
         change[name] = rng.uniform(low, high) if even else math.exp(rng.uniform(math.log(low), math.log(high)))
@@ -79,7 +86,8 @@ def draw_views(rng, files, size, ranges, count):
     """Cut squares from a photograph between which known things change.
 
     The reference is a random square, mirrored, turned, exposed, blurred and recoloured at random, so that a target
-    alone tells nothing.
+    alone tells little. Squares that do not lie in their photograph are drawn again with their changes: zooms below 0.87
+    come up a sixth more seldom than evenly.
     files: of photographs, one is drawn. size: pixels of the pictures. ranges: as choose_changes has them.
     Returns: reference (PIL); `count` targets (PIL), each with how it is changed from the reference, {name: number}.
     Raises: InputError if no photograph is large enough.
@@ -154,7 +162,7 @@ def compose(first, second):
 
     Numbers of other names than CHANGES' add up.
     """
-    given = [{name: change.get(name, none) for name, (*_, none) in CHANGES.items()} for change in (first, second)]
+    given = [{name: change.get(name, none) for name, none in NO_CHANGE.items()} for change in (first, second)]
     matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
     whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
     whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
@@ -163,7 +171,7 @@ def compose(first, second):
 
 def inverse(change):
     """change: {name: number}. Returns: likewise, the way back, in which nothing is blurred."""
-    given = {name: change.get(name, none) for name, (*_, none) in CHANGES.items()}
+    given = {name: change.get(name, none) for name, none in NO_CHANGE.items()}
     back = {name: -value for name, value in change.items()} | {"blur": 0.0}
     back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
     return {name: back[name] for name in change}
@@ -201,7 +209,8 @@ class FreshPairs(Dataset):
         i += self.first
         number = i // (POOL * PASSES)
         if number != self.number:
-            self.number, self.pool = number, self.draw(POOL, number)
+            with torch.autocast(self.base.device.type, torch.bfloat16):  # half the time; training is not that exact
+                self.number, self.pool = number, self.draw(POOL, number)
         return self.pool[random.Random(hash((self.seed, i))).randrange(POOL)]
 
     def draw(self, count, number):
@@ -211,5 +220,4 @@ class FreshPairs(Dataset):
         for _ in range(count):
             reference, target, change = draw_pair(rng, self.files, self.image_size, self.ranges)
             rows.append(Row(tuple(change[name] for name in self.ranges), target, "", reference))
-        with torch.autocast(self.base.device.type, torch.bfloat16):  # half the time; training is not that exact
-            return ControlDataset(rows, self.base, self.image_size, label=None)
+        return ControlDataset(rows, self.base, self.image_size, label=None)

@@ -16,7 +16,7 @@ from ldm.settings import write_whole
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
 PROBES = 8  # points tried for one number, with one draw of noise; for several, six times as many
 MATCHES = 64  # points tried where numbers move a reference, which takes no model; the best PROBES are refined
-FINEST = 8  # squares, on a side, that latents are averaged over at first to match them
+COARSEST = 8  # squares, on a side, that latents are averaged over at first to match them
 RIVALS = 2  # places, at most, where the reference matches the target that the model chooses from
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # a control further beyond the trained range than this share of it is outside, however unsure it is
@@ -40,8 +40,8 @@ class Reading:
     control: torch.Tensor  # (B, d)
     noise_covariance: torch.Tensor  # (B, d, d), of errors by the spread over draws of noise
     residual_covariance: torch.Tensor  # (B, d, d), what it would be if all that is left came from wrong controls
-    error_scale: torch.Tensor  # (d,), the share of residual_covariance's standard deviations that does
-    loss: torch.Tensor  # (B,) mean squared residual
+    error_scale: torch.Tensor  # (d,), the share of residual_covariance's standard deviations that does, as calibrated
+    loss: torch.Tensor  # (B,) mean squared residual, the least there is
     flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
     others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
     iterations: torch.Tensor  # (B,), of the best valley
@@ -80,13 +80,15 @@ def read_controls(
     seed=0,
     **options,
 ):
-    """Find the controls that explain pictures best.
+    """Find the controls that explain pictures best: by least squares.
 
+    With a reference, Levenberg-Marquardt then goes on by a Cauchy loss, its scale the loss that was reached: the
+    reference may not show all that the target does.
     model: ControlLDM, trained. target_latents: (B, C, h, w). embeddings: (B, 77, D).
     reference: (B, C, h, w), the latents of the pictures that controls are changes from, where the model takes them.
     known: {name: number} of controls that need not be found; with all others, they are part of what is returned.
     sampling: a SamplingObjective of the same targets, to be solved in place of the denoising objective.
-    solver: "lm", "sgd" or "adam", with its `options`.
+    solver: "lm", "sgd" or "adam", with its `options`. Error bars are calibrated for the first, without `sampling`.
     start: (B, S, d), S places to start from; None: where probes find valleys.
     draws: of noise, in pairs, for the denoising objective.
     Returns: Reading.
@@ -194,7 +196,7 @@ def match(motion, targets, low, high):
     Returns: places (P, m) of the m numbers that move it, and the index of their target (P,).
     """
     points = fill_box(MATCHES, low, high)
-    pool = max(1, min(motion.target.shape[2:]) // FINEST)
+    pool = max(1, min(motion.target.shape[2:]) // COARSEST)
     motion.pool = pool
     residuals = motion.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(MATCHES))
     losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
@@ -258,8 +260,8 @@ def standard_errors(found, paired, width):
     """Estimate how unsure the controls of a Solution are.
 
     paired: whether every two draws have opposite noise. width: (d,), of the searched range.
-    Returns: covariances of the errors, each (P, d, d): White's sandwich over draws, and the classical one that takes
-    all residuals for independent. A control without effect on the residuals may be anywhere in the range.
+    Returns: covariances of the errors, each (P, d, d): White's sandwich over draws, and the one for residuals that all
+    err alike, where their number K N does not help. A control without effect on them may be anywhere in the range.
     """
     gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
     gradients = gradients.double() * width  # of controls in units of the range, which may be of very unlike sizes
@@ -269,7 +271,7 @@ def standard_errors(found, paired, width):
     inverse = torch.linalg.pinv(curvature, hermitian=True)
     noise = inverse @ scatter @ inverse
     idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
-    noise = torch.where(torch.diag_embed(idle), 1, noise)
+    noise = noise.masked_fill(idle[:, :, None] | idle[:, None], 0) + torch.diag_embed(idle.to(noise))
     units = width[:, None] * width
     return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
 

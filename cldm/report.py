@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
 from cldm.objectives import DenoisingObjective, draw_noise
-from cldm.pairs import compose
+from cldm.pairs import NO_CHANGE, compose
 from cldm.reading import search_bounds
 from ldm.ddim import ddim_timesteps
 from ldm.pictures import pictures_to_tensor, tensor_to_pictures
@@ -82,7 +82,7 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
 def describe_reading(config, reading, back, i, row, seed):
     """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`. back: of ways back, or None.
 
-    What both ways together change, which should be nothing, has only numbers that were read on both.
+    round_trip, by how much both ways together miss no change, has only numbers that were read on both.
     """
     control, std, interval90 = (getattr(reading, key)[i].tolist() for key in ("control", "std", "interval90"))
     result = {
@@ -106,7 +106,7 @@ def describe_reading(config, reading, back, i, row, seed):
     if back is not None:
         ways = (dict(zip(config.control_names, way.control[i].tolist())) for way in (reading, back))
         read = dict(zip(config.control_names, torch.minimum(reading.std[i], back.std[i]) > 0))
-        trip = {name: value for name, value in compose(*ways).items() if read[name]}
+        trip = {name: value - NO_CHANGE.get(name, 0) for name, value in compose(*ways).items() if read[name]}
         result |= {"back": number(back.control[i].tolist()), "round_trip": trip}
     if row.control is not None:
         result["error"] = number([found - true for found, true in zip(control, row.control)])

@@ -145,23 +145,25 @@ def draw_view(rng):
 
 
 def select_photos(names):
-    """Returns: {name: Photo} for "train", "held_out" or a comma-separated list of names."""
+    """Returns: {name: Photo} for "train", "held_out" or a comma-separated list of names. Raises: InputError."""
     known = {**TRAIN, **HELD_OUT}
     groups = {"train": TRAIN, "held_out": HELD_OUT}
     if names in groups:
         return groups[names]
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:
-        raise InputError(f'photos: no photograph "{unknown[0]}" (known: {", ".join(known)})')
+        raise InputError(f'no photograph or folder "{unknown[0]}" (known: {", ".join([*groups, *known])})')
     return {name: known[name] for name in names.split(",")}
 
 
 def find_pictures(photos):
     """Returns: the paths of the pictures to cut pairs from: in a folder, or those that `photos` names."""
-    if Path(photos).is_dir():
-        return list_pictures(photos)
     if photos == "validation":
         return [find_photo(file) for file in VALIDATION]
+    if photos not in ("train", "held_out") and Path(photos).is_dir():
+        return list_pictures(photos)
+    if len(Path(photos).parts) > 1:
+        raise InputError(f"{photos}: no such folder")
     return [find_photo(p.file) for p in select_photos(photos).values()] + [
         find_photo(f) for f in EXTRA if photos == "train"
     ]
@@ -205,6 +207,11 @@ def main(s):
     other = [key for key in ("angles", "views", "pairs", "photos", "image_size") if s[key] != settings[key]]
     if other and Path(s.out_dir).resolve() == Path(settings["out_dir"]):
         raise InputError(f"{other[0]}: would replace the training set in {s.out_dir}; choose another out_dir")
+    given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
+    if len(given) > 1:
+        raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")
+    if s.controls is not None and s.pairs is None:
+        raise InputError("controls: says what changes in pairs; give pairs=N too")
     if s.pairs is not None:
         with whole_folder(s.out_dir) as out:
             (out / "resultData").mkdir()

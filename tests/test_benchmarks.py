@@ -37,3 +37,12 @@ def test_peers_read_pairs(tmp_path, capsys, monkeypatch):
     assert all(abs(error) < 0.5 for error in errors["from outside, ecc"]["rotation"])
     assert list(errors["all six, log_polar"]) == ["rotation", "zoom", "shift x", "shift y"]
     assert len(errors["all six, siamese"]["blur"]) == 3 and "| siamese |" in capsys.readouterr().out
+
+
+def test_changes_and_checks_are_tabled(tmp_path, capsys):
+    run_script(pairs.main, pairs.settings, ["methods=ours", "pairs=2", f"out_dir={tmp_path}"])
+    errors = json.loads((tmp_path / "errors.json").read_text())
+    assert all(abs(error) < 0.5 for error in errors["rotation alone, ours"]["rotation"])
+    assert all(abs(error) < 0.02 for error in errors["all six, ours"]["shift x"])
+    printed = capsys.readouterr().out
+    assert "| there and back |" in printed and "| by way of another |" in printed

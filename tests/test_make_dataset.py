@@ -142,8 +142,14 @@ def test_frame_over_the_border_is_refused():
         render(Image.new("RGB", (100, 100)), 32, 90, 45)
 
 
+@pytest.mark.parametrize("arguments", [["views=2", "pairs=2"], ["angles=[1]", "views=2"], ["controls=[zoom]"]])
+def test_settings_that_do_not_go_together_are_named(tmp_path, arguments):
+    with pytest.raises(InputError, match="give"):
+        run(*arguments, f"out_dir={tmp_path / 'out'}")
+
+
 def test_unknown_photo_is_named(tmp_path):
-    with pytest.raises(InputError, match='no photograph "astronat".*astronaut'):
+    with pytest.raises(InputError, match='no photograph or folder "astronat".*astronaut'):
         run("photos=coffee,astronat", f"out_dir={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
 

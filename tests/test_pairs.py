@@ -16,16 +16,14 @@ import invert
 import test5
 import tutorial_train
 from cldm.controlnet import ReferenceHint, sample_bilinear
-from cldm.dataset import read_rows
+from cldm.dataset import read_rows, split_rows
 from cldm.model import load_model, save_model
 from cldm.objectives import MotionObjective
-from cldm.pairs import CHANGES, FreshPairs, choose_changes, compose, draw_pair, draw_views, inverse, known_back
+from cldm.pairs import NO_CHANGE, FreshPairs, choose_changes, compose, draw_pair, draw_views, inverse, known_back
 from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.base import find_path
 from ldm.settings import InputError, override, run_script
-
-NONE = {name: none for name, (*_, none) in CHANGES.items()}
 
 
 @pytest.fixture
@@ -68,13 +66,13 @@ def test_the_target_is_the_reference_changed(photos, ranges):
     files, middle = sorted(photos.glob("*.*")), slice(20, 76)
     for seed in range(4):
         reference, target, change = draw_pair(random.Random(seed), files, 96, choose_changes(ranges))
-        assert change == NONE | {name: value for name, (value, _) in ranges.items()}
+        assert change == NO_CHANGE | {name: value for name, (value, _) in ranges.items()}
 
         def difference(change, reference=reference, target=target):
             pictures = (np.asarray(p, float)[middle, middle] for p in (changed(reference, change), target))
             return np.abs(np.subtract(*pictures)).mean()
 
-        assert difference(change) < 0.2 * difference(NONE)
+        assert difference(change) < 0.2 * difference(NO_CHANGE)
 
 
 def test_exposure_multiplies_light(photos):
@@ -85,8 +83,8 @@ def test_exposure_multiplies_light(photos):
     assert np.median(light[1][inner] / light[0][inner]) == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_reference_tells_nothing_of_the_target(photos):
-    """Its own angle, exposure and blur are random: the mean light of targets does not follow the exposure alone."""
+def test_a_target_alone_does_not_tell_the_exposure(photos):
+    """Its reference was exposed at random before."""
     drawn = [
         draw_pair(random.Random(i), sorted(photos.glob("*.*")), 16, choose_changes(["exposure"])) for i in range(60)
     ]
@@ -98,8 +96,8 @@ def test_a_reference_tells_nothing_of_the_target(photos):
 
 def test_a_change_and_its_inverse_are_no_change():
     change = {"rotation": 7.0, "zoom": 1.2, "shift x": 0.1, "shift y": -0.05, "exposure": 0.5, "blur": 0.0}
-    assert compose(change, inverse(change)) == pytest.approx(NONE, abs=1e-12)
-    assert compose(NONE, change) == pytest.approx(change) and compose(change, NONE) == pytest.approx(change)
+    assert compose(change, inverse(change)) == pytest.approx(NO_CHANGE, abs=1e-12)
+    assert compose(NO_CHANGE, change) == pytest.approx(change) and compose(change, NO_CHANGE) == pytest.approx(change)
     assert inverse({"exposure": 0.5, "tilt": 2.0}) == {"exposure": -0.5, "tilt": -2.0}
 
 
@@ -127,7 +125,8 @@ def test_views_of_one_reference(photos):
 
 
 def test_changes_after_each_other_compose(photos):
-    first, second = NONE | {"rotation": 6.0, "shift x": 0.08}, NONE | {"zoom": 1.2, "rotation": 3.0, "blur": 1.0}
+    first = NO_CHANGE | {"rotation": 6.0, "shift x": 0.08}
+    second = NO_CHANGE | {"zoom": 1.2, "rotation": 3.0, "blur": 1.0}
     whole = compose(first, second)
     assert whole["rotation"] == pytest.approx(9) and whole["shift x"] == pytest.approx(
         1.2 * 0.08 * math.cos(math.radians(3))
@@ -158,7 +157,11 @@ def test_item_of_a_killed_run_is_what_it_would_have_been(photos, base, monkeypat
     assert items[0]["reference"].shape == items[0]["latents"].shape == (CHANNELS, LATENT_SIZE, LATENT_SIZE)
 
 
-@pytest.mark.parametrize("controls", [["tilt"], [], {"rotation": [5]}, {"rotation": [5, -5]}, {"zoom": [0, 1]}])
+@pytest.mark.parametrize(
+    "controls",
+    [["tilt"], [], 5, "rotation", *({"rotation": bounds} for bounds in ([5], [5, -5], 5, ["a", "b"], [0, math.inf]))]
+    + [{"zoom": [0, 1]}, {"blur": [-2, 2]}],
+)
 def test_changes_that_are_none_are_named(controls):
     with pytest.raises(InputError, match="controls"):
         choose_changes(controls)
@@ -173,7 +176,7 @@ def test_bilinear_samples_are_torchs(normal):
 
 
 def test_generators_move_the_reference():
-    """A quarter turn takes the middle of the right side to the middle of the upper one; a shift is in half sides."""
+    """A quarter turn takes a corner to the next; a shift is in half sides."""
     motion = torch.zeros(2, 3, 3)
     motion[0, 0, 1], motion[0, 1, 0], motion[1, 0, 2] = math.pi / 2, -math.pi / 2, 0.25
     turned, moved = ReferenceHint.positions(torch.linalg.matrix_exp(motion), 8, 8)
@@ -216,6 +219,10 @@ def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):
     free = json.loads((tmp_path / "out" / "result.json").read_text())
     assert free["loss"] <= result["loss"] * 1.001 and free["covariance"][0][1] == free["covariance"][1][0] != 0
     assert result["back"][1] == -0.25 and list(result["round_trip"]) == ["rotation"]
+    swapped = [f"input_image_path={photos / 'b.jpg'}", f"target_image_path={photos / 'a.png'}", "known=exposure=-0.25"]
+    run_script(invert.main, invert.settings, [*arguments, *swapped])
+    other = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert other["control"] == pytest.approx(result["back"]) and other["back"] == pytest.approx(result["control"])
     assert free["round_trip"]["exposure"] == pytest.approx(free["control"][1] + free["back"][1])
 
 
@@ -236,10 +243,14 @@ def test_a_picture_and_itself_are_the_same_both_ways(paired, picture, tmp_path, 
         ("exposure=x", "exposure=x"),
         ("exposure", "name=number"),
         ("rotation=0,exposure=0", "all of"),
+        ("zoom=0", "above 0"),
     ],
 )
 def test_known_numbers_that_are_none_are_named(paired, picture, tmp_path, fails_in_one_line, known, message):
     pair = [f"input_image_path={picture}", f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
+    model = load_model(paired)
+    model.control_net.register_to_config(control_names=["rotation", "zoom" if "zoom" in known else "exposure"])
+    save_model(model, paired)
     arguments = [f"model_path={paired}", *pair, f"known={known}"]
     assert message in fails_in_one_line(invert.main, invert.settings, arguments)
 
@@ -291,12 +302,17 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
     whole = load_model(train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole'}", "max_steps=6")).control_net
     folder = train(f"pairs={photos}", controls)
+    seen, item = [], FreshPairs.__getitem__
+    monkeypatch.setattr(FreshPairs, "__getitem__", lambda pairs, i: seen.append(pairs.first + i) or item(pairs, i))
     config = load_model(folder).control_net.config
     assert list(config.control_names) == ["rotation", "exposure"] and list(config.control_units) == ["degrees", "stops"]
-    assert config.control_low == pytest.approx([-5, -1], abs=0.01) and config.error_scale is not None
+    assert config.control_low == [-5, -1] and config.control_high == [5, 1] and config.error_scale is not None
     train(f"pairs={photos}", controls, "max_steps=6")
-    assert torch.load(folder / "resume.ckpt", weights_only=True)["global_step"] == 6
+    assert torch.load(folder / "resume.ckpt", weights_only=True)["global_step"] == 6 and seen == [8, 9, 10, 11]
     assert whole.controlnet_cond_embedding.generators.weight.any()
+
+    with pytest.raises(InputError, match="rotation, exposure"):
+        train(f"pairs={photos}", "controls=[zoom, blur]", f"resume_path={folder}", f"out_dir={tmp_path / 'other'}")
 
     s = override(make_dataset.settings, ["pairs=5", f"photos={photos}", controls, "image_size=32"])
     s.out_dir = str(tmp_path / "pairs")
@@ -324,3 +340,20 @@ def test_a_base_that_knows_no_references_refuses_pairs(photos, base_yaml, tmp_pa
     empty.mkdir()
     arguments = [f"base={base_yaml}", f"pairs={empty}", f"out_dir={tmp_path / 'out'}"]
     assert "no pictures" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+    arguments = [f"base={base_yaml}", f"pairs={tmp_path / 'nowhere'}", f"out_dir={tmp_path / 'out'}"]
+    assert "no such folder" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+
+
+def test_a_folder_does_not_hide_the_photographs_of_a_group(tmp_path, monkeypatch):
+    known = make_dataset.find_pictures("train")
+    (tmp_path / "train").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert make_dataset.find_pictures("train") == known and len(known) == 16
+
+
+def test_training_and_validation_both_have_references_or_neither(photos, tmp_path):
+    row = {"source": 1, "target": str(photos / "a.png"), "prompt": ""}
+    (tmp_path / "prompt.json").write_text(json.dumps(row | {"reference": str(photos / "b.jpg")}))
+    (tmp_path / "validation.json").write_text(json.dumps(row))
+    with pytest.raises(InputError, match="in all rows of both files, or in none"):
+        split_rows(tmp_path)
