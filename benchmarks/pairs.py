@@ -1,6 +1,6 @@
 """Reading the change between two pictures: every way there is, on the same pairs, in one run.
 
-    python benchmarks/pairs.py                                  # all, about 85 minutes on two cores
+    python benchmarks/pairs.py                                  # all, about 90 minutes on two cores
     python benchmarks/pairs.py methods=ours,ecc                 # some
 
 Pairs are cut from photographs that no training has seen. Prints the README's tables: rotation alone; all six numbers;
@@ -222,7 +222,8 @@ def show(name, errors, last):
     for own in errors.values():
         own = np.abs(own)
         digits = 4 if own.max() < 0.5 else 3
-        cells.append(" / ".join(f"{value:.{digits}f}" for value in (np.median(own), np.quantile(own, 0.9), own.max())))
+        numbers = (f"{value:.{digits}f}" for value in (np.median(own), np.quantile(own, 0.9), own.max()))
+        cells.append("—" if np.isnan(own).any() else " / ".join(numbers))
     print(f"| {name} | {' | '.join(cells)} | {last if isinstance(last, int) else f'{last:.2f}'} |", flush=True)
 
 

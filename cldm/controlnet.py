@@ -198,7 +198,7 @@ class NumericControlNet(ControlNetModel):
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
     latent_size: side of the latents, needed by "dense" and "original" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
-    control is normalised. control_low, control_high: the trained range, None before training. error_scale,
+    control is normalised. control_low, control_high: the trained range, None before training. error_scale, error_floor,
     explained_loss: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
     """
 
@@ -218,6 +218,7 @@ class NumericControlNet(ControlNetModel):
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
         error_scale: tuple[float, ...] | None = None,
+        error_floor: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
         **kwargs,
     ):

@@ -41,6 +41,7 @@ class Reading:
     noise_covariance: torch.Tensor  # (B, d, d), of errors by the spread over draws of noise
     residual_covariance: torch.Tensor  # (B, d, d), what it would be if all that is left came from wrong controls
     error_scale: torch.Tensor  # (d,), the share of residual_covariance's standard deviations that does, as calibrated
+    error_floor: torch.Tensor  # (d,), standard deviations of errors that are the model's, whatever the residuals
     loss: torch.Tensor  # (B,) mean squared residual, the least there is
     flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
     others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
@@ -51,8 +52,9 @@ class Reading:
     @property
     def covariance(self):
         """(B, d, d), of the errors; nothing for numbers that were known."""
-        scale = torch.diag(self.error_scale)
-        return self.noise_covariance + scale @ self.residual_covariance @ scale
+        scale, sought = torch.diag(self.error_scale), self.residual_covariance.diagonal(dim1=1, dim2=2) > 0
+        floor = torch.diag_embed(self.error_floor.square() * sought)
+        return self.noise_covariance + scale @ self.residual_covariance @ scale + floor
 
     @property
     def std(self):
@@ -126,7 +128,7 @@ def read_controls(
         objective.complete(at.control, everything),
         noise,
         residual,
-        low.new_tensor(config.error_scale or [0.0] * len(given)),
+        *(low.new_tensor(own or [0.0] * len(given)) for own in (config.error_scale, config.error_floor)),
         loss,
         flags=[],
         others=[controls[own[1:]].tolist() for own in valleys],
@@ -299,14 +301,15 @@ def is_ambiguous(losses, paired):
 def calibrate(model, folder, dataset):
     """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
 
-    error_scale: such that 90% of each number lie in their 90% intervals, by the rank that split conformal prediction
-    takes. explained_loss: above it, unexplained.
+    error_scale, error_floor: such that 90% of each number lie in their 90% intervals, by the rank that split conformal
+    prediction takes; variances by the residuals are halfway from typical ones, for they tell the errors' only roughly.
+    explained_loss: above it, unexplained.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures that training did not
     see.
-    Source: Angelopoulos & Bates 2021, eq. 1.
+    Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
     """
     device = model.base.device
-    model.control_net.register_to_config(error_scale=None, explained_loss=None)
+    model.control_net.register_to_config(error_scale=None, error_floor=None, explained_loss=None)
     chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
     readings = []
     for start in tqdm(range(0, len(chosen), BATCH), desc="calibrating"):
@@ -319,10 +322,14 @@ def calibrate(model, folder, dataset):
     )
     found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
     missing = ((found - dataset.controls[chosen]) / Z90).square() - noise
-    shares = torch.where(residual > 0, missing / residual, 0)  # 0: a control without any effect
+    typical = residual.median(0).values
+    moderated = (residual + typical) / 2
+    shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a control without any effect
     rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
-    error_scale = shares.sort(0).values[rank - 1].clamp_min(0).sqrt().tolist()
+    error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
+    error_floor = (error_scale * typical.sqrt()).tolist()
     explained_loss = UNEXPLAINED[model.control_net.uses_reference] * loss.quantile(0.95).item()
-    model.control_net.register_to_config(error_scale=error_scale, explained_loss=explained_loss)
+    calibrated = dict(error_scale=error_scale.tolist(), error_floor=error_floor, explained_loss=explained_loss)
+    model.control_net.register_to_config(**calibrated)
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))

@@ -172,13 +172,14 @@ def test_ambiguous_is_a_second_valley_about_as_good():
 
 
 def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tmp_path):
-    """Of each of two numbers, the second of which is read ten times as well."""
+    """Of each of two numbers, the second of which is read ten times as well, whose errors residuals do not tell."""
     save_model(trained(), tmp_path / "control")
     generator = torch.Generator().manual_seed(0)
     count = 36
     controls = torch.randn(count, 2, generator=generator)
     error = torch.tensor([0.3, 0.03]) * torch.randn(count, 2, generator=generator)
-    covariances = [torch.diag(torch.full((2,), std**2)).expand(count, 2, 2) for std in (0.01, 1.0)]
+    spread = torch.randn(count, 2, generator=generator).exp()
+    covariances = torch.diag_embed(torch.full((count, 2), 0.01**2)), torch.diag_embed(spread)
 
     class Known(torch.utils.data.Dataset):
         def __init__(self):
@@ -192,11 +193,12 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
 
     def read(model, which, embeddings):
         config = model.control_net.config
-        assert config.error_scale is config.explained_loss is None
+        assert config.error_scale is config.error_floor is config.explained_loss is None
         loss = torch.full((len(which),), 2.0)
         return Reading(
             controls[which] + error[which],
             *(part[which] for part in covariances),
+            torch.zeros(2),
             torch.zeros(2),
             loss,
             [],
@@ -210,6 +212,10 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
     assert config.explained_loss == pytest.approx(6.0)
-    final = Reading(controls + error, *covariances, torch.tensor(config.error_scale), *[None] * 6)
+    calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
+    final = Reading(controls + error, *covariances, *calibrated, *[None] * 6)
     inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
+    assert final.std.min() > calibrated[1].min() > 0
+    known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
+    assert Reading(controls[:1], 0 * known, known, *calibrated, *[None] * 6).std[0, 0] == 0
