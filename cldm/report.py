@@ -134,7 +134,11 @@ def draw_reading(model, reading, i, row, picture, reference, embeddings, seed):
     generated = tensor_to_pictures(model.base.decode(drawn))[0]
     difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
     panels = {"reference": reference} if reference else {}
-    panels |= {f"target\n{row.prompt}".strip(): picture, "generation at the control": generated, "difference": difference}
+    panels |= {
+        f"target\n{row.prompt}".strip(): picture,
+        "generation at the control": generated,
+        "difference": difference,
+    }
     figure = Figure(figsize=(max(12, 3 * len(control)), 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
     for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
