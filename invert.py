@@ -136,10 +136,11 @@ def check(s, model, rows):
     s.known = parse_known(s.known, config.control_names)
     if model.control_net.uses_reference and s.known.get("zoom", 1) <= 0:
         raise InputError(f'setting "known": zoom is a ratio, above 0, got {s.known["zoom"]:g}')
-    if s.both_ways is None:
-        s.both_ways = not s.targets and model.control_net.uses_reference and s.objective == "denoising"
-    elif s.both_ways and not (model.control_net.uses_reference and s.objective == "denoising"):
+    able = model.control_net.uses_reference and s.objective == "denoising"
+    if s.both_ways and not able:
         raise InputError('setting "both_ways": needs a model that takes a reference, and objective=denoising')
+    if s.both_ways is None:
+        s.both_ways = able and not s.targets
     if model.control_net.uses_reference and rows[0].reference is None:
         raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
     if rows[0].reference is not None and not model.control_net.uses_reference:

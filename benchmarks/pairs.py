@@ -245,7 +245,7 @@ def main(s):
         "all six": (NAMES, [draw_pair(rng, files, SIZE, every) for _ in range(s.pairs)]),
         "from outside": (["rotation", "shift x", "shift y"], [outside_pair(rng, files) for _ in range(s.pairs)]),
     }
-    report, kept = {}, None
+    report = {}
     for task, (sought, pairs) in tasks.items():
         units = [f"{name} ({CHANGES[name][0]})" for name in sought]
         print(f"\n{task}, {len(pairs)} pairs: median / 90% within / worst\n")
@@ -264,21 +264,20 @@ def main(s):
             report[f"{task}, {method}"] = errors
             if method == "ours":
                 tell_doubts(readings, errors)
-                kept = (found, errors) if task == "all six" else kept
     if "ours" in names:
         turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((s.pairs + 1) // 2)]
         mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
         print(f"\n{len(mixed)} pairs of different photographs:")
         tell_doubts(read_pairs(model, mixed, NAMES), {})
-        check_ways(model, rng, files, tasks["all six"][1], *kept)
+        check_ways(model, rng, files, tasks["all six"][1], report["all six, ours"])
     write_whole(out_dir / "errors.json", lambda file: file.write_text(json.dumps(report)))
 
 
-def check_ways(model, rng, files, pairs, found, errors):
+def check_ways(model, rng, files, pairs, errors):
     """Print how far readings that need no truth miss what they should come to.
 
-    found, errors: of the pairs, as read. There and back should be no change; so should a picture to itself; and by way
-    of another picture, the same change.
+    errors: {name: those of the pairs}. There and back should be no change; so should a picture to itself; and by way of
+    another picture, the same change.
     """
 
     def read(pairs):
@@ -292,6 +291,7 @@ def check_ways(model, rng, files, pairs, found, errors):
 
     print("\nchecks without truth, what should be nothing: median / 90% within / worst\n")
     print(f"| | {' | '.join(NAMES[:-1])} | pairs |\n|{' --- |' * (len(NAMES) + 1)}")
+    found = [{name: change[name] + errors[name][i] for name in NAMES} for i, (*_, change) in enumerate(pairs)]
     backs = read([(target, reference, None) for reference, target, _ in pairs])
     trips = miss(map(compose, found, backs), [NO_CHANGE] * len(pairs))
     show("there and back", trips, len(pairs))
