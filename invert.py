@@ -25,18 +25,9 @@ from cldm.objectives import SamplingObjective
 from cldm.pairs import known_back
 from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
-from ldm.base import find_path
+from ldm.files import find_path, output_folder, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import (
-    InputError,
-    check_numbers,
-    check_texts,
-    fill_settings,
-    nearest,
-    output_folder,
-    run_script,
-    write_whole,
-)
+from ldm.settings import InputError, check_numbers, check_texts, fill_settings, nearest, run_script
 
 settings = dict(
     model_path="models/control_tiny_pair",  # the out_dir of a training

@@ -14,9 +14,9 @@ from cldm.inversion import invert_by_sampling
 from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.report import save_inversion
-from ldm.base import find_path
+from ldm.files import find_path, output_folder
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import InputError, check_numbers, check_texts, fill_settings, output_folder, run_script
+from ldm.settings import InputError, check_numbers, check_texts, fill_settings, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training

@@ -12,8 +12,8 @@ import math
 import sys
 
 from cldm.model import add_control, import_control, load_base, save_model
-from ldm.base import find_path
 from ldm.checkpoints import HINT, controlnet_weights, read_weights
+from ldm.files import find_path
 from ldm.settings import InputError, check_numbers, run_script
 
 settings = dict(

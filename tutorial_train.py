@@ -29,7 +29,8 @@ from cldm.reading import calibrate
 from cldm.report import PictureLogger
 from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
 from dataForTrain.make_dataset import find_pictures
-from ldm.settings import InputError, check_numbers, output_folder, run_script
+from ldm.files import output_folder
+from ldm.settings import InputError, check_numbers, run_script
 
 settings = dict(
     # what is trained on what

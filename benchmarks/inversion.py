@@ -37,8 +37,9 @@ from cldm.model import load_model  # noqa: E402
 from cldm.objectives import SamplingObjective  # noqa: E402
 from cldm.reading import BATCH, read_controls, search_bounds  # noqa: E402
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed  # noqa: E402
+from ldm.files import output_folder  # noqa: E402
 from ldm.pictures import load_picture, pictures_to_tensor  # noqa: E402
-from ldm.settings import InputError, nearest, output_folder, run_script  # noqa: E402
+from ldm.settings import InputError, nearest, run_script  # noqa: E402
 
 SIZE = 128  # pixels
 settings = dict(

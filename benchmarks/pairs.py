@@ -48,8 +48,9 @@ from cldm.pairs import (  # noqa: E402
 )
 from cldm.reading import BATCH, read_controls  # noqa: E402
 from dataForTrain.make_dataset import find_pictures  # noqa: E402
+from ldm.files import output_folder, write_whole  # noqa: E402
 from ldm.pictures import fit_picture, pictures_to_tensor  # noqa: E402
-from ldm.settings import InputError, nearest, output_folder, run_script, write_whole  # noqa: E402
+from ldm.settings import InputError, nearest, run_script  # noqa: E402
 
 SIZE = 128  # pixels
 settings = dict(

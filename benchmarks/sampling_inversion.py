@@ -24,7 +24,8 @@ import test5  # noqa: E402
 import test5_s1  # noqa: E402
 from cldm.model import load_model  # noqa: E402
 from dataForTrain.make_dataset import render_framed, select_photos  # noqa: E402
-from ldm.settings import output_folder, run_script  # noqa: E402
+from ldm.files import output_folder  # noqa: E402
+from ldm.settings import run_script  # noqa: E402
 
 settings = dict(
     model_path="models/control_tiny",

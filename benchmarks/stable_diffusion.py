@@ -31,8 +31,12 @@ from cldm.memory import GIB, checkpointing  # noqa: E402
 from cldm.model import load_model  # noqa: E402
 from cldm.objectives import SamplingObjective  # noqa: E402
 from cldm.training import ControlTraining  # noqa: E402
-from ldm.base import ROOT, LatentDiffusion  # noqa: E402
-from ldm.settings import output_folder, run_script  # noqa: E402
+from ldm.base import LatentDiffusion  # noqa: E402
+from ldm.files import (
+    ROOT,  # noqa: E402
+    output_folder,  # noqa: E402
+)
+from ldm.settings import run_script  # noqa: E402
 from tests.original_layout import original_weights  # noqa: E402
 
 settings = dict(

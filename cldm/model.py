@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cldm.controlnet import NumericControlNet, default_names
-from ldm.base import ROOT, LatentDiffusion, find_path, load_part
+from ldm.base import LatentDiffusion, load_part
 from ldm.checkpoints import CONTROL, HINT, SD1, SD2, controlnet_weights, fill, identify, original_key, read_weights
 from ldm.ddim import ddim_sample
-from ldm.settings import InputError, read_yaml, whole_folder, write_whole
+from ldm.files import ROOT, find_path, whole_folder, write_whole
+from ldm.settings import InputError, read_yaml
 from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"

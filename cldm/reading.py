@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from cldm.objectives import DenoisingObjective, MotionObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
-from ldm.base import find_path
-from ldm.settings import write_whole
+from ldm.files import find_path, write_whole
 
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
 PROBES = 8  # points tried for one number, with one draw of noise; for several, six times as many

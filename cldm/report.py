@@ -13,8 +13,8 @@ from cldm.objectives import DenoisingObjective, draw_noise
 from cldm.pairs import NO_CHANGE, compose
 from cldm.reading import search_bounds
 from ldm.ddim import ddim_timesteps
+from ldm.files import write_whole
 from ldm.pictures import pictures_to_tensor, tensor_to_pictures
-from ldm.settings import write_whole
 
 GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4

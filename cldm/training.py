@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from cldm.model import save_model
 from ldm.ddim import draw_timesteps
-from ldm.settings import InputError, write_whole
+from ldm.files import write_whole
+from ldm.settings import InputError
 
 RESUME_FILE = "resume.ckpt"
 VALIDATION_TIMESTEPS = 4  # noise levels that a validation picture is judged at, always the same

@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.pairs import CHANGES, choose_changes, draw_pair, expose, list_pictures, open_photo  # noqa: E402
-from ldm.settings import InputError, check_numbers, run_script, whole_folder  # noqa: E402
+from ldm.files import whole_folder  # noqa: E402
+from ldm.settings import InputError, check_numbers, run_script  # noqa: E402
 
 settings = dict(
     angles=None,  # a list, degrees; None: TRAIN_ANGLES, and VALIDATION_ANGLES into validation.json

@@ -1,7 +1,5 @@
 """The frozen base: VAE, text encoder, UNet and noise schedule, from a folder in diffusers' layout or a single file."""
 
-from pathlib import Path
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -9,17 +7,11 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from ldm.checkpoints import load_single_file
+from ldm.files import find_path
 from ldm.settings import InputError
 from ldm.text import clip_tokenizer, tokenize
 
-ROOT = Path(__file__).resolve().parents[1]
 PIXELS_AT_ONCE = 16 * 128**2  # that the VAE is given at most, or one picture
-
-
-def find_path(path):
-    """Returns: `path` as it is if that exists, else below the repository, so that defaults work from any folder."""
-    path = Path(path)
-    return path if path.exists() or path.is_absolute() else ROOT / path
 
 
 def load_part(cls, folder, **kwargs):

@@ -2,12 +2,8 @@
 
 import difflib
 import math
-import os
-import shutil
 import sys
-import tempfile
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,37 +93,6 @@ def read_yaml(path):
     if not OmegaConf.is_dict(config):
         raise InputError(f"{path}: expected a YAML mapping")
     return config
-
-
-def output_folder(path):
-    """Make a folder to write into. Returns: its Path. Raises: InputError if it cannot be written."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f"out_dir {path}: cannot be written ({error.strerror})") from None
-    return path
-
-
-def write_whole(path, write):
-    """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
-    partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    with suppress(FileNotFoundError):  # of several processes, one writes and one moves
-        os.replace(partial, path)
-
-
-@contextmanager
-def whole_folder(path):
-    """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then moves."""
-    path = output_folder(path)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:
-        yield Path(partial)
-        for item in Path(partial).iterdir():
-            if item.is_dir():
-                shutil.rmtree(path / item.name, ignore_errors=True)
-            os.replace(item, path / item.name)
 
 
 def run_script(main, settings, arguments=None):

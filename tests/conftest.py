@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.model import add_control, load_base, save_model
-from ldm.base import ROOT
+from ldm.files import ROOT
 from ldm.settings import run_script
 from tests.original_layout import build
 

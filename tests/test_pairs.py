@@ -22,7 +22,7 @@ from cldm.objectives import MotionObjective
 from cldm.pairs import NO_CHANGE, FreshPairs, choose_changes, compose, draw_pair, draw_views, inverse, known_back
 from cldm.reading import match
 from dataForTrain import make_dataset
-from ldm.base import find_path
+from ldm.files import find_path
 from ldm.settings import InputError, override, run_script
 
 

@@ -19,7 +19,7 @@ import tool_train_base
 import tutorial_train
 from cldm.model import save_model
 from dataForTrain import make_dataset
-from ldm.base import ROOT
+from ldm.files import ROOT
 from ldm.settings import run_script
 
 SCRIPTS = {

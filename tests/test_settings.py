@@ -5,7 +5,8 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from ldm.settings import InputError, output_folder, override, read_yaml, run_script, whole_folder
+from ldm.files import output_folder, whole_folder
+from ldm.settings import InputError, override, read_yaml, run_script
 
 DEFAULTS = dict(name="a", steps=10, rate=0.5, locked=True, control=[-4.0], names=[], scale=None)
 

@@ -10,7 +10,7 @@ from cldm.dataset import read_rows
 from cldm.model import load_model
 from cldm.reading import read_controls
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
-from ldm.base import find_path
+from ldm.files import find_path
 from ldm.pictures import load_picture, pictures_to_tensor
 
 

@@ -20,9 +20,10 @@ from cldm.controlnet import NumericControlNet
 from cldm.memory import Estimate, MemoryTracker, checkpointing
 from cldm.model import add_control, load_base, load_model, save_model
 from cldm.objectives import SamplingObjective
-from ldm.base import ROOT, LatentDiffusion
+from ldm.base import LatentDiffusion
 from ldm.checkpoints import controlnet_weights, original_key, read_weights
 from ldm.ddim import ddim_timesteps
+from ldm.files import ROOT
 from ldm.settings import run_script
 from ldm.text import clip_tokenizer
 from tests.conftest import randomize_zero_convolutions
