@@ -72,7 +72,5 @@ def lock_folder(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(
-                f"out_dir {path}: another run is writing into it; wait, or choose another"
-            ) from None
+            raise InputError(f"out_dir {path}: another run is writing into it; wait, or choose another") from None
         yield
