@@ -26,7 +26,7 @@ from cldm.pairs import known_back
 from cldm.reading import BATCH, SOLVERS, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.files import find_path, output_folder, write_whole
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
 from ldm.settings import InputError, check_numbers, check_texts, fill_settings, nearest, run_script
 
 settings = dict(
@@ -203,7 +203,7 @@ def summarize(config, lines):
             numbers = f"error median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
             share = f"{inside[:, i].mean():.0%} of {len(e)} targets"
             print(f"{name}: {numbers} {unit}".rstrip() + f"; interval90 holds the truth for {share}")
-    for flag in ("outside_range", "ambiguous", "unexplained"):
+    for flag in ("outside_range", "ambiguous", "unexplained", "unlike_shapes"):
         flagged = sum(flag in r["flags"] for r in results)
         print(f"{flag}: {flagged} of {len(results)}")
     calls, seconds = (np.mean([r[key] for r in results]) for key in ("model_calls", "seconds"))
@@ -222,6 +222,8 @@ def main(s):
         reference = find_path(s.input_image_path) if s.input_image_path else None
         rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check(s, model, rows)
+    sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
+    unlike = tell_fit(sizes, model.config.image_size)
     tell_memory(s, model, min(s.batch_size, len(rows)))
     lines, config = resume(out_dir, s, rows) if s.targets else [], model.control_net.config
     with tqdm(total=len(rows), initial=len(lines), desc="reading", leave=False) as bar:
@@ -229,6 +231,7 @@ def main(s):
             some = rows[len(lines) : len(lines) + s.batch_size]
             reading, back, pictures, references, embeddings = read_batch(model, s, some)
             for i, row in enumerate(some):
+                reading.flags[i] += ["unlike_shapes"] * unlike[len(lines)]
                 lines.append(json.dumps(describe_reading(config, reading, back, i, row, s.seed)) + "\n")
                 if s.figures or (s.figures is None and not s.targets):
                     name = f"{len(lines):05d}_{row.target.stem}.png" if s.targets else "figure.png"

@@ -15,7 +15,7 @@ from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.report import save_inversion
 from ldm.files import find_path, output_folder
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
 from ldm.settings import InputError, check_numbers, check_texts, fill_settings, run_script
 
 settings = dict(
@@ -122,7 +122,9 @@ def main(s, script="test5"):
     except ValueError:
         raise InputError(f"control: expected finite numbers, got {s.control}") from None
     paths = (s.input_image_path, s.target_image_path)
-    pictures = [fit_picture(load_picture(find_path(path)), model.config.image_size) for path in paths]
+    pictures = [load_picture(find_path(path)) for path in paths]
+    tell_fit([[picture.size] for picture in pictures], model.config.image_size)
+    pictures = [fit_picture(picture, model.config.image_size) for picture in pictures]
     complete(s, model, script)
     tell_memory(s, model)
     result = infer(model, s, pictures[:1], pictures[1:], control, script)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cldm.controlnet import default_names
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+from ldm.pictures import describe_fit, fit_picture, load_picture, pictures_to_tensor
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
@@ -177,10 +177,8 @@ class ControlDataset(Dataset):
                 fitted.append(fit_picture(picture, image_size))
             latents.append(base.encode(pictures_to_tensor(fitted).to(base.device)).float().cpu())
         self.latents = torch.cat(latents)
-        others = sizes - {(image_size, image_size)}
-        if others:
-            found = ", ".join(f"{w} x {h}" for w, h in sorted(others)[:3])
-            print(f"pictures of {found}{' and more' if len(others) > 3 else ''} resized to {image_size} x {image_size}")
+        if line := describe_fit(sizes, image_size):
+            print(line)
 
     def __len__(self):
         return len(self.rows)

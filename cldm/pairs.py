@@ -128,7 +128,7 @@ def reaches(frame, width, height):
 
 @lru_cache(64)
 def open_photo(file):
-    photo = load_picture(file)
+    photo = load_picture(file, profiled=False)  # the shipped controls know the packages' photographs so
     photo.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     return photo
 

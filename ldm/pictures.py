@@ -1,35 +1,201 @@
 """Pictures <-> tensors."""
 
+import io
+import os
+import re
+import stat
+import warnings
+from contextlib import contextmanager, suppress
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from ldm.settings import InputError
 
+SAVE = "save it as a PNG of 8 or 16 bits"  # the remedy for what cannot be understood
+SCALED = ("PNG", "TIFF", "PPM", "JPEG2000", None)  # formats, or none, that say what is white in over 8 bits
+SAME_COLOURS = 3  # of 255: a colour profile that changes less is sRGB, rounded
+OVER = 1e-3  # of white: floats may pass black and white by rounding
+ENLARGED = 2.0  # times, from which on it is worth a word
 
-def load_picture(path):
-    """Returns: the picture at `path`, RGB, transparency on white; a PIL picture as it is.
 
-    Raises: InputError if there is no picture.
+def load_picture(path, profiled=True):
+    """Read a picture as it is looked at: upright, in sRGB, transparency on white, more than 8 bits scaled to 8.
+
+    path: of a file, or a PIL picture. profiled: whether a colour profile in it is applied; numbers without one are
+    taken for sRGB, floats too.
+    Returns: a PIL picture, RGB.
+    Raises: InputError if there is no picture, or several, or if it is not clear how bright its pixels are.
     """
     if isinstance(path, Image.Image):
-        return path
+        return _to_rgb(path, profiled)
+    with _open(path) as picture:
+        return _to_rgb(picture, profiled)
+
+
+def check_picture(path):
+    """Look, cheaply, whether load_picture can read a file.
+
+    Returns: (width, height) that it will have. Raises: InputError as load_picture does.
+    """
+    with _open(path) as picture:
+        _check_kind(picture)
+        if picture.format == "TIFF" or picture.mode == "F":
+            return _to_rgb(picture, profiled=False).size
+        size = picture.size
+        picture.draft(None, (1, 1))  # an eighth of a JPEG
+        picture.load()
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return size[::-1] if turned else size
+
+
+@contextmanager
+def _open(path):
+    """Yields: the PIL picture at `path`, not read yet. Raises: InputError for all that goes wrong, then and later."""
+    opened = False
     try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except FileNotFoundError:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe would wait for ever
+            raise InputError(f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'}, expected a picture")
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:  # of many pixels, of odd EXIF
+            opened = True
+            yield picture
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: no such file, expected a picture") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
-        raise InputError(f"{path}: not a picture that Pillow can read") from None
+    except PermissionError:
+        raise InputError(f"{path}: no permission to read it") from None
+    except Image.DecompressionBombError as error:
+        found, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
+        raise InputError(f"{path}: {found:.0f} million pixels, at most {limit:.0f} are read; scale it down") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture that Pillow can read{_beginning(path)}; {SAVE}") from None
+    except Exception as error:  # Pillow raises many kinds
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        what = "damaged or cut off" if opened else "cannot be opened"
+        raise InputError(f"{path}: {what} ({reason}), expected a picture") from None
+
+
+def _beginning(path):
+    """Returns: how a file begins, for a message, if it is empty or a text, such as a page or a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        start = file.read(200)
+    if not start:
+        return ", for it is empty"
+    with suppress(UnicodeDecodeError):
+        text = start.splitlines()[0].decode()[:50]
+        return f', for it begins with "{text}"' if text.isprintable() else ""
+    return ""
+
+
+def _check_kind(picture):
+    """Raises: InputError for a PIL picture that is several, or of which it is not clear how bright its pixels are."""
+    pages = getattr(picture, "n_frames", 1)
+    if picture.format == "TIFF" and pages > 1:  # thumbnails and masks are no pages
+        pages = sum(not page.tag_v2.get(254, 0) for page in ImageSequence.Iterator(picture))
+        picture.seek(0)
+    if pages > 1 and picture.format not in ("MPO", "PSD"):  # a photograph and its preview, a picture and its layers
+        raise InputError(f"{pages} pictures in one file, expected one; save the one that is meant as a PNG")
+    deep = picture.mode == "F" or picture.mode.startswith("I;16")
+    if (picture.mode == "I" and picture.format != "PPM") or (deep and picture.format not in SCALED):
+        raise InputError(f"pixels of mode {picture.mode}, for which nothing says how bright white is; {SAVE}")
+
+
+def _to_rgb(picture, profiled):
+    """Returns: a PIL picture of any kind as load_picture has it."""
+    _check_kind(picture)
+    profile, clear, tags = picture.info.get("icc_profile"), _clear(picture), getattr(picture, "tag_v2", {})
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        pixels = np.asarray(picture)
+        levels = pixels / (1.0 if picture.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1)
+        if not (levels.min() >= -OVER and levels.max() <= 1 + OVER):
+            found = f"from {levels.min():g} to {levels.max():g}"
+            raise InputError(f"floats {found}, expected them from 0, black, to 1, white; scale them, or {SAVE}")
+        levels = 1 - levels if tags.get(262) == 0 else levels  # white is zero
+        levels = levels if clear is None else np.where(pixels == clear, 1, levels)
+        picture = Image.fromarray((255 * levels).round().clip(0, 255).astype(np.uint8))
+    else:
+        if clear is not None:
+            picture.info["transparency"] = clear
+        if picture.has_transparency_data:
+            picture = picture.convert("LA") if picture.mode == "La" else picture
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return _to_srgb(picture, profile) if profile and profiled else picture.convert("RGB")
+
+
+def _clear(picture):
+    """Returns: the value of transparent pixels, if a picture has one; Pillow leaves it in the bits of a PNG."""
+    clear = picture.info.get("transparency")
+    raw = picture.tile[0].args if clear is not None and picture.format == "PNG" and picture.tile else None
+    if raw == "RGB;16B":
+        return tuple(value >> 8 for value in clear)
+    return clear * {"L;2": 85, "L;4": 17}[raw] if raw in ("L;2", "L;4") else clear
+
+
+def _to_srgb(picture, profile):
+    """profile: ICC, bytes; ignored if it is damaged, or of other colours than the picture's. Returns: PIL, RGB."""
+    with suppress(ImageCms.PyCMSError, OSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip())
+        if mode and (mode == "CMYK") == (picture.mode == "CMYK"):
+            transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB")
+            probe = Image.fromarray(np.stack(np.meshgrid(*[np.arange(0, 256, 51, np.uint8)] * 3), -1).reshape(36, 6, 3))
+            probe = probe.convert(mode)
+            change = np.asarray(probe.convert("RGB"), int) - np.asarray(ImageCms.applyTransform(probe, transform))
+            if np.abs(change).max() > SAME_COLOURS:
+                return ImageCms.applyTransform(picture.convert(mode), transform)
+    return picture.convert("RGB")
 
 
 def fit_picture(picture, size):
     """Returns: the middle square of a PIL picture, resized to size x size."""
     return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+
+
+def describe_fit(sizes, image_size):
+    """sizes: (width, height) of pictures. Returns: what fit_picture does to them, in a line, or "" for nothing."""
+    others = sorted(set(sizes) - {(image_size, image_size)})
+    if not others:
+        return ""
+    found = ", ".join(f"{width} x {height}" for width, height in others[:3])
+    cut = "cut to their middle squares and " if any(width != height for width, height in others) else ""
+    line = f"pictures of {found}{' and more' if len(others) > 3 else ''} {cut}resized to {image_size} x {image_size}"
+    times = image_size / min(map(min, others))
+    return line + (f"; enlarged up to {times:.1f} times, they show less than the model looks for" * (times >= ENLARGED))
+
+
+def describe_shapes(first, second):
+    """first, second: (width, height) of two pictures that are compared.
+
+    Returns: what their unlike shapes do to the change that is read between them, in a line, or "" for like ones.
+    """
+    shares = np.array([[side / min(size) for side in size] for size in (first, second)])
+    shift = np.abs(shares[0] - shares[1]).max() / 2  # of what is in the middle, in widths of the squares
+    if 2 * shift * min(*first, *second) <= 1:  # pixel
+        return ""
+    zoom = np.exp(np.abs(np.log(shares[:, 0] / shares[:, 1]) @ [1, -1]))
+    (a, b), (c, d) = first, second
+    return (
+        f"A of {a} x {b} and B of {c} x {d} differ in shape: their middle squares, which are compared, may show other "
+        f"parts, which moves shifts by up to {shift:.3f} widths and zoom by up to a factor {zoom:.3f}; cut them alike"
+    )
+
+
+def tell_fit(sizes, image_size):
+    """Print what fit_picture does to the pictures of some targets, and to what is read between unlike ones.
+
+    sizes: a list a target, the (width, height) of its picture, or of A and B.
+    Returns: for every target, whether it has an A and a B of unlike shapes.
+    """
+    unlike = [describe_shapes(*own) if len(own) == 2 else "" for own in sizes]
+    for line in (describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len)):
+        if line:
+            print(line)
+    return [bool(line) for line in unlike]
 
 
 def pictures_to_tensor(pictures, scaled=True):

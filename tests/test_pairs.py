@@ -236,6 +236,17 @@ def test_a_picture_and_itself_are_the_same_both_ways(paired, picture, tmp_path, 
     assert "back" not in json.loads((tmp_path / "out" / "result.json").read_text())
 
 
+def test_pictures_of_unlike_shapes_are_named_and_flagged(paired, picture, tmp_path, capsys):
+    wide, out = Image.open(picture).resize((48, 32)), f"out_dir={tmp_path / 'out'}"
+    wide.save(tmp_path / "wide.png")
+    pair = [f"input_image_path={picture}", f"target_image_path={tmp_path / 'wide.png'}"]
+    run_script(invert.main, invert.settings, [f"model_path={paired}", *pair, out])
+    printed = capsys.readouterr().out
+    assert "pictures of 48 x 32 cut to their middle squares and resized to 32 x 32\n" in printed
+    assert "A of 32 x 32 and B of 48 x 32 differ in shape" in printed and "by up to 0.250 widths" in printed
+    assert "unlike_shapes" in json.loads((tmp_path / "out" / "result.json").read_text())["flags"]
+
+
 @pytest.mark.parametrize(
     "known, message",
     [
