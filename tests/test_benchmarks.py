@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import inversion, pairs
+from benchmarks import inversion, odd_inputs, pairs
 from ldm.settings import run_script
 
 
@@ -46,3 +46,31 @@ def test_changes_and_checks_are_tabled(tmp_path, capsys):
     assert all(abs(error) < 0.02 for error in errors["all six, ours"]["shift x"])
     printed = capsys.readouterr().out
     assert "| there and back |" in printed and "| by way of another |" in printed
+
+
+def test_odd_inputs_are_read_and_refused(tmp_path, capsys):
+    arguments = ["sorts=identical,no_pictures,bad_rows", "quick=true", f"out_dir={tmp_path}"]
+    run_script(odd_inputs.main, odd_inputs.settings, arguments)
+    printed = capsys.readouterr().out
+    assert "| identical | 2 | 2 | 0 | 0 | 0 |" in printed and "| no pictures | 2 | 0 | 0 | 2 | 0 |" in printed
+    assert [case["ended"] for case in json.loads((tmp_path / "cases.json").read_text())["bad_rows"]] == ["refused"] * 2
+
+
+@pytest.mark.parametrize(
+    "truth, unseen, width, flags, ended",
+    [
+        (0.1, (), 0.2, [], "right"),
+        (0.1, (), 0.1, [], "wrong"),  # more than three standard errors
+        (0.1, (), 0.1, ["ambiguous"], "flagged"),
+        (0.1, ("angle",), 0.2, [], "wrong"),  # sure of what cannot be seen
+        (None, ("angle",), 6, [], "wrong"),  # nothing explains it
+        (9, ("angle",), 6, [], "right"),
+        (9, ("angle",), 0.1, ["no_effect: angle"], "flagged"),
+        (9, ("angle",), 0.1, ["no_effect: zoom"], "wrong"),
+    ],
+)
+def test_odd_inputs_are_judged(truth, unseen, width, flags, ended):
+    truth = None if truth is None else {"angle": truth}
+    case = odd_inputs.Case("a case", None, truth=truth, unseen=unseen, model="control_tiny")
+    reading = dict(names=["angle"], control=0.0, std=width / 4, interval90=[[-width / 2, width / 2]], flags=flags)
+    assert odd_inputs.judge(case, reading)["ended"] == ended
