@@ -8,26 +8,16 @@ Leaves OUT/result.json and OUT/figure.png of one picture; OUT/results.jsonl, a l
 was killed goes on when started again with the same out_dir.
 """
 
-import hashlib
-import json
-import math
-from functools import partial
-
-import numpy as np
-import torch
-from omegaconf import OmegaConf
-from tqdm import tqdm
-
-from cldm.dataset import Row, parse_control, read_rows
-from cldm.memory import Estimate
-from cldm.model import load_model
-from cldm.objectives import SamplingObjective
-from cldm.pairs import known_back
-from cldm.reading import BATCH, SOLVERS, read_controls
-from cldm.report import describe_reading, draw_reading
-from ldm.files import find_path, output_folder, write_whole
-from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
-from ldm.settings import InputError, check_numbers, check_texts, fill_settings, nearest, run_script
+from ldm.settings import (
+    InputError,
+    answer,
+    check_kinds,
+    check_numbers,
+    check_used,
+    fill_settings,
+    nearest,
+    run_script,
+)
 
 settings = dict(
     model_path="models/control_tiny_pair",  # the out_dir of a training
@@ -41,7 +31,7 @@ settings = dict(
     solver="lm",  # lm: Levenberg-Marquardt; sgd; adam
     control=None,  # where to start; None: found by probing the trained range
     draws=8,  # of noise, in pairs, for the denoising objective
-    batch_size=BATCH,  # targets read together
+    batch_size=12,  # targets read together
     figures=None,  # per target: true, false; None: for a single one
     both_ways=None,  # read the change from target to reference too, as a check; None: for a single pair by denoising
     seed=0,
@@ -57,6 +47,27 @@ settings = dict(
     eta=None,
     guess_mode=False,
 )
+if __name__ == "__main__":
+    answer(__file__)
+
+import hashlib
+import json
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cldm.dataset import Row, parse_control, read_rows
+from cldm.memory import Estimate
+from cldm.model import load_model
+from cldm.objectives import SamplingObjective
+from cldm.pairs import known_back
+from cldm.reading import SOLVERS, read_controls
+from cldm.report import describe_reading, draw_reading
+from ldm.files import find_path, report_folder, write_whole
+from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
 
 
 def read_batch(model, s, rows):
@@ -116,13 +127,20 @@ def parse_known(text, names):
 
 def check(s, model, rows):
     """Fill in what the model's YAML says. Raises: InputError for a setting that cannot be."""
+    if s.objective == "denoising":
+        sampling = ("n_prompt", "ddim_steps", "num_samples", "strength", "scale", "eta", "guess_mode")
+        check_used(s, settings, "with objective=denoising", *sampling)
     fill_settings(s, model.config, model.config.sampling)
-    check_texts(s, "a_prompt", "n_prompt")
+    check_kinds(s, str, "a_prompt", "n_prompt")
+    check_kinds(s, bool, "figures", "both_ways")
     for key, known in dict(objective=("denoising", "sampling"), solver=SOLVERS).items():
         if s[key] not in known:
             raise InputError(f'setting "{key}": expected one of {", ".join(known)}, got "{s[key]}"')
-    check_numbers(s, draws=(4, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
-    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1), seed=(0, 2**63 - 1))
+    check_numbers(s, int, draws=(4, 1000), batch_size=(1, math.inf), ddim_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, int, seed=(0, 2**63 - 1))
+    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf), eta=(0, 1))
+    if s.draws % 2:
+        raise InputError(f'setting "draws": expected an even number, since noise comes in pairs, got {s.draws}')
     config = model.control_net.config
     s.known = parse_known(s.known, config.control_names)
     if model.control_net.uses_reference and s.known.get("zoom", 1) <= 0:
@@ -141,7 +159,7 @@ def check(s, model, rows):
     if config.control_low is None:
         raise InputError(f"model_path {s.model_path}: never trained, so its range is not known; run tutorial_train.py")
     try:
-        s.control = None if s.control is None else list(parse_control(OmegaConf.to_object(s).get("control")))
+        s.control = None if s.control is None else list(parse_control(s.control))
     except ValueError:
         raise InputError(f"control: expected finite numbers, got {s.control}") from None
     for what, control in {"control": s.control, **{f"{s.targets}, {r.target}": r.control for r in rows}}.items():
@@ -171,7 +189,7 @@ def resume(out_dir, s, rows):
     own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures", "save_memory", "device")}
     of = [*sorted(find_path(s.model_path).glob("*.*")), find_path(s.targets)]
     own["sha256"] = hashlib.sha256(b"".join(file.read_bytes() for file in of)).hexdigest()
-    own = OmegaConf.to_yaml(own)
+    own = json.dumps(own, indent=1)
     file, settings_file = out_dir / "results.jsonl", out_dir / "settings.yaml"
     if not file.exists():
         write_whole(settings_file, lambda file: file.write_text(own))
@@ -212,7 +230,8 @@ def summarize(config, lines):
 
 
 def main(s):
-    out_dir = output_folder(s.out_dir)
+    many = ("settings.yaml", "sha256", "results.jsonl", *(["?????_*.png"] if s.figures else []))
+    out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     if s.targets:
         rows = read_rows(find_path(s.targets), known=False)
@@ -249,10 +268,9 @@ def main(s):
     for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
         trip = f"; there and back {result['round_trip'][name]:+.3f}" if name in result.get("round_trip", {}) else ""
         print(f"{name}: {reading.control[0, k]:+.3f} ± {reading.std[0, k]:.3f} {unit}".rstrip() + trip)
-    print(
-        f"{', '.join(result['flags']) or 'no doubts'}; {result['seconds']:.1f} seconds; {out_dir}/figure.png shows it"
-    )
+    shown = "result.json has it" if s.figures is False else "figure.png shows it"
+    print(f"{', '.join(result['flags']) or 'no doubts'}; {result['seconds']:.1f} seconds; {out_dir}/{shown}")
 
 
 if __name__ == "__main__":
-    run_script(main, settings)
+    run_script(main, settings, resume="a run over targets goes on when it is started again with the same out_dir")

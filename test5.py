@@ -4,19 +4,7 @@ Edit the settings and run `python test5.py`, or give them as key=value. Every we
 moves. Leaves result.json and figure.png in out_dir.
 """
 
-import math
-
-import torch
-from tqdm import tqdm
-
-from cldm.dataset import parse_control
-from cldm.inversion import invert_by_sampling
-from cldm.memory import Estimate
-from cldm.model import load_model
-from cldm.report import save_inversion
-from ldm.files import find_path, output_folder
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
-from ldm.settings import InputError, check_numbers, check_texts, fill_settings, run_script
+from ldm.settings import InputError, answer, check_kinds, check_numbers, fill_settings, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -40,17 +28,31 @@ settings = dict(
     device="auto",  # a GPU where there is one
     out_dir="outputs/test5",
 )
+if __name__ == "__main__":
+    answer(__file__)
+
+import math
+
+import torch
+from tqdm import tqdm
+
+from cldm.dataset import parse_control
+from cldm.inversion import invert_by_sampling
+from cldm.memory import Estimate
+from cldm.model import load_model
+from cldm.report import save_inversion
+from ldm.files import find_path, report_folder
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
 
 
 def complete(s, model, script):
     """Fill in what the model's own settings say where `s` says None. Raises: InputError for what cannot be."""
     fill_settings(s, model.config, model.config.sampling, model.config[script])
-    check_texts(s, "a_prompt", "n_prompt")
-    positive = (1e-6, math.inf)
-    check_numbers(s, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
-    check_numbers(s, iterations=(1, math.inf), learning_rate=positive)
-    check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1), seed=(0, 2**63 - 1))
-    check_numbers(s, scale=(0, math.inf), strength=(0, math.inf))
+    check_kinds(s, str, "a_prompt", "n_prompt")
+    check_numbers(s, int, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
+    check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
+    check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1))
+    check_numbers(s, learning_rate=(1e-6, math.inf), scale=(0, math.inf), strength=(0, math.inf))
 
 
 def tell_memory(s, model):
@@ -115,7 +117,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
 
 
 def main(s, script="test5"):
-    out_dir = output_folder(s.out_dir)
+    out_dir = report_folder(s.out_dir, "result.json", "history", "figure.png")
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     try:
         control = torch.tensor([parse_control(list(s.control))])

@@ -3,8 +3,12 @@
 Edit the settings and run `python test5_s1.py`, or give them as key=value. Leaves result.json and figure.png in out_dir.
 """
 
+from ldm.settings import answer, run_script
+
+if __name__ == "__main__":
+    answer(__file__)
+
 import test5
-from ldm.settings import run_script
 
 settings = dict(
     test5.settings,

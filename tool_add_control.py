@@ -8,40 +8,58 @@ tutorial_train.py resume_path=OUTPUT. With the result the model draws exactly wh
 file of the original fork is taken over as it was trained, for test5.py model_path=OUTPUT.
 """
 
-import math
-import sys
-
-from cldm.model import add_control, import_control, load_base, save_model
-from ldm.checkpoints import HINT, controlnet_weights, read_weights
-from ldm.files import find_path
-from ldm.settings import InputError, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     control_dim=1,  # how many numbers
     hint="dense",  # dense (as the original: one resolution) or coordinate (any)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
+    overwrite=False,  # True: a control that lies in OUTPUT is replaced
 )
+PATHS = ("INPUT", "OUTPUT")
+if __name__ == "__main__":
+    answer(__file__, *PATHS)
+
+import math
+
+from cldm.model import add_control, control_folder, import_control, load_base, save_model
+from ldm.checkpoints import HINT, controlnet_weights, read_weights
+from ldm.files import find_path
+
+
+def check(s):
+    """Raises: InputError for a setting that cannot be."""
+    check_numbers(s, int, control_dim=(1, math.inf))
+    if s.control_range is not None:
+        try:
+            low, high = s.control_range
+            if not -math.inf < low < high < math.inf:
+                raise ValueError
+        except (TypeError, ValueError):
+            raise InputError(f"control_range: expected [low, high], two numbers, got {s.control_range}") from None
 
 
 def main(s, paths):
-    if len(paths) != 2:
-        raise InputError("expected two paths: python tool_add_control.py INPUT OUTPUT")
-    check_numbers(s, control_dim=(1, math.inf))
+    check(s)
+    output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
     base, config = load_base(paths[0])
     file = find_path(config.base)
+    control_folder(paths[1], s.overwrite, inputs=[file])
     found = controlnet_weights(read_weights(file), base.unet.config) if file.is_file() else {}
     if f"{HINT}mlp.0.weight" in found:
+        check_used(s, settings, "on a control that the file brings", "control_dim", "hint", "encoder")
         model = import_control(base, config, found, file, s.control_range)
     else:
+        check_used(s, settings, "without a trained control in INPUT", "control_range")
+        if config.get("reference"):
+            check_used(s, settings, "with `reference: true` in the YAML, which has a hint of its own", "hint")
         model = add_control(base, config, control_dim=s.control_dim, hint=s.hint, encoder=s.encoder)
-    save_model(model, paths[1])
+    save_model(model, output)
     weights = sum(p.numel() for p in model.control_net.parameters())
     hint, numbers = model.control_net.config.hint, model.control_net.control_dim
-    print(f"{paths[1]}: {weights / 1e6:.1f} M weights, hint={hint} on {numbers} number(s)")
+    print(f"{output}: {weights / 1e6:.1f} M weights, hint={hint} on {numbers} number(s)")
 
 
 if __name__ == "__main__":
-    paths = [argument for argument in sys.argv[1:] if "=" not in argument]
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    run_script(lambda s: main(s, paths), settings, overrides)
+    run_script(main, settings, paths=PATHS)

@@ -6,18 +6,26 @@ Weights are named as in the original (control_model.input_blocks.…), those of 
 has the config, with the training's statistics. What diffusers loads is the folder MODEL_PATH itself.
 """
 
-import sys
+from ldm.settings import InputError, answer, run_script
+
+settings = dict(
+    overwrite=False,  # True: a FILE that is there already is replaced
+)
+PATHS = ("MODEL_PATH", "FILE.safetensors")
+if __name__ == "__main__":
+    answer(__file__, *PATHS)
 
 from cldm.model import export_control, load_model
-from ldm.settings import InputError, run_script
+from ldm.files import find_path, fresh_file
 
 
 def main(s, paths):
-    if len(paths) != 2 or not paths[1].endswith(".safetensors"):
-        raise InputError("expected two paths: python tool_export_control.py MODEL_PATH FILE.safetensors")
-    export_control(load_model(paths[0]).control_net, paths[1])
-    print(f"{paths[1]}: the control of {paths[0]}")
+    if not paths[1].endswith(".safetensors"):
+        raise InputError(f"{paths[1]}: expected a name that ends in .safetensors")
+    file = fresh_file(paths[1], s.overwrite, inputs=[find_path(paths[0])])
+    export_control(load_model(paths[0]).control_net, file)
+    print(f"{file}: the control of {paths[0]}")
 
 
 if __name__ == "__main__":
-    run_script(lambda s: main(s, sys.argv[1:]), {}, [])
+    run_script(main, settings, paths=PATHS)

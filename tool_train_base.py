@@ -1,14 +1,33 @@
-"""Train models/tiny_sd, the small latent diffusion model that ships with this repository, from nothing.
+"""Train a small latent diffusion model like models/tiny_sd, which ships with this repository, from nothing.
 
-    python tool_train_base.py out_dir=models/tiny_sd
+    python tool_train_base.py out_dir=runs/tiny_sd
 
 Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
-A stage whose result lies in out_dir already is not run again.
+A VAE that lies in out_dir already is not trained again.
 """
+
+from ldm.settings import answer, check_numbers, run_script
+
+settings = dict(
+    out_dir="runs/tiny_sd",
+    image_size=128,  # pixels
+    vae_views=6000,  # pictures drawn from the photographs
+    vae_details=0.4,  # share of details among them; the rest show a subject in its framing
+    vae_steps=5500,
+    unet_views=4000,
+    unet_details=0.1,
+    unet_steps=5500,
+    batch_size=16,
+    learning_rate=1e-3,
+    prompt_dropout=0.1,
+    seed=0,
+    overwrite=False,  # True: text encoder and UNet that lie in out_dir are replaced
+)
+if __name__ == "__main__":
+    answer(__file__)
 
 import math
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,24 +40,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from cldm.pairs import open_photo
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.ddim import draw_timesteps
+from ldm.files import fresh_folder, whole_folder
 from ldm.pictures import pictures_to_tensor
-from ldm.settings import run_script
 from ldm.text import clip_tokenizer, tokenize
-
-settings = dict(
-    out_dir="models/tiny_sd",
-    image_size=128,  # pixels
-    vae_views=6000,  # pictures drawn from the photographs
-    vae_details=0.4,  # share of details among them; the rest show a subject in its framing
-    vae_steps=5500,
-    unet_views=4000,
-    unet_details=0.1,
-    unet_steps=5500,
-    batch_size=16,
-    learning_rate=1e-3,
-    prompt_dropout=0.1,
-    seed=0,
-)
 
 VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3,
@@ -219,18 +223,23 @@ def train_unet(s, latents, prompts):
 
 
 def main(s):
-    out = Path(s.out_dir)
+    whole = (1, math.inf)
+    check_numbers(s, int, image_size=(32, 4096), vae_views=whole, vae_steps=whole, unet_views=whole, unet_steps=whole)
+    check_numbers(s, int, batch_size=whole, seed=(0, 2**63 - 2))
+    check_numbers(s, vae_details=(0, 1), unet_details=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
+    out = fresh_folder(s.out_dir, s.overwrite, own=["vae"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
-        train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0]).half().save_pretrained(
-            out / "vae"
-        )
+        vae = train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0])
+        with whole_folder(out) as folder:
+            vae.half().save_pretrained(folder / "vae")
     vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s.seed + 1, s.unet_views, s.image_size, s.unet_details)
     unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), prompts)
-    for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
-        model.save_pretrained(out / name)
+    with whole_folder(out) as folder:
+        for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
+            model.save_pretrained(folder / name)
 
 
 if __name__ == "__main__":
-    run_script(main, settings)
+    run_script(main, settings, resume="started again, it goes on from the VAE if that was done")

@@ -9,28 +9,7 @@ the model_path of test5.py, test5_s1.py and invert.py. A run that was killed goe
 out_dir.
 """
 
-import logging
-import math
-import random
-import warnings
-from pathlib import Path
-
-import pytorch_lightning as pl
-import torch
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, RandomSampler
-
-from cldm.dataset import ControlDataset, read_control_names, split_rows
-from cldm.memory import Estimate, checkpointing
-from cldm.model import add_control, fit_statistics, load_base, load_model
-from cldm.pairs import CHANGES, FreshPairs, choose_changes, draw_change
-from cldm.reading import calibrate
-from cldm.report import PictureLogger
-from cldm.training import ControlTraining, SaveBestAndLast, find_checkpoint
-from dataForTrain.make_dataset import find_pictures
-from ldm.files import output_folder
-from ldm.settings import InputError, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     # what is trained on what
@@ -41,6 +20,7 @@ settings = dict(
     resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
     hint="dense",  # of a fresh control: dense (as the original: one resolution) or coordinate (any)
     out_dir="runs/control_tiny",
+    overwrite=False,  # True: a control that lies in out_dir, of no run that goes on, is replaced
     # how
     batch_size=16,
     max_steps=1400,
@@ -57,7 +37,30 @@ settings = dict(
     strategy="auto",
     precision="bf16-mixed",
 )
+if __name__ == "__main__":
+    answer(__file__)
 
+import logging
+import math
+import random
+import warnings
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader, RandomSampler
+
+from cldm.dataset import ControlDataset, read_control_names, split_rows
+from cldm.memory import Estimate, checkpointing
+from cldm.model import add_control, control_folder, fit_statistics, load_base, load_model
+from cldm.pairs import CHANGES, FreshPairs, choose_changes, draw_change
+from cldm.reading import calibrate
+from cldm.report import PictureLogger
+from cldm.training import RESUME_FILE, ControlTraining, SaveBestAndLast, find_checkpoint
+from dataForTrain.make_dataset import find_pictures
+from ldm.files import output_folder
 
 VALIDATION_PAIRS = 144
 STATISTICS = 10_000  # random changes, for the spread of each
@@ -89,8 +92,13 @@ def make_model(s, controls, names, units, references):
     """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the controls."""
     if s.resume_path:
         model = load_model(s.resume_path, dtype=torch.float32)
+        if s.base != settings["base"]:
+            print(f"base {s.base} is not used: resume_path has its own, {model.config.base}")
     else:
-        model = add_control(*load_base(s.base), control_dim=len(names), hint=s.hint)
+        base, config = load_base(s.base)
+        if config.get("reference"):
+            check_used(s, settings, "with `reference: true` in the base's YAML, which has a hint of its own", "hint")
+        model = add_control(base, config, control_dim=len(names), hint=s.hint)
     data = s.pairs or s.data_root
     if model.control_net.control_dim != len(names):
         raise InputError(
@@ -133,13 +141,21 @@ def tell_memory(s, model, trainer):
 
 
 def main(s):
-    at_least_one = (1, math.inf)
-    check_numbers(s, batch_size=at_least_one, max_steps=at_least_one, logger_freq=at_least_one)
-    check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1), seed=(0, 2**32 - 1))
+    whole = (1, math.inf)
+    check_numbers(s, int, batch_size=whole, max_steps=whole, logger_freq=whole, seed=(0, 2**32 - 1))
+    check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1))
+    if s.pairs:
+        check_used(s, settings, "with pairs, which are cut while training", "data_root")
+    else:
+        check_used(s, settings, "without pairs", "controls")
+    if s.resume_path:
+        check_used(s, settings, "with resume_path, whose control has its own", "hint")
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers: both are meant so
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(s.seed, verbose=False)
     out_dir = output_folder(s.out_dir)
+    if not (out_dir / RESUME_FILE).exists():
+        control_folder(out_dir, s.overwrite, own=["tensorboard"])
     train, validation, controls, names, units = read_data(s)
     model = make_model(s, controls, names, units, references=bool(s.pairs) or train[0].reference is not None)
     train, validation = make_datasets(s, model, train, validation)
@@ -175,7 +191,7 @@ def main(s):
             log_every_n_steps=10,
             use_distributed_sampler=not s.pairs,  # every process draws pairs of its own
         )
-    except (ValueError, TypeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
     if s.pairs:
         train.first = step * s.batch_size
@@ -201,4 +217,6 @@ def main(s):
 
 
 if __name__ == "__main__":
-    run_script(main, settings)
+    run_script(
+        main, settings, resume="it goes on from its last checkpoint when it is started again with the same out_dir"
+    )

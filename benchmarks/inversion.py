@@ -24,22 +24,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test5  # noqa: E402
-import test5_s1  # noqa: E402
-from cldm.dataset import split_rows  # noqa: E402
-from cldm.model import load_model  # noqa: E402
-from cldm.objectives import SamplingObjective  # noqa: E402
-from cldm.reading import BATCH, read_controls, search_bounds  # noqa: E402
-from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed  # noqa: E402
-from ldm.files import output_folder  # noqa: E402
-from ldm.pictures import load_picture, pictures_to_tensor  # noqa: E402
-from ldm.settings import InputError, nearest, run_script  # noqa: E402
+import test5
+import test5_s1
+from cldm.dataset import split_rows
+from cldm.model import load_model
+from cldm.objectives import SamplingObjective
+from cldm.reading import BATCH, read_controls, search_bounds
+from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
+from ldm.files import output_folder
+from ldm.pictures import load_picture, pictures_to_tensor
+from ldm.settings import InputError, Settings, nearest, run_script
 
 SIZE = 128  # pixels
 settings = dict(
@@ -75,7 +74,7 @@ def descend(script, model, targets, **overrides):
     """Invert Targets one by one, by test5 or test5_s1. Returns: angles, model calls and seconds in all."""
     found, calls, seconds = [], 0, 0.0
     for target in targets:
-        own = OmegaConf.create({**script.settings, **overrides, "prompt": target.prompt})
+        own = Settings({**script.settings, **overrides, "prompt": target.prompt})
         start = torch.tensor([[target.start]])
         result = test5.infer(model, own, [target.picture], [target.picture], start, script.__name__)
         found.append(result.control.item())

@@ -32,8 +32,8 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cldm.model import load_model  # noqa: E402
-from cldm.pairs import (  # noqa: E402
+from cldm.model import load_model
+from cldm.pairs import (
     CHANGES,
     MOTIONS,
     NO_CHANGE,
@@ -46,11 +46,11 @@ from cldm.pairs import (  # noqa: E402
     open_photo,
     similarity,
 )
-from cldm.reading import BATCH, read_controls  # noqa: E402
-from dataForTrain.make_dataset import find_pictures  # noqa: E402
-from ldm.files import output_folder, write_whole  # noqa: E402
-from ldm.pictures import fit_picture, pictures_to_tensor  # noqa: E402
-from ldm.settings import InputError, nearest, run_script  # noqa: E402
+from cldm.reading import BATCH, read_controls
+from dataForTrain.make_dataset import find_pictures
+from ldm.files import output_folder, write_whole
+from ldm.pictures import fit_picture, pictures_to_tensor
+from ldm.settings import InputError, nearest, run_script
 
 SIZE = 128  # pixels
 settings = dict(

@@ -16,16 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test5  # noqa: E402
-import test5_s1  # noqa: E402
-from cldm.model import load_model  # noqa: E402
-from dataForTrain.make_dataset import render_framed, select_photos  # noqa: E402
-from ldm.files import output_folder  # noqa: E402
-from ldm.settings import run_script  # noqa: E402
+import test5
+import test5_s1
+from cldm.model import load_model
+from dataForTrain.make_dataset import render_framed, select_photos
+from ldm.files import output_folder
+from ldm.settings import Settings, run_script
 
 settings = dict(
     model_path="models/control_tiny",
@@ -48,7 +47,7 @@ def main(s):
             starts, angles = ([rng.uniform(-5, 5) for _ in range(s.pairs)] for _ in range(2))
             pictures = [[render_framed(photo, size, angle) for angle in each] for each in (starts, angles)]
             for script, module in {"test5": test5, "test5_s1": test5_s1}.items():
-                own = OmegaConf.create({**module.settings, "prompt": photo.prompt})
+                own = Settings({**module.settings, "prompt": photo.prompt})
                 result = test5.infer(model, own, *pictures, torch.tensor(starts)[:, None], script)
                 found = result.control[:, 0].tolist()
                 errors[script] += [abs(a - b) for a, b in zip(found, angles)]

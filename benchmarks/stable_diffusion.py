@@ -18,26 +18,25 @@ from pathlib import Path
 import psutil
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import invert  # noqa: E402
-import test5_s1  # noqa: E402
-import tool_add_control  # noqa: E402
-import tutorial_train  # noqa: E402
-from cldm.memory import GIB, checkpointing  # noqa: E402
-from cldm.model import load_model  # noqa: E402
-from cldm.objectives import SamplingObjective  # noqa: E402
-from cldm.training import ControlTraining  # noqa: E402
-from ldm.base import LatentDiffusion  # noqa: E402
+import invert
+import test5_s1
+import tool_add_control
+import tutorial_train
+from cldm.memory import GIB, checkpointing
+from cldm.model import load_model
+from cldm.objectives import SamplingObjective
+from cldm.training import ControlTraining
+from ldm.base import LatentDiffusion
 from ldm.files import (
-    ROOT,  # noqa: E402
-    output_folder,  # noqa: E402
+    ROOT,
+    output_folder,
 )
-from ldm.settings import run_script  # noqa: E402
-from tests.original_layout import original_weights  # noqa: E402
+from ldm.settings import read_yaml, run_script, write_yaml
+from tests.original_layout import original_weights
 
 settings = dict(
     versions=["1.5", "2.1"],
@@ -158,10 +157,10 @@ def main(s):
     print("| | seconds | memory |\n| --- | --- | --- |")
     for version in s.versions:
         folder = output_folder(out_dir / str(version))
-        config = OmegaConf.load(ROOT / "models" / YAMLS[str(version)])
+        config = read_yaml(ROOT / "models" / YAMLS[str(version)])
         own = dict(base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision)
-        config = OmegaConf.merge(config, own)
-        OmegaConf.save(config, folder / "base.yaml")
+        config |= own
+        write_yaml(config, folder / "base.yaml")
         if not Path(config.base).exists():
             measure(make_checkpoint, (ROOT / config.architecture, config.base), s.limit)
         maker = [sys.executable, ROOT / "dataForTrain" / "make_dataset.py", "photos=astronaut", "angles=[-4,2]"]

@@ -6,13 +6,11 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 
 import copy
 import math
-import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +19,8 @@ from cldm.controlnet import NumericControlNet, default_names
 from ldm.base import LatentDiffusion, load_part
 from ldm.checkpoints import CONTROL, HINT, SD1, SD2, controlnet_weights, fill, identify, original_key, read_weights
 from ldm.ddim import ddim_sample
-from ldm.files import ROOT, find_path, whole_folder, write_whole
-from ldm.settings import InputError, read_yaml
+from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
+from ldm.settings import InputError, Settings, read_yaml, write_yaml
 from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
@@ -117,7 +115,7 @@ def load_base(path):
     """Read a base from its YAML (models/cldm_v15.yaml), its folder in diffusers' layout, or its single file.
 
     A folder or file that no YAML in models/ names gets the settings of the one that describes its architecture.
-    Returns: (LatentDiffusion, DictConfig).
+    Returns: (LatentDiffusion, Settings).
     """
     path = find_path(path)
     if path.suffix == ".yaml":
@@ -126,7 +124,7 @@ def load_base(path):
             if key not in config:
                 raise InputError(f'{path}: no "{key}" in it, expected a model description like models/tiny.yaml')
     else:
-        config = OmegaConf.merge(describe(path), {"base": str(path.resolve())})
+        config = Settings(describe(path) | {"base": str(path.resolve())})
     options = {key: config[key] for key in ("architecture", "use_ema", "prediction_type", "precision") if key in config}
     base = LatentDiffusion.from_pretrained(config.base, **options)
     if config.image_size is None:
@@ -138,7 +136,7 @@ def load_base(path):
 
 
 def describe(path):
-    """Returns: the DictConfig in models/ that names the base `path`, else the one of its architecture."""
+    """Returns: the Settings in models/ that names the base `path`, else the one of its architecture."""
     configs = {file.stem: read_yaml(file) for file in sorted((ROOT / "models").glob("*.yaml"))}
     for config in configs.values():
         if find_path(config.base).resolve() == path.resolve():
@@ -149,7 +147,7 @@ def describe(path):
     text = path / "text_encoder" / "config.json"
     width = read_yaml(text).get("hidden_size") if text.is_file() else None
     name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
-    return OmegaConf.merge(configs[name], {"image_size": None, "prediction_type": None})
+    return Settings(configs[name] | {"image_size": None, "prediction_type": None})
 
 
 def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, encoder=""):
@@ -185,7 +183,7 @@ def import_control(base, config, weights, file, control_range=None):
     """
     first, second, last = (weights[f"{HINT}mlp.{i}.weight"] for i in (0, 2, 4))
     latent_size = math.isqrt(len(last) // base.unet.config.block_out_channels[0])
-    config = OmegaConf.merge(config, {"image_size": latent_size * base.downsampling})
+    config = Settings(config | {"image_size": latent_size * base.downsampling})
     hidden = (len(first), len(second))
     model = add_control(base, config, control_dim=first.shape[1], hint="original", hint_hidden=hidden)
     fill(model.control_net, weights, file)
@@ -252,15 +250,18 @@ def pick_device(name):
     return device
 
 
+def control_folder(path, overwrite=False, **options):
+    """Check a folder that a control is to be written into: as ldm.files.fresh_folder, and never a base's."""
+    return fresh_folder(path, overwrite, never=("vae", "text_encoder"), **options)
+
+
 def save_model(model, path):
     """Write a control's folder, weights in half precision, with the UNet if that was trained too."""
-    with whole_folder(path) as folder:
+    with whole_folder(path, removes=["unet"]) as folder:
         copy.deepcopy(model.control_net).half().save_pretrained(folder)
         if model.own_unet:
             copy.deepcopy(model.base.unet).half().save_pretrained(folder / "unet")
-        elif (Path(path) / "unet").is_dir():
-            shutil.rmtree(Path(path) / "unet")
-        OmegaConf.save(model.config, folder / MODEL_YAML)
+        write_yaml(model.config, folder / MODEL_YAML)
 
 
 def export_control(control_net, file):

@@ -1,6 +1,6 @@
 """Render the training set: photographs rotated about their centre by known angles.
 
-    python dataForTrain/make_dataset.py                                       # dataForTrain/prompt.json, resultData/
+    python dataForTrain/make_dataset.py                                       # what lies in dataForTrain, once more
     python dataForTrain/make_dataset.py angles=[-3.37,1.61] out_dir=elsewhere # other angles, identical framing
     python dataForTrain/make_dataset.py views=200 out_dir=elsewhere           # several controls at once, at random
     python dataForTrain/make_dataset.py pairs=100 photos=FOLDER out_dir=elsewhere   # changes between two pictures
@@ -9,34 +9,46 @@ The photographs come inside the wheels of scikit-image, matplotlib and scikit-le
 their sources and licences. A positive angle turns the picture counterclockwise.
 """
 
-import json
-import math
-import random
 import sys
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import ListConfig, OmegaConf
-from PIL import Image, ImageFilter
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cldm.pairs import CHANGES, choose_changes, draw_pair, expose, list_pictures, open_photo  # noqa: E402
-from ldm.files import whole_folder  # noqa: E402
-from ldm.settings import InputError, check_numbers, run_script  # noqa: E402
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script, write_yaml
 
 settings = dict(
-    angles=None,  # a list, degrees; None: TRAIN_ANGLES, and VALIDATION_ANGLES into validation.json
-    views=None,  # how many of every photo, all CONTROLS at random, and a tenth for validation; None: angles alone
+    angles=None,  # a list, degrees; None: -5, -4 … 5, and -3.5, 0.5, 2.5 into validation.json
+    views=None,  # how many of every photo, rotation, zoom, exposure and blur at random, and a tenth for validation
     pairs=None,  # how many pairs, cut at random from the photos, between which `controls` change
-    controls=None,  # of pairs: ["rotation", "zoom"] or {rotation: [-5, 5]}; None: cldm.pairs.CHANGES, all
+    controls=None,  # of pairs: ["rotation", "zoom"] or {rotation: [-5, 5]}; None: all six
     seed=0,  # of views and pairs
     photos="train",  # "train", "held_out", or names separated by commas; of pairs also "validation", or any folder
     image_size=128,  # pixels
-    out_dir=str(Path(__file__).resolve().parent),
+    out_dir="runs/dataset",
+    overwrite=False,  # True: a dataset that lies in out_dir is replaced
 )
+if __name__ == "__main__":
+    answer(__file__)
 
+import json
+import math
+import random
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE, parse_control
+from cldm.pairs import CHANGES, choose_changes, draw_pair, expose, list_pictures, open_photo
+from ldm.files import find_path, fresh_folder, whole_folder
+
+PICTURES = "resultData"
+MADE = (
+    PICTURES,
+    TRAINING_FILE,
+    VALIDATION_FILE,
+    CONTROLS_FILE,
+)  # one dataset: what one has not, an old one must not add
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
 CONTROLS = {  # of a view: its unit and range
@@ -151,6 +163,8 @@ def select_photos(names):
     groups = {"train": TRAIN, "held_out": HELD_OUT}
     if names in groups:
         return groups[names]
+    if find_path(names).is_dir():
+        raise InputError(f"photos={names}: from a folder only pairs are cut; give pairs=N too")
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:
         raise InputError(f'no photograph or folder "{unknown[0]}" (known: {", ".join([*groups, *known])})')
@@ -161,8 +175,8 @@ def find_pictures(photos):
     """Returns: the paths of the pictures to cut pairs from: in a folder, or those that `photos` names."""
     if photos == "validation":
         return [find_photo(file) for file in VALIDATION]
-    if photos not in ("train", "held_out") and Path(photos).is_dir():
-        return list_pictures(photos)
+    if photos not in ("train", "held_out") and find_path(photos).is_dir():
+        return list_pictures(find_path(photos))
     if len(Path(photos).parts) > 1:
         raise InputError(f"{photos}: no such folder")
     return [find_photo(p.file) for p in select_photos(photos).values()] + [
@@ -177,58 +191,56 @@ def write_pairs(s, out):
         reference, target, change = draw_pair(rng, files, s.image_size, ranges)
         row = {"source": [round(change[name], 6) for name in ranges]}
         for key, picture in dict(reference=reference, target=target).items():
-            row[key] = f"resultData/{i:05d}_{key}.png"
+            row[key] = f"{PICTURES}/{i:05d}_{key}.png"
             picture.save(out / row[key])
         lines.append(json.dumps(row | {"prompt": ""}))
-    (out / "prompt.json").write_text("\n".join(lines) + "\n")
+    (out / TRAINING_FILE).write_text("\n".join(lines) + "\n")
     units = [CHANGES[name][0] for name in ranges]
-    OmegaConf.save({"names": list(ranges), "units": units}, out / "controls.yaml")
-    print(f"{len(lines)} pairs from {len(files)} photographs: {Path(s.out_dir) / 'prompt.json'}")
+    write_yaml({"names": list(ranges), "units": units}, out / CONTROLS_FILE)
+    print(f"{len(lines)} pairs from {len(files)} photographs: {Path(s.out_dir) / TRAINING_FILE}")
 
 
 def choose_controls(s):
     """Returns: {file: a function of no arguments, the control vectors of a photo}."""
     if s.views is not None:
         rng = random.Random(s.seed)
-        counts = {"prompt.json": s.views, "validation.json": max(1, s.views // 10)}
+        counts = {TRAINING_FILE: s.views, VALIDATION_FILE: max(1, s.views // 10)}
         return {file: lambda n=count: [draw_view(rng) for _ in range(n)] for file, count in counts.items()}
     if s.angles is None:
-        return {"prompt.json": lambda: zip(TRAIN_ANGLES), "validation.json": lambda: zip(VALIDATION_ANGLES)}
-    if (
-        not isinstance(s.angles, ListConfig)
-        or not s.angles
-        or not all(type(a) in (int, float) and math.isfinite(a) for a in s.angles)
-    ):
-        raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}")
-    return {"prompt.json": lambda: zip(s.angles)}
+        return {TRAINING_FILE: lambda: zip(TRAIN_ANGLES), VALIDATION_FILE: lambda: zip(VALIDATION_ANGLES)}
+    try:
+        angles = parse_control(s.angles if isinstance(s.angles, list) else [])
+    except ValueError:
+        raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}") from None
+    return {TRAINING_FILE: lambda: zip(angles)}
 
 
 def main(s):
-    check_numbers(s, views=(1, 10**6), pairs=(1, 10**6), image_size=(1, 4096))
-    other = [key for key in ("angles", "views", "pairs", "photos", "image_size") if s[key] != settings[key]]
-    if other and Path(s.out_dir).resolve() == Path(settings["out_dir"]):
-        raise InputError(f"{other[0]}: would replace the training set in {s.out_dir}; choose another out_dir")
+    check_numbers(s, int, views=(1, 10**6), pairs=(1, 10**6), image_size=(8, 4096))
     given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")
     if s.controls is not None and s.pairs is None:
         raise InputError("controls: says what changes in pairs; give pairs=N too")
+    if s.pairs is None and s.views is None:
+        check_used(s, settings, "without views or pairs, where nothing is drawn", "seed")
+    out_dir = fresh_folder(s.out_dir, s.overwrite, inputs=[p for p in [find_path(s.photos)] if p.is_dir()])
     if s.pairs is not None:
-        with whole_folder(s.out_dir) as out:
-            (out / "resultData").mkdir()
+        with whole_folder(out_dir, removes=MADE) as out:
+            (out / PICTURES).mkdir()
             write_pairs(s, out)
         return
     photos, files = select_photos(s.photos), choose_controls(s)
     names = list(CONTROLS) if s.views is not None else ["angle"]
     units = [unit for unit, *_ in CONTROLS.values()] if s.views is not None else ["degrees"]
-    with whole_folder(s.out_dir) as out:
-        (out / "resultData").mkdir()
-        OmegaConf.save({"names": names, "units": units}, out / "controls.yaml")
+    with whole_folder(out_dir, removes=MADE) as out:
+        (out / PICTURES).mkdir()
+        write_yaml({"names": names, "units": units}, out / CONTROLS_FILE)
         for file, draw in files.items():
             lines = []
             for name, photo in tqdm(photos.items(), desc=file):
                 for control in draw():
-                    target = f"resultData/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
+                    target = f"{PICTURES}/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
                     render_framed(photo, s.image_size, *control).save(out / target)
                     source = list(control) if len(control) > 1 else f"{control[0]:g}"
                     lines.append(json.dumps({"source": source, "target": target, "prompt": photo.prompt}))

@@ -1,53 +1,187 @@
-"""Files and folders: found from anywhere, written whole or not at all."""
+"""Files and folders: found from anywhere, written whole or not at all, never over what a script did not make."""
 
 import fcntl
 import hashlib
 import os
-import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ldm.settings import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+UMASK = os.umask(0)  # to be read it has to be set
+os.umask(UMASK)
+
+
+def reason(error):
+    """Returns: why a file could not be read or written, in a few words."""
+    first = f"{str(error).strip() or type(error).__name__}".splitlines()[0]
+    return getattr(error, "strerror", None) or first  # Pillow's, safetensors' and torch's errors have no strerror
 
 
 def find_path(path):
-    """Returns: `path` as it is if that exists, else below the repository, so that defaults work from any folder."""
-    path = Path(path)
-    return path if path.exists() or path.is_absolute() else ROOT / path
+    """Returns: `path` as it is if that exists, else below the repository if that does, so that defaults work anywhere.
+
+    `~` is the home folder. Raises: InputError if the path cannot be followed: too long, no permission.
+    """
+    path = Path(os.path.expanduser(path))
+    for place in (path, ROOT / path):
+        try:
+            place.stat()
+            return place
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    return path
+
+
+@contextmanager
+def writing(path, *kinds):
+    """Whatever prevents a file or folder from being written becomes one InputError that names it.
+
+    kinds: of errors, beside the operating system's and safetensors' own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, *kinds) as error:
+        raise InputError(f"{path}: cannot be written ({reason(error)})") from None
+
+
+def check_writable(path):
+    """Returns: the Path of a folder, which need not exist. Raises: InputError if it cannot be made or written."""
+    path = Path(os.path.expanduser(path))
+    with writing(path):
+        for place in (path, *path.absolute().parents):
+            with suppress(FileNotFoundError):
+                tempfile.TemporaryFile(dir=place).close()
+                break
+    return path
 
 
 def output_folder(path):
     """Make a folder to write into. Returns: its Path. Raises: InputError if it cannot be written."""
-    path = Path(path)
-    try:
+    path = check_writable(path)
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise InputError(f"out_dir {path}: cannot be written ({error.strerror})") from None
     return path
+
+
+def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=()):
+    """Check, before any work, a folder that is to be filled: it is new or empty, or the user said overwrite=true.
+
+    inputs: what is read meanwhile, which must not lie in it. own: names that may be in it. never: names of what is not
+    even overwritten.
+    Returns: its Path; it is not made yet.
+    """
+    path = check_writable(path)
+    for source in map(Path, inputs):
+        if source.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path}: holds {source}, which is read; choose another folder to write into")
+    there = [item.name for item in path.iterdir()] if path.is_dir() else []
+    there = sorted(name for name in there if not name.startswith(".") and name not in own)
+    if there and (not overwrite or set(there) & set(never)):
+        some = f"{', '.join(there[:4])}{', …' if len(there) > 4 else ''}"
+        remedy = "" if set(there) & set(never) else ", or give overwrite=true to replace what has the same names"
+        raise InputError(f"{path}: has {some} in it already; choose another folder{remedy}")
+    return path
+
+
+def fresh_file(path, overwrite=False, *, inputs=()):
+    """Check, before any work, a file that is to be written: as fresh_folder. inputs: folders of which it is no file."""
+    path = Path(os.path.expanduser(path))
+    check_writable(path.parent)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; expected the name of a file to write")
+    if path.exists() and any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs):
+        raise InputError(f"{path}: is read itself; choose another name")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: is there already; choose another name, or give overwrite=true to replace it")
+    return path
+
+
+def report_folder(path, report, key, *others):
+    """Make a folder for a script's results, which replace those of an earlier run of the same script, and nothing else.
+
+    report: the file in it that tells whose they are, by having `key`. others: files, or patterns, that are written too.
+    Returns: its Path. Raises: InputError if some are there that are not this script's, or it cannot be written.
+    """
+    path = output_folder(path)
+    there = [found.name for name in (*others, report) for found in path.glob(name)]
+    try:
+        own = not there or f'"{key}"' in (path / report).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        own = False
+    if not own:
+        raise InputError(f"{path}: has a {there[0]} that is not of this script; choose another out_dir")
+    return path
+
+
+def _settle(path):
+    """Give what was written the modes that the user's umask asks for: libraries write temporary files, private ones."""
+    for item in (path, *path.rglob("*")):
+        with suppress(PermissionError):  # a file system without modes
+            item.chmod((0o777 if item.is_dir() else 0o666) & ~UMASK)
 
 
 def write_whole(path, write):
     """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
+    path = Path(path)
     partial = path.with_name(f".partial-{path.name}")
-    write(partial)
-    with suppress(FileNotFoundError):  # of several processes, one writes and one moves
-        os.replace(partial, path)
+    try:
+        with writing(path, RuntimeError):  # torch's
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            with suppress(FileNotFoundError):  # of several processes, one writes and one moves
+                _settle(partial)
+                os.replace(partial, path)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager
-def whole_folder(path):
-    """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then moves."""
-    path = output_folder(path)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as partial:
-        yield Path(partial)
-        for item in Path(partial).iterdir():
-            if item.is_dir():
-                shutil.rmtree(path / item.name, ignore_errors=True)
-            os.replace(item, path / item.name)
+def whole_folder(path, removes=()):
+    """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then both are swapped.
+
+    Of what was in it, what has the same names goes, and `removes`, but only when all of the new is in place.
+    """
+    path = check_writable(path)
+    made = not path.exists()
+    try:
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path, prefix=".partial-", ignore_cleanup_errors=True) as partial:
+                new, old = Path(partial) / "new", Path(partial) / "old"
+                new.mkdir()
+                old.mkdir()
+                yield new
+                _settle(new)
+                _swap(path, new, old, removes)
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _swap(path, new, old, removes):
+    """Move all items of the folder `new` into `path`, those that were there into `old`; on an error, all back."""
+    moves = [(path / name, old / name) for name in {*removes, *(item.name for item in new.iterdir())}]
+    moves += [(item, path / item.name) for item in new.iterdir()]
+    done = []
+    try:
+        for source, target in moves:
+            if os.path.lexists(source):
+                os.replace(source, target)
+                done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
 
 
 def digest(paths):

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from omegaconf import OmegaConf
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.model import add_control, load_base, save_model
 from ldm.files import ROOT
-from ldm.settings import run_script
+from ldm.settings import read_yaml, run_script, write_yaml
 from tests.original_layout import build
 
 IMAGE_SIZE, DOWNSAMPLING, CHANNELS = 32, 4, 4
@@ -87,10 +86,8 @@ def base_yaml(tmp_path_factory):
     parts = dict(vae=build_vae(), unet=build_unet(), text_encoder=build_text_encoder(), scheduler=build_scheduler())
     for name, part in parts.items():
         part.save_pretrained(folder / "mini_sd" / name)
-    shipped = OmegaConf.load(ROOT / "models" / "tiny.yaml")
-    OmegaConf.save(
-        OmegaConf.merge(shipped, {"base": str(folder / "mini_sd"), "image_size": IMAGE_SIZE}), folder / "mini.yaml"
-    )
+    shipped = read_yaml(ROOT / "models" / "tiny.yaml")
+    write_yaml(shipped | {"base": str(folder / "mini_sd"), "image_size": IMAGE_SIZE}, folder / "mini.yaml")
     return folder / "mini.yaml"
 
 

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
-from omegaconf import OmegaConf
 
 import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
 from cldm.model import fit_statistics, load_base, load_model, save_model
-from ldm.settings import InputError, override
+from ldm.settings import InputError, override, read_yaml, write_yaml
 
 
 @pytest.fixture
@@ -191,7 +190,7 @@ def test_unknown_hint_is_refused(base_yaml, tmp_path):
 
 
 def test_a_picture_size_that_does_not_fit_is_named(base_yaml, tmp_path):
-    OmegaConf.save(OmegaConf.merge(OmegaConf.load(base_yaml), {"image_size": 30}), tmp_path / "odd.yaml")
+    write_yaml(read_yaml(base_yaml) | {"image_size": 30}, tmp_path / "odd.yaml")
     with pytest.raises(InputError, match="image_size must be a multiple of 4 .* got 30"):
         load_base(tmp_path / "odd.yaml")
 

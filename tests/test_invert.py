@@ -40,7 +40,8 @@ def read_results(tmp_path):
 
 @pytest.mark.parametrize("objective", ["denoising", "sampling"])
 def test_one_picture(arguments, tmp_path, capsys, objective):
-    run(*arguments, f"objective={objective}", "ddim_steps=2", "num_samples=2", "seed=3")
+    sampling = ["ddim_steps=2", "num_samples=2"] if objective == "sampling" else []
+    run(*arguments, f"objective={objective}", *sampling, "seed=3")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(SUMMARY) < set(result) and "error" not in result and result["seed"] == 3
     (low, high), control = result["interval90"][0], result["control"]
@@ -108,7 +109,9 @@ def test_results_of_another_run_are_kept(arguments, targets, tmp_path, fails_in_
         ("objective=both", 'setting "objective": expected one of denoising, sampling, got "both"'),
         ("solver=newton", 'setting "solver": expected one of lm, sgd, adam, got "newton"'),
         ("control=[1,2]", "control: the model takes 1 number(s) (control), got"),
-        ("a_prompt=a: b", 'setting "a_prompt": expected a text'),
+        ("figures=maybe", 'setting "figures": expected true or false, got maybe'),
+        ("draws=5", 'setting "draws": expected an even number'),
+        ("num_samples=2.5", 'setting "num_samples": has no effect with objective=denoising'),
         ("control=abc", "control: expected finite numbers, got abc"),
         ("draws=2", 'setting "draws"'),
         ("both_ways=true", 'setting "both_ways"'),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
 from cldm.pairs import expose, open_photo
@@ -22,7 +21,7 @@ from dataForTrain.make_dataset import (
     render,
     render_framed,
 )
-from ldm.settings import InputError, override
+from ldm.settings import InputError, override, read_yaml
 
 FOLDER = Path(make_dataset.__file__).parent
 
@@ -59,7 +58,7 @@ def test_other_angles_and_photos(tmp_path):
 
 def test_views_are_drawn_over_every_range_and_are_what_their_controls_say(tmp_path):
     run("views=20", "photos=coffee", "image_size=32", f"out_dir={tmp_path}")
-    controls = OmegaConf.load(tmp_path / "controls.yaml")
+    controls = read_yaml(tmp_path / "controls.yaml")
     assert controls.names == ["rotation", "zoom", "exposure", "blur"]
     assert controls.units == ["degrees", "ratio", "stops", "pixels"]
     rows, validation = (read(tmp_path / f"{file}.json") for file in ("prompt", "validation"))

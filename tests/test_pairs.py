@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE
-from omegaconf import OmegaConf
 from PIL import Image, ImageFilter
 from torch.nn import functional as F
 
@@ -23,7 +22,7 @@ from cldm.pairs import NO_CHANGE, FreshPairs, choose_changes, compose, draw_pair
 from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.files import find_path
-from ldm.settings import InputError, override, run_script
+from ldm.settings import InputError, override, read_yaml, run_script, write_yaml
 
 
 @pytest.fixture
@@ -293,8 +292,7 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
 @pytest.fixture
 def train(base_yaml, tmp_path):
     """train(*arguments) -> out_dir, after 4 steps of two pairs."""
-    base = OmegaConf.merge(OmegaConf.load(base_yaml), {"reference": True})
-    OmegaConf.save(base, tmp_path / "pair.yaml")
+    write_yaml(read_yaml(base_yaml) | {"reference": True}, tmp_path / "pair.yaml")
 
     def run(*arguments):
         own = [f"base={tmp_path / 'pair.yaml'}", f"out_dir={tmp_path / 'out'}", "batch_size=2", "max_steps=4"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 import invert
@@ -20,7 +19,7 @@ import tutorial_train
 from cldm.model import save_model
 from dataForTrain import make_dataset
 from ldm.files import ROOT
-from ldm.settings import run_script
+from ldm.settings import read_yaml, run_script, write_yaml
 
 SCRIPTS = {
     "test5.py": test5,
@@ -148,9 +147,9 @@ def test_incomplete_control_is_named(arguments, control_folder, out_dir, fails_i
 
 @pytest.mark.parametrize("key", ["sampling", "test5", "only_mid_control", "a_prompt"])
 def test_model_yaml_without_a_key_is_named(arguments, control_folder, out_dir, fails_in_one_line, key):
-    config = OmegaConf.load(control_folder / "model.yaml")
+    config = read_yaml(control_folder / "model.yaml")
     del config[key]
-    OmegaConf.save(config, control_folder / "model.yaml")
+    write_yaml(config, control_folder / "model.yaml")
     assert key in fails_in_one_line(test5.main, test5.settings, arguments)
     assert nothing_in(out_dir)
 
@@ -203,13 +202,13 @@ def test_bad_picture_is_named(arguments, out_dir, tmp_path, fails_in_one_line, k
 @INFERENCE
 def test_unwritable_out_dir_of_an_inference_is_named(script, arguments, unwritable, fails_in_one_line):
     line = fails_in_one_line(script.main, script.settings, [*arguments, f"out_dir={unwritable}"])
-    assert f"out_dir {unwritable}: cannot be written" in line
+    assert f"{unwritable}: cannot be written" in line
 
 
 @pytest.mark.parametrize("script", [tutorial_train, make_dataset], ids=["tutorial_train", "make_dataset"])
 def test_unwritable_out_dir_is_named(script, unwritable, fails_in_one_line):
     line = fails_in_one_line(script.main, script.settings, [f"out_dir={unwritable}"])
-    assert f"out_dir {unwritable}: cannot be written" in line
+    assert f"{unwritable}: cannot be written" in line
 
 
 def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fails_in_one_line):
@@ -217,12 +216,6 @@ def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fa
         lambda s: tool_add_control.main(s, [str(base_yaml), str(unwritable)]), tool_add_control.settings, []
     )
     assert f"{unwritable}: cannot be written" in line
-
-
-@pytest.mark.parametrize("paths", [[], ["in"], ["in", "out", "more"]], ids=len)
-def test_add_control_takes_two_paths(fails_in_one_line, paths):
-    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, [])
-    assert "expected two paths" in line
 
 
 @pytest.mark.parametrize(
@@ -256,6 +249,13 @@ class TestTraining:
             ("data_root=nowhere", "nowhere/prompt.json: no such file"),
             ("base=nowhere.yaml", "nowhere.yaml: no such file"),
             ("resume_path=nowhere", "nowhere: no such folder"),
+            ("resume_path=nowhere hint=coordinate", 'setting "hint": has no effect with resume_path'),
+            ("controls=[zoom]", 'setting "controls": has no effect without pairs'),
+            ("pairs=train", 'setting "data_root": has no effect with pairs'),
+            ("base=models/tiny_pair.yaml hint=coordinate", 'setting "hint": has no effect with `reference: true`'),
+            ("accelerator=tpu", "tpu"),
+            ("learning_rate=inf", "learning_rate"),
+            ("batch_size=0.5", "batch_size"),
             ("hint=cnn", 'got "cnn"'),
             ("batch_size=0", "batch_size"),
             ("max_steps=0", "max_steps"),
@@ -264,7 +264,7 @@ class TestTraining:
         ],
     )
     def test_bad_value_is_named(self, train_arguments, out_dir, fails_in_one_line, argument, message):
-        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*train_arguments, argument])
+        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*train_arguments, *argument.split()])
         assert message in line and nothing_in(out_dir)
 
     def test_yaml_without_a_picture_size_is_named(self, train_arguments, base_yaml, tmp_path, fails_in_one_line):

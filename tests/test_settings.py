@@ -1,14 +1,38 @@
 """key=value settings, folders written whole or not at all, and errors in one line."""
 
+import contextlib
+import errno
+import io
+import math
+import os
+import resource
+import signal
 import sys
+from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
+import safetensors.torch
+import torch
+from PIL import Image
 
-from ldm.files import output_folder, whole_folder
-from ldm.settings import InputError, override, read_yaml, run_script
+from ldm.files import find_path, fresh_folder, output_folder, report_folder, whole_folder, write_whole
+from ldm.settings import (
+    InputError,
+    Settings,
+    check_kinds,
+    check_numbers,
+    check_used,
+    override,
+    read_yaml,
+    run_script,
+    split_arguments,
+    write_yaml,
+)
 
-DEFAULTS = dict(name="a", steps=10, rate=0.5, locked=True, control=[-4.0], names=[], scale=None)
+DEFAULTS = dict(name="a", steps=10, rate=0.5, locked=True, control=[-4.0], names=[], scale=None, n_prompt=None)
+
+
+TEXTS = ["a ${seed} b", "costs ${price}", "${oc.env:HOME}", "photo #3", "???", "2024-05-01", "1:30"]
 
 
 @pytest.mark.parametrize(
@@ -36,11 +60,19 @@ DEFAULTS = dict(name="a", steps=10, rate=0.5, locked=True, control=[-4.0], names
         ("scale=null", None),
         ("scale=a text", "a text"),
         ("scale=[1, 2]", [1, 2]),
+        ("scale=None", None),
+        ("steps=1e3", 1000),
+        ("steps=010", 10),  # not in base eight
+        ("locked=yes", True),
+        # what is text stays that text
+        *((f"{key}={text}", text) for key in ("name", "n_prompt", "scale") for text in TEXTS),
+        *((f"n_prompt={text}", text) for text in ("5", "yes", "[a]", "1e-3", "a: b", "")),
+        ("n_prompt=None", None),
     ],
 )
 def test_value_takes_the_type_of_its_default(argument, expected):
     key = argument.partition("=")[0]
-    s = OmegaConf.to_container(override(DEFAULTS, [argument]))
+    s = override(DEFAULTS, [argument])
     assert s == {**DEFAULTS, key: expected} and type(s[key]) is type(expected)
 
 
@@ -63,15 +95,20 @@ def test_the_last_of_two_wins():
         ("qqqq=3", r"known: name, steps, rate"),
         ("--steps=3", r'"--steps" \(did you mean "steps"\?\)'),
         ("steps", "expected key=value"),
-        ("steps=2.5", 'setting "steps": expected int, got "2.5"'),
-        ("steps=many", "expected int"),
-        ("steps=true", "expected int"),
-        ("steps=[3]", "expected int"),
-        ("rate=fast", "expected float"),
-        ("rate=true", "expected float"),
-        ("rate=[1, 2", "expected float"),
-        ("locked=1", "expected bool"),
-        ("locked=maybe", "expected bool"),
+        ("steps=2.5", 'setting "steps": expected a whole number, got "2.5"'),
+        ("steps=many", "expected a whole number"),
+        ("steps=true", "expected a whole number"),
+        ("steps=[3]", "expected a whole number"),
+        ("rate=fast", "expected a number"),
+        ("rate=true", "expected a number"),
+        ("rate=[1, 2", "expected a number"),
+        ("locked=1", "expected true or false"),
+        ("rate=.inf", 'setting "rate": expected a finite number, got ".inf"'),
+        ("rate=1e999", "expected a finite number"),
+        ("rate=" + "9" * 400, "expected a number"),
+        ("scale=.nan", "expected a finite number"),
+        ("steps=1.5e0", "expected a whole number"),
+        ("locked=maybe", "expected true or false"),
         ("steps=", 'setting "steps"'),
         ("rate=null", 'setting "rate"'),
         ("locked=null", 'setting "locked"'),
@@ -133,7 +170,7 @@ def test_whole_folder_shows_nothing_before_it_is_whole(tmp_path):
 
 @pytest.mark.parametrize("make", [output_folder, lambda path: whole_folder(path).__enter__()])
 def test_unwritable_folder_is_named(unwritable, make):
-    with pytest.raises(InputError, match=f"out_dir {unwritable}: cannot be written"):
+    with pytest.raises(InputError, match=f"{unwritable}: cannot be written"):
         make(unwritable)
     with pytest.raises(InputError, match="cannot be written"):
         make(unwritable.parent)  # a file where the folder should be
@@ -158,3 +195,247 @@ def test_broken_yaml_is_named(tmp_path, content, message):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=f"model.yaml: {message}"):
         read_yaml(file)
+
+
+def test_nothing_is_too_deep_to_be_answered(tmp_path):
+    deep = "[" * 10**4 + "]" * 10**4
+    assert override(DEFAULTS, [f"scale={deep}"]).scale == deep
+    (tmp_path / "deep.json").write_text(deep)
+    with pytest.raises(InputError, match="deep.json: cannot be read as YAML"):
+        read_yaml(tmp_path / "deep.json")
+
+
+class TestYaml:
+    def test_texts_stay_what_they_are(self, tmp_path):
+        file = tmp_path / "a.yaml"
+        file.write_text(
+            "n_prompt: a ${x} of ???\na_prompt: 2024-05-01\nnames: [yes, 1e-3, 007, null]\ndate: 2024-05-01\n"
+        )
+        expected = dict(n_prompt="a ${x} of ???", a_prompt="2024-05-01", names=["yes", "1e-3", "007", None])
+        assert read_yaml(file) == expected | {"date": "2024-05-01"}
+
+    def test_numbers_are_what_they_look_like(self, tmp_path):
+        file = tmp_path / "a.yaml"
+        file.write_text("a: 1e-3\nb: 010\nc: -5\nd: .5\ne: 1.\nf: {g: 1E+2}\nh: null\ni: false\n")
+        config = read_yaml(file)
+        assert config == dict(a=1e-3, b=10, c=-5, d=0.5, e=1.0, f={"g": 100.0}, h=None, i=False)
+        assert type(config.c) is int and type(config.e) is float and config.f.g == 100
+
+    @pytest.mark.parametrize("value", ["1e-3", "010", "null", "None", "yes", "${x}", "a: b #c", "é\u2028\x85", " a "])
+    def test_what_is_written_is_what_is_read(self, tmp_path, value):
+        values = Settings(key=value, n_prompt=value, inner=Settings(list=[value, 1, 1e-3, None, True]))
+        write_yaml(values, tmp_path / "a.yaml")
+        assert read_yaml(tmp_path / "a.yaml") == values
+
+    def test_a_byte_order_mark_is_no_part_of_it(self, tmp_path):
+        (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfbase: x\n")
+        assert read_yaml(tmp_path / "a.yaml") == {"base": "x"}
+
+    def test_code_is_not_run(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("base: !!python/object/apply:os.getcwd []\n")
+        with pytest.raises(InputError, match="cannot be read as YAML"):
+            read_yaml(tmp_path / "a.yaml")
+
+
+class TestChecks:
+    @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400, True, "1", [1], 0])
+    @pytest.mark.parametrize("kind, what", [(float, "a number"), (int, "a whole number")])
+    def test_what_is_no_such_number_is_named(self, kind, what, value):
+        with pytest.raises(InputError, match=f'setting "n": expected {what}, at least 1, got '):
+            check_numbers(Settings(n=value), kind, n=(1, math.inf))
+
+    def test_halves_are_refused_where_whole_numbers_are_needed(self):
+        with pytest.raises(InputError, match='setting "n": expected a whole number from 1 to 9, got 2.5'):
+            check_numbers(Settings(n=2.5), int, n=(1, 9))
+        s = Settings(n=2.0, m=None)
+        check_numbers(s, int, n=(1, 9), m=(1, 9), other=(1, 9))
+        assert type(s.n) is int and s == {"n": 2, "m": None}
+
+    def test_another_type_is_named(self):
+        check_kinds(Settings(figures=None, both_ways=False), bool, "figures", "both_ways")
+        with pytest.raises(InputError, match='setting "figures": expected true or false, got maybe'):
+            check_kinds(Settings(figures="maybe"), bool, "figures")
+
+    def test_what_has_no_effect_is_named(self):
+        check_used(DEFAULTS, DEFAULTS, "here", "rate")
+        with pytest.raises(InputError, match='setting "rate": has no effect here; leave it out'):
+            check_used(override(DEFAULTS, ["rate=2"]), DEFAULTS, "here", "rate")
+
+
+class TestArguments:
+    def test_an_equals_sign_in_a_path_makes_no_setting(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "epoch=276-step=27700.ckpt").touch()
+        arguments = ["steps=3", "epoch=276-step=27700.ckpt", "runs/lr=0.1/out"]
+        assert split_arguments(arguments, DEFAULTS, ("IN", "OUT")) == (arguments[1:], arguments[:1])
+
+    @pytest.mark.parametrize("arguments", [[], ["in"], ["in", "out", "more"], ["in", "steps=3"]])
+    def test_too_few_or_too_many_paths_are_named(self, arguments):
+        with pytest.raises(InputError, match="expected 2 paths, IN OUT, got"):
+            split_arguments(arguments, DEFAULTS, ("IN", "OUT"))
+
+    def test_a_misspelt_setting_is_no_path(self):
+        paths, others = split_arguments(["in", "stesp=3"], DEFAULTS, ("IN", "OUT"))
+        with pytest.raises(InputError, match='unknown setting "stesp"'):
+            override(DEFAULTS, others)
+
+
+class TestRunScript:
+    def test_ctrl_c_is_one_line(self, capsys):
+        def main(s):
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(main, DEFAULTS, [], resume="start it again")
+        assert exit_info.value.code == 130 and capsys.readouterr().err == "\nstopped; start it again\n"
+
+    def test_a_full_disk_is_one_line(self, fails_in_one_line):
+        def main(s):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.txt")
+
+        assert fails_in_one_line(main, {}, []) == "error: a.txt: cannot be written (No space left on device)"
+
+    @pytest.mark.parametrize("encoding", ["ascii", "cp866", "utf-8"])
+    def test_any_console_can_show_what_is_printed(self, monkeypatch, encoding):
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+
+        def main(s):
+            print("1 ± 2°, 日本, \udcff")
+            raise InputError("−1 × 日本")
+
+        with pytest.raises(SystemExit):
+            run_script(main, {}, [])
+        out.flush(), err.flush()
+        printed = out.buffer.getvalue().decode(encoding), err.buffer.getvalue().decode(encoding)
+        if encoding == "utf-8":
+            assert printed == ("1 ± 2°, 日本, ?\n", "error: −1 × 日本\n")
+        else:
+            assert printed == (f"1 +- 2{'°' if encoding == 'cp866' else ' deg'}, ??, ?\n", "error: -1 x ??\n")
+
+
+class TestPaths:
+    def test_home_is_found(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a.png").touch()
+        assert find_path("~/a.png") == tmp_path / "a.png" and output_folder("~/out") == tmp_path / "out"
+        assert fresh_folder("~/new") == tmp_path / "new" and not (tmp_path / "new").exists()
+
+    def test_what_is_missing_is_called_as_it_was_typed(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert find_path("a.png") == Path("a.png") and find_path("models/tiny.yaml").is_absolute()
+
+    @pytest.mark.parametrize("call", [find_path, output_folder, fresh_folder])
+    def test_a_name_that_is_too_long_is_named(self, call):
+        with pytest.raises(InputError, match=r"a: cannot be (read|written) \(File name too long\)"):
+            call("a" * 300)
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+class TestFreshFolder:
+    def test_what_is_there_is_kept_unless_told_otherwise(self, tmp_path):
+        assert fresh_folder(tmp_path) == tmp_path
+        for name in (".hidden", "unet", "mine"):
+            (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match="has mine, unet in it already; choose another folder, or give overwr"):
+            fresh_folder(tmp_path)
+        assert fresh_folder(tmp_path, overwrite=True) == fresh_folder(tmp_path, own=["mine", "unet"]) == tmp_path
+        with pytest.raises(InputError, match="choose another folder$"):
+            fresh_folder(tmp_path, overwrite=True, never=["unet"])
+
+    def test_what_is_read_is_never_written_over(self, tmp_path):
+        with pytest.raises(InputError, match="which is read"):
+            fresh_folder(tmp_path, overwrite=True, inputs=[tmp_path / "a.png"])
+
+    @pytest.mark.parametrize(
+        "report, own", [(None, True), ('{"history": []}', True), ('{"mine": 1}', False), ("", False)]
+    )
+    def test_only_reports_of_the_same_script_are_replaced(self, tmp_path, report, own):
+        (tmp_path / "other.txt").touch()
+        if report is not None:
+            (tmp_path / "result.json").write_text(report)
+        expected = pytest.raises(InputError, match="has a result.json that is not of this script")
+        with contextlib.nullcontext() if own else expected:
+            report_folder(tmp_path, "result.json", "history", "figure.png")
+
+    def test_a_figure_without_its_report_is_somebody_elses(self, tmp_path):
+        (tmp_path / "figure.png").touch()
+        with pytest.raises(InputError, match="figure.png"):
+            report_folder(tmp_path, "result.json", "history", "figure.png")
+
+
+class TestWriting:
+    """Whole or not at all, whatever happens."""
+
+    @pytest.mark.parametrize("fails", range(1, 9))
+    def test_a_swap_that_fails_leaves_the_old(self, tmp_path, monkeypatch, fails):
+        (tmp_path / "a").mkdir()
+        for name in ("a/old", "b", "gone", "other"):
+            (tmp_path / name).write_text("old")
+        before, replace, calls = snapshot(tmp_path), os.replace, []
+
+        def failing(source, target):
+            calls.append(source)
+            if len(calls) == fails:
+                raise OSError(errno.EIO, "Input/output error")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", failing)
+        try:
+            with whole_folder(tmp_path, removes=["gone"]) as folder:
+                (folder / "a").mkdir()
+                for name in ("a/new", "b", "c"):
+                    (folder / name).write_text("new")
+        except InputError as error:
+            assert str(error) == f"{tmp_path}: cannot be written (Input/output error)"
+            assert snapshot(tmp_path) == before
+        else:
+            assert len(calls) < fails  # three old away, three new in
+            after = {str(name): text for name, text in snapshot(tmp_path).items()}
+            assert after == {"a": False, "a/new": b"new", "b": b"new", "c": b"new", "other": b"old"}
+
+    @pytest.fixture
+    def small_disk(self):
+        """Files may have 4096 bytes: writing more fails as on a full disk."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    WRITERS = {
+        "text": lambda file: file.write_text("x" * 10**5),
+        "picture": lambda file: Image.effect_noise((99, 99), 99).save(file, "png"),
+        "safetensors": lambda file: safetensors.torch.save_file({"a": torch.zeros(9999)}, file),
+        "torch": lambda file: torch.save({"a": torch.zeros(9999)}, file),
+    }
+
+    @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+    def test_a_full_disk_is_named_and_the_old_stays(self, tmp_path, write, small_disk):
+        (tmp_path / "file").write_text("old")
+        before = snapshot(tmp_path)
+        with pytest.raises(InputError, match=f"{tmp_path}/file: cannot be written "):
+            write_whole(tmp_path / "file", write)
+        assert snapshot(tmp_path) == before
+        if write is self.WRITERS["torch"]:
+            return  # writes checkpoints alone, which are files
+        with pytest.raises(InputError, match=f"{tmp_path}: cannot be written "), whole_folder(tmp_path) as folder:
+            write(folder / "file")
+        assert snapshot(tmp_path) == before
+        with pytest.raises(InputError), whole_folder(tmp_path / "new") as folder:
+            write(folder / "file")
+        assert snapshot(tmp_path) == before
+
+    def test_everybody_may_read_what_the_umask_allows(self, tmp_path):
+        weights = {"a": torch.zeros(1)}
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / "unet").mkdir(mode=0o700)
+            safetensors.torch.save_file(weights, folder / "unet" / "a")
+        write_whole(tmp_path / "b", lambda file: safetensors.torch.save_file(weights, file))
+        (tmp_path / "ordinary").touch()
+        ordinary = (tmp_path / "ordinary").stat().st_mode
+        assert (tmp_path / "out" / "unet" / "a").stat().st_mode == (tmp_path / "b").stat().st_mode == ordinary
+        assert (tmp_path / "out" / "unet").stat().st_mode == (tmp_path / "out").stat().st_mode

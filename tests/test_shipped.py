@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import test5
 import test5_s1
@@ -12,6 +11,7 @@ from cldm.reading import read_controls
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path
 from ldm.pictures import load_picture, pictures_to_tensor
+from ldm.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_change_between_two_pictures_is_read():
 
 def test_warm_started_descent_arrives(shipped):
     """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
-    s = OmegaConf.create({**test5_s1.settings, "num_samples": 2})
+    s = Settings({**test5_s1.settings, "num_samples": 2})
     start, target = (render_framed(TRAIN["astronaut"], shipped.config.image_size, angle) for angle in (-4, 2))
     result = test5.infer(shipped, s, [start], [target], torch.tensor([[-4.0]]), "test5_s1")
     assert result.control.item() == pytest.approx(2, abs=0.3) and result.iterations.item() < 20

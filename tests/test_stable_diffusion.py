@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +23,7 @@ from ldm.base import LatentDiffusion
 from ldm.checkpoints import controlnet_weights, original_key, read_weights
 from ldm.ddim import ddim_timesteps
 from ldm.files import ROOT
-from ldm.settings import run_script
+from ldm.settings import Settings, read_yaml, run_script, write_yaml
 from ldm.text import clip_tokenizer
 from tests.conftest import randomize_zero_convolutions
 from tests.original_layout import original_weights
@@ -43,9 +42,9 @@ def base_file(folder, tmp_path):
     file = tmp_path / "narrow.safetensors"
     save_file(original_weights(LatentDiffusion.from_pretrained(folder)), file)
     name = "cldm_v15" if "sd1" in folder.name else "cldm_v21"
-    config = OmegaConf.load(ROOT / "models" / f"{name}.yaml")
+    config = read_yaml(ROOT / "models" / f"{name}.yaml")
     own = dict(base=str(file), architecture=str(folder), image_size=SIZE, precision="float32")
-    OmegaConf.save(OmegaConf.merge(config, own), tmp_path / "narrow.yaml")
+    write_yaml(config | own, tmp_path / "narrow.yaml")
     return tmp_path / "narrow.yaml", file
 
 
@@ -174,7 +173,7 @@ def test_a_base_in_half_precision_reads_the_same(model, normal):
 def test_a_control_in_half_precision_keeps_its_number(model, tmp_path, normal):
     """A number that half precision could not tell from another still changes what is drawn."""
     save_model(model, tmp_path)
-    OmegaConf.save(OmegaConf.merge(model.config, {"precision": "bfloat16"}), tmp_path / "model.yaml")
+    write_yaml(model.config | {"precision": "bfloat16"}, tmp_path / "model.yaml")
     half = load_model(tmp_path)
     assert half.base.unet.dtype == half.control_net.dtype == torch.bfloat16
     hint = half.control_net.controlnet_cond_embedding
@@ -186,7 +185,7 @@ def test_a_control_in_half_precision_keeps_its_number(model, tmp_path, normal):
 def forks_weights(model, latent_size):
     """Returns: the original fork's file of a Stable Diffusion with a control: its MLP has ReLU after every layer."""
     torch.manual_seed(4)
-    fork = add_control(model.base, OmegaConf.merge(model.config, {"image_size": 8 * latent_size}), hint="original")
+    fork = add_control(model.base, Settings(model.config | {"image_size": 8 * latent_size}), hint="original")
     randomize_zero_convolutions(fork.control_net)
     control = {f"control_model.{original_key(k, 2)}": v for k, v in fork.control_net.state_dict().items()}
     return {**original_weights(model.base), **control}
@@ -197,7 +196,7 @@ def test_what_the_original_fork_trained_is_taken_over(model, folder, tmp_path, n
     assert "control_model.mlp.fc3.bias" in weights
     save_file(weights, tmp_path / "fork.safetensors")
     config = dict(base=str(tmp_path / "fork.safetensors"), architecture=str(folder))
-    OmegaConf.save(OmegaConf.merge(model.config, config), tmp_path / "fork.yaml")
+    write_yaml(model.config | config, tmp_path / "fork.yaml")
     add(tmp_path / "fork.yaml", tmp_path / "taken", control_range="[-5,5]")
     taken = load_model(tmp_path / "taken")
     assert taken.config.image_size == 40 and taken.control_net.config.control_high == [5.0]
@@ -234,8 +233,8 @@ def test_an_encoder_in_the_original_layout_is_a_starting_point(model, folder, tm
 
 def test_a_control_of_another_base_is_refused(model, base_yaml, picture, fails_in_one_line, tmp_path):
     save_model(model, tmp_path / "control")
-    other = OmegaConf.merge(model.config, {"base": OmegaConf.load(base_yaml).base})
-    OmegaConf.save(other, tmp_path / "control" / "model.yaml")
+    other = model.config | {"base": read_yaml(base_yaml).base}
+    write_yaml(other, tmp_path / "control" / "model.yaml")
     arguments = [f"model_path={tmp_path / 'control'}", f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
     assert "made for another base" in fails_in_one_line(invert.main, invert.settings, arguments)
     (tmp_path / "empty").mkdir()

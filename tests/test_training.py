@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 import tutorial_train
 from cldm.dataset import ControlDataset, split_rows
 from cldm.model import fit_statistics, load_model, save_model
 from cldm.training import ControlTraining
-from ldm.settings import InputError, override
+from ldm.settings import InputError, override, read_yaml
 
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
 VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
@@ -77,7 +76,7 @@ def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, ca
         assert model.control_net.controlnet_mid_block.weight.any()  # it learned
         assert not any(parameter.any() for parameter in model.control_net.controlnet_down_blocks.parameters())
         assert not (folder / "unet").exists()
-        assert OmegaConf.load(folder / "model.yaml").only_mid_control is True
+        assert read_yaml(folder / "model.yaml").only_mid_control is True
     assert {path.name for path in (out_dir / "pictures").iterdir()} == {"000002.png", "000004.png"}
     assert list((out_dir / "tensorboard").glob("events*"))
     assert not list(out_dir.rglob(".partial*"))
