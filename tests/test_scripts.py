@@ -253,7 +253,7 @@ class TestTraining:
             ("controls=[zoom]", 'setting "controls": has no effect without pairs'),
             ("pairs=train", 'setting "data_root": has no effect with pairs'),
             ("base=models/tiny_pair.yaml hint=coordinate", 'setting "hint": has no effect with `reference: true`'),
-            ("accelerator=tpu", "tpu"),
+            ("accelerator=tpu", "accelerator, devices, strategy or precision: "),
             ("learning_rate=inf", "learning_rate"),
             ("batch_size=0.5", "batch_size"),
             ("hint=cnn", 'got "cnn"'),
