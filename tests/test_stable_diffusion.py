@@ -212,7 +212,8 @@ def test_what_the_original_fork_trained_is_taken_over(model, folder, tmp_path, n
 def test_an_exported_file_is_read_back(model, tmp_path, capsys):
     save_model(model, tmp_path / "control")
     file = tmp_path / "control.safetensors"
-    run_script(lambda s: tool_export_control.main(s, [str(tmp_path / "control"), str(file)]), {}, [])
+    paths = [str(tmp_path / "control"), str(file)]
+    run_script(tool_export_control.main, tool_export_control.settings, paths, paths=tool_export_control.PATHS)
     read = controlnet_weights(read_weights(file), model.base.unet.config)
     own = load_model(tmp_path / "control").control_net.state_dict()
     assert read.keys() == own.keys() and all(torch.equal(read[key].float(), own[key]) for key in own)
