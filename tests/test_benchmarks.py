@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from benchmarks import inversion, odd_inputs, pairs
+from benchmarks import drawn, inversion, odd_inputs, pairs
+from cldm.dataset import read_control_names, read_rows
 from ldm.settings import run_script
 
 
@@ -74,3 +76,26 @@ def test_odd_inputs_are_judged(truth, unseen, width, flags, ended):
     case = odd_inputs.Case("a case", None, truth=truth, unseen=unseen, model="control_tiny")
     reading = dict(names=["angle"], control=0.0, std=width / 4, interval90=[[-width / 2, width / 2]], flags=flags)
     assert odd_inputs.judge(case, reading)["ended"] == ended
+
+
+@pytest.mark.parametrize("name", drawn.THINGS)
+def test_things_change_with_their_number(name):
+    low, near, high = (np.asarray(drawn.draw_thing(name, value), float) for value in (0.5, 1, 8.5))
+    assert low.shape == (drawn.SIZE, drawn.SIZE, 3) and np.abs(low - high).mean() > np.abs(low - near).mean() > 0.05
+
+
+def test_drawn_things_are_a_dataset(tmp_path):
+    drawn.draw_dataset(tmp_path, drawn.values_between(2))
+    rows = read_rows(tmp_path / "prompt.json")
+    assert len(rows) == 2 * len(drawn.THINGS) == len({row.control for row in rows})
+    assert all(0 < row.control[0] < drawn.HIGHEST and row.control[0] % 1 for row in rows)
+    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"])
+
+
+def test_drawn_things_are_tabled(capsys):
+    reading = dict(prompt="a clock", control=2.0, std=0.1, interval90=[[1.8, 2.2]])
+    results = [dict(reading, error=error, flags=flags) for error, flags in ((0.1, []), (0.3, []), (7, ["ambiguous"]))]
+    drawn.tabulate({"clock": results})
+    printed = capsys.readouterr().out
+    assert "| clock | 3 | 0.300 | 6.330 | 7.000 | 33% | 1 | 1 |" in printed
+    assert "a clock, -5.00: 2.00 ± 0.10 ambiguous" in printed and printed.count("a clock") == 1
