@@ -16,14 +16,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFilter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import invert  # noqa: E402
-import tutorial_train  # noqa: E402
-from ldm.files import output_folder  # noqa: E402
-from ldm.settings import check_numbers, override, run_script  # noqa: E402
+import invert
+import tutorial_train
+from ldm.files import output_folder
+from ldm.settings import check_numbers, override, run_script, write_yaml
 
 settings = dict(
     data_root="outputs/drawn/data",  # the pictures are drawn into it
@@ -229,7 +228,7 @@ def draw_dataset(folder, values):
             draw_thing(name, row["source"]).save(folder / row["target"])
             rows.append(json.dumps(row) + "\n")
     (folder / "prompt.json").write_text("".join(rows))
-    OmegaConf.save({"names": ["value"], "units": [f"of {HIGHEST}"]}, folder / "controls.yaml")
+    write_yaml({"names": ["value"], "units": [f"of {HIGHEST}"]}, folder / "controls.yaml")
 
 
 def read_between(model_path, folder, count):
@@ -265,7 +264,7 @@ def tabulate(results):
 
 
 def main(s):
-    check_numbers(s, max_steps=(1, math.inf), between=(1, 1000))
+    check_numbers(s, int, max_steps=(1, math.inf), between=(1, 1000))
     out_dir, data_root, model_path = output_folder(s.out_dir), Path(s.data_root), Path(s.model_path)
     if not (model_path / "config.json").exists():
         draw_dataset(data_root, {name: range(HIGHEST + 1) for name in THINGS})

@@ -31,13 +31,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import invert  # noqa: E402
-from cldm.dataset import read_rows  # noqa: E402
-from cldm.pairs import CHANGES, MOTIONS, NO_CHANGE, cut, draw_change, draw_pair, expose, inverse, similarity  # noqa: E402
-from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed  # noqa: E402
-from ldm.files import ROOT, output_folder  # noqa: E402
-from ldm.pictures import check_picture  # noqa: E402
-from ldm.settings import InputError, check_numbers, nearest, override, run_script  # noqa: E402
+import invert
+from cldm.dataset import read_rows
+from cldm.pairs import CHANGES, MOTIONS, NO_CHANGE, cut, draw_change, draw_pair, expose, inverse, similarity
+from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed
+from ldm.files import ROOT, output_folder
+from ldm.pictures import check_picture
+from ldm.settings import InputError, check_numbers, nearest, override, run_script
 
 SIZE = 128  # pixels
 settings = dict(
@@ -856,7 +856,7 @@ def judge(case, result):
 
 
 def main(s):
-    check_numbers(s, seed=(0, 2**32 - 1))
+    check_numbers(s, int, seed=(0, 2**32 - 1))
     out_dir = output_folder(s.out_dir)
     for old in ("pictures", "formulas"):
         shutil.rmtree(out_dir / old, ignore_errors=True)
