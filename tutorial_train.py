@@ -44,30 +44,44 @@ import logging
 import math
 import random
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
-from cldm.dataset import ControlDataset, read_control_names, split_rows
+from cldm.dataset import ControlDataset, TrainingOrder, read_control_names, split_rows
 from cldm.memory import Estimate, checkpointing
 from cldm.model import add_control, control_folder, fit_statistics, load_base, load_model
-from cldm.pairs import CHANGES, FreshPairs, choose_changes, draw_change
+from cldm.pairs import CHANGES, FreshPairs, check_photos, choose_changes, draw_change
 from cldm.reading import calibrate
-from cldm.report import PictureLogger
-from cldm.training import RESUME_FILE, ControlTraining, SaveBestAndLast, find_checkpoint
+from cldm.report import PictureLogger, describe_data, tell_bars
+from cldm.training import (
+    PRECISIONS,
+    RESUME_FILE,
+    ControlTraining,
+    Progress,
+    SaveBestAndLast,
+    digest_weights,
+    find_checkpoint,
+    stoppable,
+)
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import output_folder
+from ldm.files import lock_folder, output_folder
 
 VALIDATION_PAIRS = 144
 STATISTICS = 10_000  # random changes, for the spread of each
 
 
 def read_data(s):
-    """Returns: what is trained on, rows or files of pictures; the same for validation; all controls; names; units."""
+    """Returns: what is trained on, rows or files of pictures; the same for validation; all controls; names; units.
+
+    Names and units are None where nobody gave them.
+    """
     if s.pairs:
         ranges = choose_changes(s.controls)
         rng = random.Random(s.seed)
@@ -88,8 +102,9 @@ def split_pictures(folder):
     return [file for file in files if file not in held_out], held_out
 
 
-def make_model(s, controls, names, units, references):
+def make_model(s, controls, names, units, prompts, references):
     """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of the controls."""
+    numbers = len(controls[0])
     if s.resume_path:
         model = load_model(s.resume_path, dtype=torch.float32)
         if s.base != settings["base"]:
@@ -98,35 +113,52 @@ def make_model(s, controls, names, units, references):
         base, config = load_base(s.base)
         if config.get("reference"):
             check_used(s, settings, "with `reference: true` in the base's YAML, which has a hint of its own", "hint")
-        model = add_control(base, config, control_dim=len(names), hint=s.hint)
+        model = add_control(base, config, control_dim=numbers, hint=s.hint)
     data = s.pairs or s.data_root
-    if model.control_net.control_dim != len(names):
+    if model.control_net.control_dim != numbers:
         raise InputError(
             f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {data} has "
-            f"{len(names)}; make one with tool_add_control.py control_dim={len(names)}"
+            f"{numbers}; make one with tool_add_control.py control_dim={numbers}"
         )
-    have = model.control_net.config
-    if s.pairs and have.control_low is not None and list(have.control_names) != names:
-        raise InputError(f"resume_path {s.resume_path}: was trained on {', '.join(have.control_names)}, not these")
     if model.control_net.uses_reference != references:
-        has = "references" if references else "no references"
-        raise InputError(f"{data} has {has}: set reference: {str(references).lower()} in the YAML of the base")
+        has, base = ("references", "tiny_pair") if references else ("no references", "tiny")
+        where = f"resume_path {s.resume_path}" if s.resume_path else f"base {s.base}"
+        raise InputError(
+            f"{data} has {has}, unlike {where}: give base=models/{base}.yaml, or a base with reference: "
+            f"{str(references).lower()} in its YAML"
+        )
     model.config.only_mid_control = s.only_mid_control
-    fit_statistics(model.control_net, controls, names, units)
+    fit_statistics(model.control_net, controls, names, units, prompts)
     return model
 
 
 def make_datasets(s, model, train, validation):
-    """Returns: the datasets of training and validation, None without."""
+    """Returns: the datasets of training and validation, None without; {what: its digest}."""
     base, size = model.base, model.config.image_size
     if not s.pairs:
         datasets = [ControlDataset(rows, base, size) if rows else None for rows in (train, validation)]
-        print(f"{len(train)} training and {len(validation)} validation pictures")
-        return datasets
-    print(f"pairs from {len(train)} training and {len(validation)} validation photographs")
+        digests = [dataset.digest for dataset in datasets if dataset]
+        return *datasets, {f"the {key}": " ".join(digest[key] for digest in digests) for key in digests[0]}
     ranges = choose_changes(s.controls)
-    drawn = FreshPairs(validation or train, ranges, base, size, 0, s.seed + 1).draw(VALIDATION_PAIRS, 0)
-    return FreshPairs(train, ranges, base, size, s.max_steps * s.batch_size, s.seed), drawn
+    digest = {"controls": str({name: [*bounds] for name, bounds in ranges.items()})}
+    digest["the pictures"] = check_photos([*train, *validation])
+    drawn = FreshPairs(validation or train, ranges, base, size, s.seed + 1).draw(VALIDATION_PAIRS, 0)
+    return FreshPairs(train, ranges, base, size, s.seed), drawn, digest
+
+
+def describe_run(s, model, precision, digests):
+    """Returns: {what: text or number}, by which a checkpoint knows whose it is."""
+    settings = ("batch_size", "max_steps", "learning_rate", "prompt_dropout", "sd_locked", "only_mid_control", "seed")
+    scheduler = model.base.scheduler
+    base = model.config.image_size, scheduler.config.prediction_type, scheduler.alphas_cumprod.tolist()
+    return {
+        **{key: s[key] for key in settings},
+        "hint": model.control_net.config.hint,
+        "precision": precision,
+        **digests,
+        "the base": digest_weights(model.base, *base),
+        "the control of resume_path": digest_weights(model.control_net) if s.resume_path else "",
+    }
 
 
 def tell_memory(s, model, trainer):
@@ -144,6 +176,8 @@ def main(s):
     whole = (1, math.inf)
     check_numbers(s, int, batch_size=whole, max_steps=whole, logger_freq=whole, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1))
+    if s.learning_rate == 0:
+        raise InputError('setting "learning_rate": 0 learns nothing, expected a number above it')
     if s.pairs:
         check_used(s, settings, "with pairs, which are cut while training", "data_root")
     else:
@@ -154,34 +188,35 @@ def main(s):
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(s.seed, verbose=False)
     out_dir = output_folder(s.out_dir)
-    if not (out_dir / RESUME_FILE).exists():
-        control_folder(out_dir, s.overwrite, own=["tensorboard"])
+    alone = lock_folder(out_dir) if rank_zero_only.rank == 0 else redirect_stdout(None)
+    with stoppable() as stop, alone:  # of several processes, the first locks and tells
+        if not (out_dir / RESUME_FILE).exists():
+            control_folder(out_dir, s.overwrite, own=["tensorboard"])
+        train_control(s, out_dir, stop)
+
+
+def train_control(s, out_dir, stop):
     train, validation, controls, names, units = read_data(s)
-    model = make_model(s, controls, names, units, references=bool(s.pairs) or train[0].reference is not None)
-    train, validation = make_datasets(s, model, train, validation)
+    prompts = [""] if s.pairs else [row.prompt for row in train]
+    model = make_model(s, controls, names, units, prompts, bool(s.pairs) or train[0].reference is not None)
+    config = model.control_net.config
+    print(f"{len(train)} training and {len(validation)} validation {'photographs' if s.pairs else 'pictures'}")
+    print(*describe_data(controls, config.control_names, config.control_units, prompts, bool(s.pairs)), sep="\n")
+    train, validation, digests = make_datasets(s, model, train, validation)
     print(f"results go to {out_dir}")
 
-    module = ControlTraining(
-        model,
-        learning_rate=s.learning_rate,
-        steps=s.max_steps,
-        sd_locked=s.sd_locked,
-        prompt_dropout=s.prompt_dropout,
-        seed=s.seed,
-    )
-    resume_file, step = find_checkpoint(out_dir, module)
-    sampler = None if s.pairs else RandomSampler(train, replacement=True, num_samples=s.max_steps * s.batch_size)
-    pictures = PictureLogger(validation if s.pairs else train, out_dir / "pictures", s.logger_freq)
-    every = min(s.logger_freq, s.max_steps)
+    saver = SaveBestAndLast(out_dir, s.logger_freq, stop)
+    pictures = PictureLogger(validation if s.pairs else train, out_dir / "pictures", s.logger_freq, s.batch_size)
     try:
         trainer = pl.Trainer(
             max_steps=s.max_steps,
-            val_check_interval=every,
+            val_check_interval=min(s.logger_freq, s.max_steps),
             check_val_every_n_epoch=None,  # count steps: several processes see several epochs
             logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
-            callbacks=[SaveBestAndLast(out_dir, s.logger_freq), pictures],
+            callbacks=[pictures, Progress(), saver],
             enable_checkpointing=False,
             enable_model_summary=False,
+            enable_progress_bar=False,
             accelerator=s.accelerator,
             devices=s.devices,
             strategy=s.strategy,
@@ -189,30 +224,37 @@ def main(s):
             gradient_clip_val=1.0,
             num_sanity_val_steps=0,
             log_every_n_steps=10,
-            use_distributed_sampler=not s.pairs,  # every process draws pairs of its own
+            use_distributed_sampler=False,  # TrainingOrder knows of several processes
         )
     except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
-    if s.pairs:
-        train.first = step * s.batch_size
-        train.seed += trainer.global_rank << 32
+    if trainer.precision not in PRECISIONS:
+        raise InputError(f'setting "precision": expected one of {", ".join(PRECISIONS)}, got {s.precision}')
+    module = ControlTraining(
+        model,
+        learning_rate=s.learning_rate,
+        steps=s.max_steps,
+        sd_locked=s.sd_locked,
+        prompt_dropout=s.prompt_dropout,
+        seed=s.seed,
+        run=describe_run(s, model, trainer.precision, digests),
+    )
+    resume_file, step = find_checkpoint(out_dir, module)
+    order = TrainingOrder(None if s.pairs else len(train), s.max_steps * s.batch_size, s.seed)
+    order.first, order.rank, order.processes = step * s.batch_size, trainer.global_rank, trainer.world_size
     tell_memory(s, module.model, trainer)
     validation_batches = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
-        trainer.fit(
-            module,
-            DataLoader(train, s.batch_size, sampler=sampler),
-            validation_batches,
-            ckpt_path=resume_file,
-            weights_only=True,
-        )
-    if validation_batches and s.max_steps % every:
-        trainer.validate(module, validation_batches, verbose=False)
+        batches = DataLoader(train, s.batch_size, sampler=order)
+        trainer.fit(module, batches, validation_batches, ckpt_path=resume_file, weights_only=True)
+    saver.finish(trainer, module)
     if trainer.is_global_zero:
+        print(saver.verdict())
         trainer.optimizers = []  # their memory
         module.zero_grad()
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
         calibrate(trained, out_dir, validation or train)
+        print(tell_bars(validation or train, seen=not validation))
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
 
 

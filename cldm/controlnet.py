@@ -31,7 +31,8 @@ def initialize_hint(mlp):
 class Hint(nn.Module):
     """What a control adds to the ControlNet's first features.
 
-    Its weights stay in float32 where the network's are in half precision, which would round the number itself.
+    Its weights stay in float32 where the network's are in half precision, and what it does to the number is left out of
+    autocast: both would round the number itself.
     """
 
     dtype = torch.float32  # of the network
@@ -71,7 +72,12 @@ class CoordinateHint(Hint):
         phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
         features = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
         features = features.to(control.dtype).expand(len(control), -1, height, width)
-        return self.mlp(torch.cat([control, features], 1))
+        features = torch.cat([control, features], 1).movedim(1, 3)
+        with torch.autocast(control.device.type, enabled=False):
+            for layer in self.mlp:  # convolutions of 1 x 1 as matrix products, which a GPU does not round to TF32
+                convolution = isinstance(layer, nn.Conv2d)
+                features = F.linear(features, layer.weight[..., 0, 0], layer.bias) if convolution else layer(features)
+        return features.movedim(3, 1)
 
 
 class DenseHint(Hint):
@@ -101,7 +107,8 @@ class DenseHint(Hint):
                 f"this hint was made for latents of {self.shape[1]} x {self.shape[2]}, got "
                 f"{tuple(control.shape[2:])}: use hint=coordinate"
             )
-        return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)
+        with torch.autocast(control.device.type, enabled=False):
+            return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)
 
 
 class ReferenceHint(Hint):
@@ -152,7 +159,7 @@ class ReferenceHint(Hint):
         Returns: where every latent of the target lies in the reference, x and y in latents (B, 2, h, w); how far
         inside that is, from 0 to 1 (B, 1, h, w); the MLP's other outputs.
         """
-        with torch.autocast(control.device.type, enabled=False):  # half precision would round the number itself
+        with torch.autocast(control.device.type, enabled=False):
             motion, *modulation = self.mlp(control).split(self.widths, 1)
             motion = F.pad((motion + self.generators(control)).unflatten(1, (2, 3)), (0, 0, 0, 1))
             positions = self.positions(torch.linalg.matrix_exp(motion), height, width)
@@ -198,8 +205,9 @@ class NumericControlNet(ControlNetModel):
     hint_octaves: frequencies of the positions, used by "coordinate" alone.
     latent_size: side of the latents, needed by "dense" and "original" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
-    control is normalised. control_low, control_high: the trained range, None before training. error_scale, error_floor,
-    explained_loss: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
+    control is normalised. control_low, control_high: the trained range, None before training. prompts: what it was
+    trained with, distinct, the most frequent first. error_scale, error_floor, explained_loss: what
+    cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]
@@ -217,6 +225,7 @@ class NumericControlNet(ControlNetModel):
         control_std: tuple[float, ...] = (1.0,),
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
+        prompts: tuple[str, ...] | None = None,
         error_scale: tuple[float, ...] | None = None,
         error_floor: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
@@ -264,8 +273,13 @@ class NumericControlNet(ControlNetModel):
         return self
 
     def normalize(self, control):
-        """control: (B, d) in the dataset's units. Returns: (B, d) with the training set's mean 0 and spread 1."""
-        return (control - control.new_tensor(self.config.control_mean)) / self.spread(control)
+        """control: (B, d) in the dataset's units, float64 where float32 would round it.
+
+        Returns: (B, d) with the training set's mean 0 and spread 1, in the precision of the hint's weights.
+        """
+        control = control.double()
+        normal = (control - control.new_tensor(self.config.control_mean)) / self.spread(control)
+        return normal.to(self.controlnet_cond_embedding.mlp[0].weight.dtype)
 
     def spread(self, control):
         """Returns: (d,) the training set's standard deviations, on the control's device and in its precision."""
@@ -285,11 +299,11 @@ class NumericControlNet(ControlNetModel):
             raise InputError(f"control: expected {what}, got shape {tuple(controlnet_cond.shape)}")
         hint = self.controlnet_cond_embedding
         hint.dtype = sample.dtype
-        control, reference = maps.to(hint.mlp[0].weight.dtype).tensor_split([self.control_dim], 1)
+        control, reference = maps.tensor_split([self.control_dim], 1)
         control = self.normalize(control[:, :, 0, 0])[:, :, None, None].expand(-1, -1, *sample.shape[2:])
         if self.uses_reference:
             down, right = (have // need for have, need in zip(maps.shape[2:], sample.shape[2:]))
-            control = torch.cat([control, reference[:, :, ::down, ::right]], 1)
+            control = torch.cat([control, reference[:, :, ::down, ::right].to(control.dtype)], 1)
         return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
 
     @property

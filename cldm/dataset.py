@@ -1,5 +1,6 @@
 """prompt.json -> checked rows -> latents and text embeddings, computed once."""
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -7,14 +8,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from cldm.controlnet import default_names
 from ldm.pictures import describe_fit, fit_picture, load_picture, pictures_to_tensor
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
+SMALLEST_SPLIT = 5  # distinct controls; of fewer, none is held out
+GOLDEN = 0.618034  # the golden ratio's fraction, whose multiples are spread evenly
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,22 @@ class Row:
 def parse_control(source):
     """Read a control: a number, a numeric text, or a list of either.
 
-    Returns: tuple of d floats. Raises: ValueError if it is none of these, or not finite.
+    Returns: tuple of d floats.
+    Raises: ValueError if it is none of these, not finite, or a whole number of more digits than a float has.
     """
     values = source if isinstance(source, (list, tuple)) else [source]
+    no_number = ValueError("must be a finite number or a list of them")
     if not values or any(isinstance(v, bool) or not isinstance(v, (int, float, str)) for v in values):
-        raise ValueError
+        raise no_number
     try:
         control = tuple(float(v) for v in values)
-    except OverflowError:
-        raise ValueError from None
+    except (ValueError, OverflowError):
+        raise no_number from None
     if not all(map(math.isfinite, control)):
-        raise ValueError
+        raise no_number
+    whole = [int(v) for v in values if isinstance(v, int) or isinstance(v, str) and v.strip().lstrip("+-").isdigit()]
+    if any(number != float(number) for number in whole):
+        raise ValueError("must have no more digits than 64 bits hold (subtract what all rows have in common)")
     return control
 
 
@@ -52,7 +59,7 @@ def read_rows(file, known=True):
     """
     file = Path(file)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 within texts
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; expected one JSON object a line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +86,7 @@ def read_rows(file, known=True):
 def _read_row(line, folder, where, known):
     try:
         row = json.loads(line)
-    except ValueError as error:  # JSONDecodeError, or a number of too many digits
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits, lists within lists
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
@@ -87,13 +94,12 @@ def _read_row(line, folder, where, known):
         if key not in row and (known or key != "source"):
             raise InputError(f'{where}: no "{key}"; expected the keys source, target and prompt')
     for key in ("target", "prompt", "reference"):
-        if not isinstance(row.get(key, ""), str):
-            raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])}')
+        if not isinstance(row.get(key, ""), str) or not is_unicode(row.get(key, "")):
+            raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])[:80]}')
     try:
         control = parse_control(row["source"]) if "source" in row else None
-    except ValueError:
-        got = json.dumps(row["source"])
-        raise InputError(f'{where}: "source" must be a finite number or a list of them, got {got}') from None
+    except ValueError as error:
+        raise InputError(f'{where}: "source" {error}, got {json.dumps(row["source"])[:80]}') from None
     files = {key: folder / row[key] for key in ("target", "reference") if key in row}
     for key, file in files.items():
         try:
@@ -107,10 +113,9 @@ def _read_row(line, folder, where, known):
 
 
 def split_rows(data_root):
-    """Read a dataset's training rows, and rows at controls that training does not see.
+    """Read a dataset's training rows, and rows for validation, which training does not see.
 
-    Those are validation.json where the folder has one. Otherwise one in ten of the distinct controls is taken out,
-    never the lowest or the highest; with fewer than five distinct controls there is no validation.
+    Those are validation.json where the folder has one, else what `hold_out` takes out.
     Returns: (training rows, validation rows).
     """
     rows = read_rows(Path(data_root) / TRAINING_FILE)
@@ -124,25 +129,54 @@ def split_rows(data_root):
         if (validation[0].reference is None) != (rows[0].reference is None):
             raise InputError(f'{Path(data_root)}: "reference" must be in all rows of both files, or in none')
         return rows, validation
-    distinct = sorted({row.control for row in rows})
-    held_out = set(distinct[5:-1:10] or distinct[2:3]) if len(distinct) >= 5 else set()
-    return [r for r in rows if r.control not in held_out], [r for r in rows if r.control in held_out]
+    held_out = hold_out([(row.prompt, row.control) for row in rows])
+    return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
+
+
+def hold_out(pairs):
+    """Choose one in ten of every prompt's distinct controls, spread over the range and never one with an extreme.
+
+    Prompts with fewer than five are left whole, if there are others; if there are none, all prompts count as one.
+    pairs: of prompts and controls, one of every row. Returns: set of such pairs.
+    """
+    groups = {}
+    for prompt, control in pairs:
+        groups.setdefault(prompt, set()).add(control)
+    groups = {prompt: controls for prompt, controls in groups.items() if len(controls) >= SMALLEST_SPLIT}
+    if not groups:
+        chosen = spread_inside({control for _, control in pairs}, 0.5)
+        return {(prompt, control) for prompt, control in pairs if control in chosen}
+    phases = (0.5 + GOLDEN * k for k in range(len(groups)))  # other places for every prompt
+    return {(prompt, c) for (prompt, own), phase in zip(groups.items(), phases) for c in spread_inside(own, phase % 1)}
+
+
+def spread_inside(controls, phase):
+    """controls: set of tuples. phase: in [0, 1). Returns: one in ten, evenly, none if there are fewer than five."""
+    ends = [{min(column), max(column)} for column in zip(*controls)]
+    inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
+    count = min(len(inner), max(1, round(len(controls) / 10))) if len(controls) >= SMALLEST_SPLIT else 0
+    return [inner[int((i + phase) * len(inner) / count)] for i in range(count)]
 
 
 def read_control_names(data_root, control_dim):
     """Read what a dataset calls its controls: controls.yaml, {names: [angle], units: [degrees]}, where there is one.
 
-    Returns: (names, units), control_dim texts each.
+    Returns: (names, units), control_dim texts each; (None, None) without the file.
     Raises: InputError if the file has another number of them.
     """
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
-        return default_names(control_dim), [""] * control_dim
+        return None, None
     config = read_yaml(file)
     names, units = ([str(text) for text in config.get(key, [])] for key in ("names", "units"))
-    if not len(names) == len(units) == control_dim:
-        raise InputError(f"{file}: expected {control_dim} names and units, got {names} and {units}")
+    if not len(set(names)) == len(units) == control_dim:
+        raise InputError(f"{file}: expected {control_dim} different names, and units, got {names} and {units}")
     return names, units
+
+
+def is_unicode(text):
+    """Returns: whether a text can be written, unlike half a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _name(picture):
@@ -155,30 +189,37 @@ class ControlDataset(Dataset):
     An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; of the empty prompt), control (d,), and
     reference (C, h, w) where the rows have one.
     Pictures of another size than image_size are resized. label: of the progress bar, None for none.
+    digest: of the rows and of what the model is shown of their pictures, a text each; of files' names it is not.
     """
 
     @torch.no_grad()
     def __init__(self, rows, base, image_size, batch_size=16, label="encoding"):
         self.rows = rows
-        self.controls = torch.tensor([row.control for row in rows])
+        self.controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
         prompts = sorted({row.prompt for row in rows})
         self.prompt_index = [prompts.index(row.prompt) for row in rows]
         self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
         self.empty = base.embed([""])[0].float().cpu()
         pictures = {_name(p): p for row in rows for p in (row.target, row.reference) if p is not None}
         self.where = {name: i for i, name in enumerate(pictures)}
-        pictures = list(pictures.values())
-        latents, sizes = [], set()
+        pictures = list(pictures.items())
+        latents, sizes, shown = [], set(), {}
         for start in tqdm(range(0, len(pictures), batch_size), desc=label, disable=label is None):
             fitted = []
-            for picture in pictures[start : start + batch_size]:
+            for name, picture in pictures[start : start + batch_size]:
                 picture = load_picture(picture)
                 sizes.add(picture.size)
                 fitted.append(fit_picture(picture, image_size))
+                shown[name] = hashlib.sha256(fitted[-1].tobytes()).digest()
             latents.append(base.encode(pictures_to_tensor(fitted).to(base.device)).float().cpu())
         self.latents = torch.cat(latents)
         if line := describe_fit(sizes, image_size):
             print(line)
+        texts, pixels = hashlib.sha256(), hashlib.sha256()
+        for row in rows:
+            texts.update(json.dumps([row.control, row.prompt]).encode())
+            pixels.update(b"".join(shown[_name(p)] for p in (row.target, row.reference) if p is not None))
+        self.digest = dict(rows=texts.hexdigest(), pictures=pixels.hexdigest())
 
     def __len__(self):
         return len(self.rows)
@@ -194,3 +235,30 @@ class ControlDataset(Dataset):
         if row.reference is not None:
             item["reference"] = self.latents[self.where[_name(row.reference)]]
         return item
+
+
+class TrainingOrder(Sampler):
+    """In which order training takes rows: all of them, shuffled, then again in another order, and so on.
+
+    What the n-th is depends on the seed and n alone, so that a killed run goes on with the next and several processes
+    share them. rows: how many there are; None: item n is n itself. length: of items that a process takes.
+    """
+
+    def __init__(self, rows, length, seed):
+        self.rows, self.length, self.seed = rows, length, seed
+        self.first, self.rank, self.processes = 0, 0, 1
+
+    def __len__(self):
+        return self.length
+
+    def __iter__(self):
+        passed, order = None, None
+        for n in range(self.first, self.length):
+            n = n * self.processes + self.rank
+            if self.rows is not None:
+                if n // self.rows != passed:
+                    passed = n // self.rows
+                    generator = torch.Generator().manual_seed(hash((self.seed, passed)) % 2**63)
+                    order = torch.randperm(self.rows, generator=generator)
+                n = order[n % self.rows].item()
+            yield n

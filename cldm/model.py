@@ -6,6 +6,7 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 
 import copy
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ldm.settings import InputError, Settings, read_yaml, write_yaml
 from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
+MOST_PROMPTS = 1000  # that a control keeps
 
 
 class ControlLDM(nn.Module):
@@ -193,19 +195,53 @@ def import_control(base, config, weights, file, control_range=None):
     return model
 
 
-def fit_statistics(control_net, controls, names, units):
-    """Take a training set's controls (N, d) and what it calls them into a control that was never trained."""
-    if control_net.config.control_low is not None:
-        return  # trained before: its weights belong to the statistics they were trained with
-    controls = torch.tensor(controls, dtype=torch.float64)
-    std = controls.std(0, correction=0)
+def fit_statistics(control_net, controls, names, units, prompts=()):
+    """Take over what a training set says of its numbers: their names, units, mean, spread and range; its prompts.
+
+    A control that was trained before keeps its mean and spread, to which its weights belong; its range grows.
+    controls: (N, d) numbers. names, units: d texts, None where nobody named them. prompts: one of every row.
+    Raises: InputError if the numbers are others than the control was trained on, or one of them never changes.
+    """
+    config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
+    low, high = controls.amin(0), controls.amax(0)
+    trained = any(
+        layer.weight.any() for layer in [*control_net.controlnet_down_blocks, control_net.controlnet_mid_block]
+    )
+    own = list(config.control_names), list(config.control_units)
+    nobody = default_names(len(low)), [""] * len(low)
+    if trained and names and own not in ((names, units), nobody):
+        said = [", ".join(f"{name} {unit}".strip() for name, unit in zip(*both)) for both in (own, (names, units))]
+        raise InputError(
+            f"resume_path: was trained on {said[0]}, the data has {said[1]}; if they are the same, name them so in "
+            "controls.yaml, else train a fresh control (no resume_path)"
+        )
+    names, units = (names, units) if names else own if trained else nobody
+    if trained and config.control_low is not None:
+        before = [torch.tensor(bound, dtype=torch.float64) for bound in (config.control_low, config.control_high)]
+        low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+        for name, unit, *ends in zip(names, units, *before, low, high):
+            if ends[:2] != ends[2:]:
+                text = "{:.10g} to {:.10g}, which was {:.10g} to {:.10g}".format(*ends[2:], *ends[:2])
+                print(f"the range of {name} is now {text} {unit}".rstrip())
+    elif not trained:
+        size = controls.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
+        std = (controls / size).std(0, correction=0) * size  # squares of numbers near the ends of float64 leave it
+        for name, value, never in zip(names, low, high == low):
+            if never:
+                raise InputError(
+                    f"nothing to learn: {name} is {value:.10g} in all rows of the training data; it needs at least two "
+                    "values, or leave it out"
+                )
+        control_net.register_to_config(
+            control_mean=((controls / size).mean(0) * size).tolist(), control_std=std.tolist()
+        )
+    prompts = [prompt for prompt, _ in Counter(prompts).most_common()] + list(config.get("prompts") or [])
     control_net.register_to_config(
         control_names=names,
         control_units=units,
-        control_mean=controls.mean(0).tolist(),
-        control_std=torch.where(std > 0, std, 1.0).tolist(),
-        control_low=controls.amin(0).tolist(),
-        control_high=controls.amax(0).tolist(),
+        control_low=low.tolist(),
+        control_high=high.tolist(),
+        prompts=list(dict.fromkeys(prompts))[:MOST_PROMPTS],
     )
 
 

@@ -1,5 +1,6 @@
 """What people look at: grids of pictures during training, result.json and figure.png of an inversion."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,16 +8,18 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from torchvision.utils import make_grid
+from PIL import Image, ImageDraw
 
 from cldm.objectives import DenoisingObjective, draw_noise
 from cldm.pairs import NO_CHANGE, compose
-from cldm.reading import search_bounds
+from cldm.reading import CALIBRATION, search_bounds
 from ldm.ddim import ddim_timesteps
 from ldm.files import write_whole
-from ldm.pictures import pictures_to_tensor, tensor_to_pictures
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
-GRID_SUBJECTS, GRID_CONTROLS, GRID_STEPS = 4, 5, 16
+GRID_SUBJECTS, GRID_CONTROLS, GRID_PICTURES, GRID_STEPS = 12, 5, 24, 16
+GRID_SIDE = 160  # pixels of a picture in a grid, at most
+LEAST_PSNR = 20  # dB, between pictures and what the VAE makes of them
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4
 
 
@@ -162,43 +165,130 @@ def draw_reading(model, reading, i, row, picture, reference, embeddings, seed):
     return figure
 
 
-class PictureLogger(pl.Callback):
-    """Every `every` steps: targets beside generations over several controls, to TensorBoard and a PNG in `folder`."""
+def describe_data(controls, names, units, prompts, drawn):
+    """Returns: lines that tell what a control is trained on.
 
-    def __init__(self, dataset, folder, every):
-        self.folder, self.every = folder, every
-        self.rows = self.pick(dataset)
-        self.batch = torch.utils.data.default_collate([dataset[i] for i in self.rows])
+    controls: (N, d) numbers. names, units: d texts. prompts: of all rows. drawn: whether controls are drawn at random.
+    """
+    lines = []
+    for name, unit, values in zip(names, units, zip(*controls)):
+        lines.append(f"{name}: {min(values):.10g} to {max(values):.10g} {unit}".rstrip())
+        lines[-1] += ", drawn at random" if drawn else f", {len({*values})} values"
+    texts = sorted(set(prompts))
+    if texts != [""]:
+        shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
+        lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")
+    return lines
+
+
+def tell_bars(dataset, seen):
+    """Returns: a line on what error bars were learned from. seen: whether it is what the control was trained on."""
+    count = min(CALIBRATION, len(dataset))
+    values = len(set(map(tuple, dataset.controls.tolist())))
+    text = (
+        f"error bars come from {count} {'training' if seen else 'validation'} picture(s) of {values} different value(s)"
+    )
+    if seen:
+        return f"{text}: they are too narrow for new pictures; a validation.json would tell"
+    few = count < 10 or values < 3
+    return text + (
+        ": too few to rely on; 10 pictures of 3 values in validation.json, or more rows, would do" if few else ""
+    )
+
+
+class PictureLogger(pl.Callback):
+    """Every `every` steps, a row for every subject: targets, what the VAE makes of them, generations at their numbers.
+
+    To TensorBoard and a PNG in `folder`. batch: pictures drawn at once.
+    """
+
+    def __init__(self, dataset, folder, every, batch):
+        self.folder, self.every, self.batch = folder, every, batch
+        self.rows = [[dataset.rows[i] for i in own] for own in self.pick(dataset)]
+        items = [dataset[i] for own in self.pick(dataset) for i in own]
+        self.items = torch.utils.data.default_collate(items)
 
     @staticmethod
     def pick(dataset):
-        """Returns: indices of rows, GRID_CONTROLS of each of GRID_SUBJECTS prompts, spread over the controls."""
+        """Returns: for each of at most GRID_SUBJECTS prompts, indices of rows spread over its controls."""
         subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
-        rows = []
+        most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
+        picked = []
         for subject in subjects:
             own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
             own.sort(key=lambda i: dataset.rows[i].control)
-            chosen = np.linspace(0, len(own) - 1, min(GRID_CONTROLS, len(own))).round().astype(int)
-            rows += [own[i] for i in chosen]
-        return rows
+            chosen = np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)
+            picked.append([own[i] for i in chosen])
+        return picked
+
+    @torch.no_grad()
+    def on_train_start(self, trainer, module):
+        if not trainer.is_global_zero:
+            return
+        base, latents = module.model.base, self.items["latents"]
+        size = latents.shape[-1] * base.downsampling
+        self.targets = [fit_picture(load_picture(row.target), size) for row in itertools.chain(*self.rows)]
+        decoded = torch.cat([base.decode(part.to(module.device)).cpu() for part in latents.split(self.batch)])
+        errors = (pictures_to_tensor(self.targets) - decoded.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
+        self.decoded, self.psnr = tensor_to_pictures(decoded), -10 * errors.clamp_min(1e-10).log10()
+        middle = self.psnr.median().item()
+        print(f"the base's own reconstruction of the pictures: {middle:.1f} dB (median of {len(self.psnr)})")
+        if middle < LEAST_PSNR:
+            print(
+                f"warning: below {LEAST_PSNR} dB the base hardly shows such pictures, and what it does not show is not "
+                "learned: see pictures/, and train another base (tool_train_base.py) or take a larger one"
+            )
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
         if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
             return
-        model, device = module.model, module.device
-        latents, embeddings, control = (self.batch[k].to(device) for k in ("latents", "embeddings", "control"))
+        drawn = []
+        for start in range(0, len(self.targets), self.batch):
+            drawn += self.draw(module.model, {k: v[start : start + self.batch] for k, v in self.items.items()})
+        picture = self.compose(module.model.control_net.config, drawn)
+        self.folder.mkdir(exist_ok=True)
+        write_whole(self.folder / f"{step:06d}.png", lambda file: picture.save(file, "png"))
+        if trainer.logger:
+            trainer.logger.experiment.add_image("target, VAE, generation", np.asarray(picture), step, dataformats="HWC")
+
+    @staticmethod
+    def draw(model, items):
+        """Returns: list of PIL pictures, generations at the items' controls, all from the same noise."""
+        device = model.base.device
+        latents, embeddings, control = (items[k].to(device) for k in ("latents", "embeddings", "control"))
         timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
         noise = draw_noise(latents.shape, GRID_STEPS + 1, 0, device)
         start = model.base.scheduler.add_noise(torch.zeros_like(latents), noise[0].expand_as(latents), timesteps[:1])
         eta = model.config.sampling.eta
-        reference = self.batch["reference"].to(device) if "reference" in self.batch else None
+        reference = items["reference"].to(device) if "reference" in items else None
         drawn = model.generate(start, timesteps, embeddings, control, reference=reference, eta=eta, noise=noise[1:])
-        pairs = torch.stack([model.base.decode(latents), model.base.decode(drawn)], 1).flatten(0, 1).clamp(-1, 1)
-        grid = make_grid(pairs.float() / 2 + 0.5, nrow=2 * GRID_CONTROLS)
-        self.folder.mkdir(exist_ok=True)
-        picture = tensor_to_pictures(grid[None] * 2 - 1)[0]
-        write_whole(self.folder / f"{step:06d}.png", lambda file: picture.save(file, "png"))
-        if trainer.logger:
-            trainer.logger.experiment.add_image("target beside generation", grid, step)
+        return tensor_to_pictures(model.base.decode(drawn))
+
+    def compose(self, config, drawn):
+        """Returns: the PIL picture of all subjects, with their prompts and the numbers asked for."""
+        side, line = min(GRID_SIDE, self.targets[0].width), 14
+        ready, rows = zip(self.targets, self.decoded, drawn, self.psnr.tolist()), []
+        for own in self.rows:
+            cells = []
+            for row, (target, decoded, generated, psnr) in zip(own, ready):
+                panels = {"reference": fit_picture(load_picture(row.reference), side)} if row.reference else {}
+                panels |= {"target": target, f"VAE, {psnr:.0f} dB": decoded, "drawn": generated}
+                cell = Image.new("RGB", (len(panels) * side + 8, side + 2 * line + 4), "white")
+                values = zip(config.control_names, row.control, config.control_units)
+                text = ", ".join(f"{name} {value:.6g} {unit}".rstrip() for name, value, unit in values)
+                ImageDraw.Draw(cell).text((0, 0), text, "black")
+                for k, (name, panel) in enumerate(panels.items()):
+                    ImageDraw.Draw(cell).text((k * side, line), name, "gray")
+                    cell.paste(fit_picture(panel, side), (k * side, 2 * line))
+                cells.append(cell)
+            strip = Image.new("RGB", (sum(cell.width for cell in cells), cells[0].height + line), "white")
+            ImageDraw.Draw(strip).text((0, 0), own[0].prompt, "black")
+            for k, cell in enumerate(cells):
+                strip.paste(cell, (k * cell.width, line))
+            rows.append(strip)
+        whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+        for k, row in enumerate(rows):
+            whole.paste(row, (0, k * row.height))
+        return whole

@@ -1,6 +1,12 @@
 """Training a numeric ControlNet with PyTorch Lightning."""
 
+import hashlib
 import math
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import contextmanager
 
 import pytorch_lightning as pl
 import torch
@@ -12,7 +18,10 @@ from ldm.files import write_whole
 from ldm.settings import InputError
 
 RESUME_FILE = "resume.ckpt"
+PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # the others would round the controls, or the noise levels
 VALIDATION_TIMESTEPS = 4  # noise levels that a validation picture is judged at, always the same
+TOLD_EVERY = 30  # seconds between lines on how far training is, where nobody watches
+FLAT = 0.02  # a change of val_loss by less than this share of it is none
 
 
 class ControlTraining(pl.LightningModule):
@@ -20,15 +29,18 @@ class ControlTraining(pl.LightningModule):
 
     learning_rate falls to zero over `steps` steps as half a cosine. prompt_dropout: share of empty prompts.
     Every step's noise comes from (seed, step, rank), so that a resumed run draws what the killed one would have.
+    run: {what: text or number} by which a checkpoint knows whose it is.
     """
 
-    def __init__(self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, seed=0):
+    def __init__(self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, seed=0, run=None):
         super().__init__()
         self.model = model
         self.learning_rate, self.steps = learning_rate, steps
-        self.prompt_dropout, self.seed = prompt_dropout, seed
+        self.prompt_dropout, self.seed, self.run = prompt_dropout, seed, run or {}
         self.strict_loading = False  # checkpoints hold only what is trained
+        self.compared = False  # whether validation has told how much the base alone would lose
         model.control_net.requires_grad_(True)
+        model.control_net.controlnet_down_blocks.requires_grad_(not model.config.only_mid_control)
         if not sd_locked:
             model.own_unet = True
             model.base.unet.float()  # what is trained, in full precision
@@ -56,20 +68,39 @@ class ControlTraining(pl.LightningModule):
         timesteps = draw_timesteps(size, total, generator).to(self.device)
         kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
         loss = self.denoising_loss(batch, noise, timesteps, kept).mean()
-        self.log("loss", loss, prog_bar=True)
+        self.log("loss", loss)
+        self.loss = loss.detach()
         return loss
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        rescaled = self.trainer.precision == "16-mixed"  # whose scaler leaves steps with infinite gradients out
+        if anywhere(self.trainer, not (rescaled or norm.isfinite()) or not self.loss.isfinite()):
+            raise self.diverged("loss", self.loss)
+
+    def diverged(self, what, value):
+        return InputError(
+            f"step {self.global_step}: the {what} or its gradient is not finite ({value:g}); what was saved before is "
+            f"kept; start again with a learning_rate below {self.learning_rate:g} and another out_dir"
+        )
 
     def validation_step(self, batch, _):
         scheduler = self.model.base.scheduler
         generator = torch.Generator().manual_seed(self.seed)
         levels = torch.linspace(0, scheduler.config.num_train_timesteps - 1, 2 * VALIDATION_TIMESTEPS + 1)[1::2]
         kept = torch.ones(len(batch["latents"]), dtype=torch.bool, device=self.device)
-        losses = []
+        tried = {"val_loss": batch} | ({} if self.compared else {"base_loss": batch | {"control": None}})
+        losses = {name: [] for name in tried}
         for level in levels.long():
             noise = torch.randn(batch["latents"].shape[1:], generator=generator).to(self.device)
             timesteps = level.to(self.device).expand(len(kept))
-            losses.append(self.denoising_loss(batch, noise.expand_as(batch["latents"]), timesteps, kept))
-        self.log("val_loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True, batch_size=len(kept))
+            for name, given in tried.items():
+                losses[name].append(self.denoising_loss(given, noise.expand_as(given["latents"]), timesteps, kept))
+        means = {name: torch.stack(values).mean() for name, values in losses.items()}
+        self.log_dict(means, sync_dist=True, batch_size=len(kept))
+
+    def on_validation_epoch_end(self):
+        self.compared = True
 
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -85,42 +116,117 @@ class ControlTraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint):
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["run"] = self.run
+
+
+def anywhere(trainer, condition):
+    """Returns: whether a condition holds in any of the processes that train together."""
+    if trainer.world_size == 1:
+        return bool(condition)
+    return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
+
+
+def digest_weights(module):
+    """Returns: a digest of a module's weights, a text."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
 
 
 def find_checkpoint(out_dir, module):
     """Returns: the path of a killed run's checkpoint in out_dir, and its step; None, 0 without one.
 
-    Raises: InputError if it is broken, or of another model than `module`.
+    Raises: InputError if it is broken, or of another run than `module`'s; its max_steps may differ, if there are steps
+    left.
     """
     file = out_dir / RESUME_FILE
     if not file.exists():
         return None, 0
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        saved, step = checkpoint["state_dict"], checkpoint["global_step"]
+        saved, step, run = checkpoint["state_dict"], checkpoint["global_step"], checkpoint["run"]
     except Exception as error:  # zip, pickle, key: torch raises many kinds
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
+    other = {key: run.get(key) for key in module.run if run.get(key) != module.run[key] and key != "max_steps"}
+    said = [key if key.startswith("the ") else f"{key}={was} (now {module.run[key]})" for key, was in other.items()]
+    remedy = f"start as before to go on, choose another out_dir, or delete {RESUME_FILE} to begin again here"
+    if other:
+        raise InputError(f"{file}: a run with other settings or data: {', '.join(said)}; {remedy}")
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
     if {name: p.shape for name, p in saved.items()} != trained:
-        raise InputError(f"{file}: checkpoint of another model; delete it to start anew, or choose another out_dir")
+        raise InputError(f"{file}: checkpoint of another model; {remedy}")
+    if step > module.steps:
+        raise InputError(f"{file}: has done {step} steps already, more than max_steps={module.steps}; {remedy}")
     print(f"going on from step {step} of {file}")
+    if run["max_steps"] != module.steps:
+        rate = 0.5 + 0.5 * math.cos(math.pi * step / module.steps)
+        print(
+            f"max_steps was {run['max_steps']}: the learning rate goes on at {rate:.0%} of its peak, as {module.steps} "
+            "steps have it; the result is near what they give from the start, not the same"
+        )
     return file, step
+
+
+class Stop:
+    """What Ctrl-C and SIGTERM do to a training: it ends after the step that is under way, with a checkpoint.
+
+    Between steps, or when asked twice, it ends at once. Either way with one line, and the shell's exit code.
+    """
+
+    def __init__(self):
+        self.signal, self.stepping = None, False
+        self.where = "before the first step"
+
+    def listen(self):
+        """Returns: {signal: what received it before}."""
+        return {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, number, _):
+        if not self.stepping or self.signal:
+            self.end(number)
+        self.signal = number
+
+    def end(self, number=None):
+        number = number or self.signal or signal.SIGTERM  # another process received it
+        name = {signal.SIGINT: "Ctrl-C"}.get(number, "SIGTERM")
+        print(f"\nstopped by {name} {self.where}; the same command goes on from there", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+@contextmanager
+def stoppable():
+    """Within it, Ctrl-C and SIGTERM do to a training what the Stop does that it gives."""
+    stop = Stop()
+    before = stop.listen()
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class SaveBestAndLast(pl.Callback):
     """Writes out_dir (the lowest val_loss so far; the last without validation), out_dir/last and out_dir/resume.ckpt.
 
-    The checkpoint is written after every validation; without validation, every `every` steps.
+    The checkpoint is written after every validation; without validation, every `every` steps; and when a Stop says so.
+    history: [step, val_loss] of all validations. base_loss: the first one's, of the base without the control.
     """
 
-    def __init__(self, out_dir, every):
-        self.out_dir, self.every, self.best = out_dir, every, math.inf
+    def __init__(self, out_dir, every, stop):
+        self.out_dir, self.every, self.stop = out_dir, every, stop
+        self.history, self.base_loss = [], None
+
+    @property
+    def best(self):
+        return min((loss for _, loss in self.history), default=math.inf)
 
     def state_dict(self):
-        return {"best": self.best}
+        return {"history": self.history, "base_loss": self.base_loss}
 
     def load_state_dict(self, state_dict):
-        self.best = state_dict["best"]
+        self.history, self.base_loss = state_dict["history"], state_dict["base_loss"]
 
     def save(self, trainer, module, folder):
         if trainer.is_global_zero:
@@ -128,19 +234,85 @@ class SaveBestAndLast(pl.Callback):
 
     def checkpoint(self, trainer):
         write_whole(self.out_dir / RESUME_FILE, trainer.save_checkpoint)
+        self.stop.where = f"at step {trainer.global_step} of {trainer.max_steps}"
+
+    def on_train_start(self, trainer, module):
+        self.stop.listen()  # in place of Lightning, whose own answer to SIGTERM saves nothing and says nothing
+        self.stop.stepping = True
+        self.stop.where = f"at step {trainer.global_step} of {trainer.max_steps}"
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        if not trainer.val_dataloaders and trainer.global_step % self.every == 0:
+        last = trainer.global_step == trainer.max_steps
+        stopping, due = anywhere(trainer, self.stop.signal), last or trainer.global_step % self.every == 0
+        trainer.should_stop = last  # which has it validated
+        if stopping or (due and not trainer.val_dataloaders):
             self.checkpoint(trainer)
+        if stopping and not (due and trainer.val_dataloaders):  # else after the validation, which is part of the step
+            self.stop.end()
 
     def on_validation_end(self, trainer, module):
         loss = trainer.callback_metrics["val_loss"].item()
-        if not trainer.sanity_checking and loss < self.best:
-            self.best = loss
+        if not math.isfinite(loss):
+            raise module.diverged("val_loss", loss)
+        if "base_loss" in trainer.callback_metrics and self.base_loss is None:
+            self.base_loss = trainer.callback_metrics["base_loss"].item()
+        if loss < self.best:
             self.save(trainer, module, self.out_dir)
+        self.history.append([trainer.global_step, loss])
         self.checkpoint(trainer)
+        if anywhere(trainer, self.stop.signal):
+            self.stop.end()
 
     def on_train_end(self, trainer, module):
+        self.stop.stepping = False
+        self.stop.where = "after the last step"
+
+    def finish(self, trainer, module):
+        """Write what there is after the last step, though a run was killed before it could."""
         self.save(trainer, module, self.out_dir / "last")
-        if not math.isfinite(self.best):
+        if not self.history:
             self.save(trainer, module, self.out_dir)
+
+    def verdict(self):
+        """Returns: a sentence on what the validations say."""
+        if not self.history:
+            return "no validation: five different numbers, or a validation.json, would tell how good it is"
+        (step, best), (_, last) = min(self.history, key=lambda entry: entry[1]), self.history[-1]
+        base = f"; {self.base_loss:.4f} without the control" if self.base_loss else ""
+        text = f"val_loss {best:.4f} on pictures that were not trained on (0 would be perfect{base}): "
+        if last > (1 + FLAT) * best:
+            return f"{text}it has risen since step {step}, which is kept: more pictures would help, not more steps"
+        if best > (1 - FLAT) * (self.base_loss or math.inf):
+            return f"{text}the numbers are hardly used yet: try more steps (max_steps) or a higher learning_rate"
+        if len(self.history) == 1:
+            return f"{text}a single validation tells no trend"
+        if last < (1 - FLAT) * min(loss for _, loss in self.history[:-1]):
+            return f"{text}it was still falling: more steps would help (max_steps)"
+        return f"{text}it has levelled off"
+
+
+class Progress(pl.Callback):
+    """Tells on stdout how far training is: in place where someone watches, else a line every TOLD_EVERY seconds."""
+
+    def on_train_start(self, trainer, module):
+        self.began = self.told = time.monotonic()
+        self.first, self.losses = trainer.global_step, deque(maxlen=100)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        self.losses.append(module.loss)
+        now, watched = time.monotonic(), trainer.is_global_zero and sys.stdout.isatty()
+        last = trainer.global_step == trainer.max_steps and not trainer.val_dataloaders
+        if last or now - self.told > (1 if watched else TOLD_EVERY):
+            self.told = now
+            self.tell(trainer, end="\r" if watched else "\n")
+
+    def on_validation_end(self, trainer, module):
+        loss = trainer.callback_metrics["val_loss"].item()
+        self.tell(trainer, f", val_loss {loss:.4f}")
+
+    def tell(self, trainer, more="", end="\n"):
+        step, steps = trainer.global_step, trainer.max_steps
+        loss = torch.stack([*self.losses]).mean()
+        left = (time.monotonic() - self.began) / max(1, step - self.first) * (steps - step)
+        left = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
+        print(f"step {step} of {steps}, loss {loss:.4f}{more}{left}".ljust(79), end=end, flush=True)

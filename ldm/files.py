@@ -200,11 +200,16 @@ def digest(paths):
 def lock_folder(path):
     """Hold a folder for this process alone, until the block ends or the process does.
 
-    Raises: InputError if another process holds it.
+    Raises: InputError if another process holds it. Where a file system knows no locks of folders, it holds nothing.
     """
-    with open(Path(path) / ".lock", "w") as file:
+    folder = os.open(path, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise InputError(f"out_dir {path}: another run is writing into it; wait, or choose another") from None
+        except OSError:  # there are none here
+            pass
         yield
+    finally:
+        os.close(folder)

@@ -56,6 +56,41 @@ def test_control_moves_the_prediction(make_model, inputs, hint):
     assert (predict(model, inputs, [[3.0], [3.0]]) - predict(model, inputs, [[-3.0], [-3.0]])).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("hint", HINTS)
+def test_number_is_not_rounded_on_its_way_in(make_model, inputs, hint):
+    """Neither to half precision, in training, nor to float32 before it is normalised."""
+    model = make_model(hint=hint)
+
+    def at(control, mean, autocast=False):
+        model.control_net.register_to_config(control_mean=[mean])
+        reference = inputs[0].flip(3) if hint == "reference" else None
+        control = torch.tensor([[control], [control]], dtype=torch.float64)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model.predict(*inputs, control, reference)
+
+    small = 1e-4 * model.control_net.config.control_std[0]
+    assert torch.equal(at(1.7e9 + 2, 1.7e9), at(2.0, 0.0)) and not torch.equal(at(1.7e9 + 2, 1.7e9), at(1.7e9, 1.7e9))
+    assert not torch.equal(at(2.0 + small, 0.0, autocast=True), at(2.0, 0.0, autocast=True))
+    module = model.control_net.controlnet_cond_embedding
+    condition = torch.cat([torch.full((1, 1, LATENT_SIZE, LATENT_SIZE), 1.001), inputs[0][:1]], 1)
+    motion = torch.tensor([[1.001]]), LATENT_SIZE, LATENT_SIZE
+    features = (lambda: module.motion(*motion)[0]) if hint == "reference" else lambda: module(condition[:, :1])
+    with torch.no_grad():
+        exact = features()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(features(), exact)
+
+
+def test_coordinate_hint_is_its_convolutions(make_model):
+    """As which its weights are kept."""
+    hint = make_model(hint="coordinate").control_net.controlnet_cond_embedding
+    control = torch.full((2, 1, 3, 5), 0.7)
+    hint.mlp[0].weight.data[:, 1:] = 0  # the positions
+    with torch.no_grad():
+        expected = hint.mlp(torch.cat([control, torch.zeros(2, hint.mlp[0].in_channels - 1, 3, 5)], 1))
+        torch.testing.assert_close(hint(control), expected)
+
+
 def test_strength_scales_what_is_added(make_model, base, inputs):
     model = make_model()
     none = base.unet(*inputs, return_dict=False)[0]
@@ -173,14 +208,13 @@ def test_control_is_normalised_by_the_statistics(make_model, inputs, hint):
     assert all(torch.equal(a, b) for a, b in zip(raw, normalised))
 
 
-def test_statistics_are_those_of_the_data_and_are_taken_once(make_model):
+def test_statistics_are_those_of_the_data(make_model):
     control_net = make_model(2, fresh=True).control_net
-    fit_statistics(control_net, [(1.0, 7.0), (3.0, 7.0)], ["a", "b"], ["", ""])
+    fit_statistics(control_net, [(1.0, 7.0), (3.0, 8.0)], ["a", "b"], ["", "m"], ["x", "y", "y"])
     config = control_net.config
-    assert (config.control_mean, config.control_low, config.control_high) == ([2.0, 7.0], [1.0, 7.0], [3.0, 7.0])
-    assert config.control_std == [1.0, 1.0]  # a control that never varies must not divide by zero
-    fit_statistics(control_net, [(100.0, 0.0), (300.0, 1.0)], ["c", "d"], ["", ""])
-    assert control_net.config.control_mean == [2.0, 7.0]
+    assert (config.control_mean, config.control_low, config.control_high) == ([2.0, 7.5], [1.0, 7.0], [3.0, 8.0])
+    assert (config.control_std, config.control_names, config.control_units) == ([1.0, 0.5], ["a", "b"], ["", "m"])
+    assert config.prompts == ["y", "x"]
 
 
 def test_unknown_hint_is_refused(base_yaml, tmp_path):

@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 
-from cldm.dataset import ControlDataset, parse_control, read_control_names, read_rows, split_rows
+from cldm.dataset import (
+    ControlDataset,
+    TrainingOrder,
+    hold_out,
+    parse_control,
+    read_control_names,
+    read_rows,
+    split_rows,
+)
+from cldm.model import fit_statistics
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.settings import InputError
 
@@ -25,6 +34,29 @@ def test_source_is_a_number_a_text_or_a_list(write_dataset, source, expected):
     (row,) = read_rows(write_dataset([source]) / "prompt.json")
     assert row.control == expected
     assert row.prompt == "a square" and row.target.is_file()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [10**16 + 1, str(2**53 + 1), [1, -(10**30)]],
+)
+def test_whole_number_of_too_many_digits_is_named(write_dataset, source):
+    with pytest.raises(InputError, match='prompt.json line 2: "source" must have no more digits than 64 bits hold'):
+        read_rows(write_dataset([1, source]) / "prompt.json")
+    assert parse_control([2**53, -(2**60), "1e300", 1e300]) == (2.0**53, -(2.0**60), 1e300, 1e300)
+
+
+def test_large_numbers_keep_their_digits(write_dataset, base, make_model):
+    """Unix times and dates, which float32 would make one, up to the hint."""
+    times = [[1700000000 + i, 20240101 + i] for i in range(3)]
+    rows = read_rows(write_dataset(times, size=32) / "prompt.json")
+    batch = torch.utils.data.default_collate(list(ControlDataset(rows, base, 32)))
+    assert batch["control"].dtype == torch.float64 and batch["control"].tolist() == times
+    control_net = make_model(2, fresh=True).control_net
+    fit_statistics(control_net, [row.control for row in rows], None, None)
+    normal = control_net.normalize(batch["control"])
+    assert normal.dtype == torch.float32
+    torch.testing.assert_close(normal, torch.tensor([[-1.0], [0.0], [1.0]]).expand(3, 2) * 1.5**0.5)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +109,8 @@ def test_text_that_is_no_text_names_file_and_line(write_dataset, key, value):
         ("source: 1", "not JSON"),
         ("[1, 2]", r"expected a JSON object, got \[1, 2\]"),
         ("5", "expected a JSON object, got 5"),
+        ("[" * 100_000, "not JSON"),
+        ('{"source": 1, "target": "prompt.json_0.png", "prompt": "\\ud83d"}', '"prompt" must be a text'),
     ],
 )
 def test_line_that_is_no_object_names_file_and_line(write_dataset, line, message):
@@ -84,6 +118,15 @@ def test_line_that_is_no_object_names_file_and_line(write_dataset, line, message
     file.write_text(file.read_text() + f"\n{line}\n")  # the empty line counts but is no row
     with pytest.raises(InputError, match=f"prompt.json line 4: {message}"):
         read_rows(file)
+
+
+@pytest.mark.parametrize("start, end", [("\ufeff", "\n"), ("", "\r\n")], ids=["byte order mark", "Windows"])
+def test_rows_end_at_newlines_alone(write_dataset, start, end):
+    folder = write_dataset([1, 2])
+    rows = [json.loads(line) | {"prompt": "a\u2028b\x85c"} for line in (folder / "prompt.json").open()]
+    text = start + "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+    (folder / "prompt.json").write_bytes(text.encode())
+    assert [row.prompt for row in read_rows(folder / "prompt.json")] == ["a\u2028b\x85c"] * 2
 
 
 def test_sources_of_different_lengths_name_file_and_line(write_dataset):
@@ -158,6 +201,43 @@ def test_held_out_controls_are_never_trained_and_never_the_extremes(write_datase
     assert len(set(controls(validation))) <= max(1, count // 10 + 1)
 
 
+@pytest.mark.parametrize("subjects, count, values", [(1, 30, 3), (6, 10, 5), (40, 1, 4), (3, 4, 0)])
+def test_held_out_controls_are_spread_over_the_range(subjects, count, values):
+    """One in ten of every subject's, at different places for different ones."""
+    pairs = [(f"thing {k}", (float(i if count > 1 else k),)) for k in range(subjects) for i in range(count)]
+    held_out = sorted(control for _, (control,) in hold_out(pairs))
+    assert len(held_out) == (0 if values == 0 else max(1, subjects * count // 10))
+    assert len(set(held_out)) >= values
+    if values:
+        span = max(control for _, (control,) in pairs)
+        assert held_out[-1] - held_out[0] > 0.5 * span and held_out[0] > 0 and held_out[-1] < span
+
+
+def test_held_out_controls_of_several_numbers_leave_the_range_whole():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [("", tuple(row)) for row in torch.rand(100, 3, generator=generator).tolist()]
+    kept = torch.tensor([control for _, control in set(pairs) - hold_out(pairs)])
+    everything = torch.tensor([control for _, control in pairs])
+    assert len(kept) == 90 and torch.equal(kept.amin(0), everything.amin(0))
+    assert torch.equal(kept.amax(0), everything.amax(0))
+
+
+def test_order_of_training_depends_on_the_seed_alone():
+    """Every row once before any comes again; a killed run goes on; two processes share what one would take."""
+
+    def take(rows=5, length=12, seed=0, **state):
+        order = TrainingOrder(rows, length, seed)
+        vars(order).update(state)
+        return list(order)
+
+    whole = take()
+    assert sorted(whole[:5]) == sorted(whole[5:10]) == list(range(5)) and whole[:5] != whole[5:10]
+    assert whole == take() and whole[:8] == take(length=8) and whole[7:] == take(first=7) and whole != take(seed=1)
+    halves = [take(length=6, rank=rank, processes=2) for rank in (0, 1)]
+    assert [n for both in zip(*halves) for n in both] == whole
+    assert take(rows=None, first=10) == [10, 11] and len(TrainingOrder(5, 12, 0)) == 12
+
+
 def test_few_distinct_controls_give_no_validation(write_dataset):
     train, validation = split_rows(write_dataset([0, 1, 2, 3] * 3))
     assert len(train) == 12 and validation == []
@@ -203,8 +283,27 @@ def test_picture_to_tensor_and_back(picture):
 
 def test_controls_have_the_names_of_their_file(write_dataset):
     folder = write_dataset([[1, 2]])
-    assert read_control_names(folder, 2) == (["control 1", "control 2"], ["", ""])
+    assert read_control_names(folder, 2) == (None, None)
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
     assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""])
-    with pytest.raises(InputError, match="controls.yaml: expected 3 names and units"):
+    with pytest.raises(InputError, match="controls.yaml: expected 3 different names, and units"):
         read_control_names(folder, 3)
+    (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
+    with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
+        read_control_names(folder, 2)
+
+
+def test_digest_is_of_rows_and_what_their_pictures_show(write_dataset, base):
+    def digest():
+        return ControlDataset(read_rows(folder / "prompt.json"), base, 32).digest
+
+    folder = write_dataset([1, 2], size=32)
+    first, text = digest(), (folder / "prompt.json").read_text()
+    (folder / "prompt.json_1.png").rename(folder / "moved.png")
+    (folder / "prompt.json").write_text(text.replace("prompt.json_1.png", "moved.png"))
+    assert digest() == first
+    (folder / "prompt.json").write_text(text.replace("prompt.json_1.png", "prompt.json_0.png"))
+    assert digest()["rows"] == first["rows"] and digest()["pictures"] != first["pictures"]
+    (folder / "prompt.json_1.png").write_bytes((folder / "moved.png").read_bytes())
+    (folder / "prompt.json").write_text(text.replace("a square", "a circle"))
+    assert digest()["rows"] != first["rows"] and digest()["pictures"] == first["pictures"]

@@ -18,7 +18,18 @@ from cldm.controlnet import ReferenceHint, sample_bilinear
 from cldm.dataset import read_rows, split_rows
 from cldm.model import load_model, save_model
 from cldm.objectives import MotionObjective
-from cldm.pairs import NO_CHANGE, FreshPairs, choose_changes, compose, draw_pair, draw_views, inverse, known_back
+from cldm.pairs import (
+    NO_CHANGE,
+    FreshPairs,
+    check_photos,
+    choose_changes,
+    compose,
+    draw_pair,
+    draw_views,
+    inverse,
+    known_back,
+    list_pictures,
+)
 from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.files import find_path
@@ -143,15 +154,14 @@ def test_item_of_a_killed_run_is_what_it_would_have_been(photos, base, monkeypat
     monkeypatch.setattr("cldm.pairs.PASSES", 2)
 
     def make(seed=0):
-        return FreshPairs(sorted(photos.glob("*.*")), choose_changes(["zoom"]), base, IMAGE_SIZE, 20, seed)
+        return FreshPairs(sorted(photos.glob("*.*")), choose_changes(["zoom"]), base, IMAGE_SIZE, seed)
 
     def same(a, b):
         return all(torch.equal(a[key], b[key]) for key in a)
 
     whole, resumed, other = make(), make(), make(1)
-    resumed.first = 8
     items = [whole[i] for i in range(12)]
-    assert all(same(items[8 + i], resumed[i]) for i in range(4)) and not same(items[0], other[0])
+    assert all(same(items[i], resumed[i]) for i in range(8, 12)) and not same(items[0], other[0])
     assert len({item["control"].item() for item in items}) > 3  # of two pools
     assert items[0]["reference"].shape == items[0]["latents"].shape == (CHANNELS, LATENT_SIZE, LATENT_SIZE)
 
@@ -290,8 +300,10 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
 
 
 @pytest.fixture
-def train(base_yaml, tmp_path):
+def train(base_yaml, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pairs."""
+    monkeypatch.setattr(tutorial_train, "tell_memory", lambda *_: None)
+    monkeypatch.setattr("cldm.report.GRID_STEPS", 2)
     write_yaml(read_yaml(base_yaml) | {"reference": True}, tmp_path / "pair.yaml")
 
     def run(*arguments):
@@ -312,7 +324,7 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     whole = load_model(train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole'}", "max_steps=6")).control_net
     folder = train(f"pairs={photos}", controls)
     seen, item = [], FreshPairs.__getitem__
-    monkeypatch.setattr(FreshPairs, "__getitem__", lambda pairs, i: seen.append(pairs.first + i) or item(pairs, i))
+    monkeypatch.setattr(FreshPairs, "__getitem__", lambda pairs, i: seen.append(i) or item(pairs, i))
     config = load_model(folder).control_net.config
     assert list(config.control_names) == ["rotation", "exposure"] and list(config.control_units) == ["degrees", "stops"]
     assert config.control_low == [-5, -1] and config.control_high == [5, 1] and config.error_scale is not None
@@ -320,7 +332,7 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     assert torch.load(folder / "resume.ckpt", weights_only=True)["global_step"] == 6 and seen == [8, 9, 10, 11]
     assert whole.controlnet_cond_embedding.generators.weight.any()
 
-    with pytest.raises(InputError, match="rotation, exposure"):
+    with pytest.raises(InputError, match="on rotation degrees, exposure stops, the data has zoom ratio, blur pixels"):
         train(f"pairs={photos}", "controls=[zoom, blur]", f"resume_path={folder}", f"out_dir={tmp_path / 'other'}")
 
     s = override(make_dataset.settings, ["pairs=5", f"photos={photos}", controls, "image_size=32"])
@@ -351,6 +363,22 @@ def test_a_base_that_knows_no_references_refuses_pairs(photos, base_yaml, tmp_pa
     assert "no pictures" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
     arguments = [f"base={base_yaml}", f"pairs={tmp_path / 'nowhere'}", f"out_dir={tmp_path / 'out'}"]
     assert "no such folder" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+
+
+def test_broken_pictures_are_found_before_the_first_step(photos, tmp_path):
+    """Where what a file lacks is at its end, too; what is hidden, or is no file, is no picture."""
+    for name in ("._a.png", ".thumbnails/x.png", "__MACOSX/._b.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"no picture")
+    (photos / "x.png").mkdir()
+    good = list_pictures(photos)
+    assert {file.name for file in good} >= {"a.png", "b.jpg"} and all(file.is_file() for file in good)
+    assert check_photos(good) == check_photos(good) != check_photos(good[1:])
+    for name in ("a.png", "b.jpg"):
+        cut = tmp_path / name
+        cut.write_bytes((photos / name).read_bytes()[:-400])
+        with pytest.raises(InputError, match=f"{name}: cannot be read as a picture .*; take it out of the folder"):
+            check_photos([*good, cut])
 
 
 def test_a_folder_does_not_hide_the_photographs_of_a_group(tmp_path, monkeypatch):

@@ -1,23 +1,39 @@
 """Training: falls, touches nothing but the control, leaves whole folders, goes on where it was killed."""
 
+import math
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
 
 import tutorial_train
-from cldm.dataset import ControlDataset, split_rows
+from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.model import fit_statistics, load_model, save_model
-from cldm.training import ControlTraining
-from ldm.settings import InputError, override, read_yaml
+from cldm.reading import calibrate
+from cldm.report import PictureLogger, tell_bars
+from cldm.training import ControlTraining, SaveBestAndLast, stoppable
+from ldm.files import lock_folder
+from ldm.settings import InputError, override, read_yaml, write_yaml
+from tests.conftest import randomize_zero_convolutions
+from tutorial_train import tell_memory
 
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
 VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
 
 
 @pytest.fixture
-def train(base_yaml, write_dataset, tmp_path):
+def train(base_yaml, write_dataset, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pictures on a tiny dataset of two numbers."""
+    for name in ("tell_memory", "calibrate"):  # most of the time
+        monkeypatch.setattr(tutorial_train, name, lambda *_: None)
+    monkeypatch.setattr("cldm.report.GRID_STEPS", 2)
     write_dataset(SOURCES)
     data_root = write_dataset(VALIDATION, file="validation.json")
     (data_root / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
@@ -60,7 +76,9 @@ def steps_done(out_dir):
     return torch.load(out_dir / "resume.ckpt", weights_only=True)["global_step"]
 
 
-def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, capsys):
+def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, capsys, monkeypatch):
+    monkeypatch.setattr(tutorial_train, "tell_memory", tell_memory)
+    monkeypatch.setattr(tutorial_train, "calibrate", calibrate)
     on_disk = files(base_yaml.parent)
     out_dir = train("only_mid_control=true")
     assert files(base_yaml.parent) == on_disk
@@ -77,12 +95,70 @@ def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, ca
         assert not any(parameter.any() for parameter in model.control_net.controlnet_down_blocks.parameters())
         assert not (folder / "unet").exists()
         assert read_yaml(folder / "model.yaml").only_mid_control is True
+        assert list(config.prompts) == ["a square"]
+        assert (config.error_scale is None) == (folder.name == "last")
     assert {path.name for path in (out_dir / "pictures").iterdir()} == {"000002.png", "000004.png"}
     assert list((out_dir / "tensorboard").glob("events*"))
     assert not list(out_dir.rglob(".partial*"))
 
 
-def test_killed_training_goes_on_from_its_checkpoint(train, monkeypatch):
+def send(number, step, monkeypatch):
+    """Let this process receive a signal while a training takes its step `step`."""
+    original = ControlTraining.training_step
+
+    def training_step(self, *args):
+        if self.global_step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(ControlTraining, "training_step", training_step)
+
+
+def trained_state(out_dir):
+    """Returns: {name: tensor} of weights and optimiser in the checkpoint, and of the best and last weights."""
+    checkpoint = torch.load(out_dir / "resume.ckpt", weights_only=True)
+    moments = checkpoint["optimizer_states"][0]["state"]
+    state = checkpoint["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
+    for folder in (out_dir, out_dir / "last"):
+        state |= {f"{folder.name} {k}": v for k, v in load_model(folder).control_net.state_dict().items()}
+    return state | {"schedule": torch.tensor(checkpoint["lr_schedulers"][0]["_last_lr"])}
+
+
+def test_stopped_training_goes_on_as_if_it_had_not_been(train, monkeypatch, tmp_path, capsys):
+    """By Ctrl-C or SIGTERM: one line, the shell's code; then bitwise the weights of a run that was left alone."""
+    steps = ["max_steps=7", "logger_freq=4"]
+    whole = trained_state(train(*steps, f"out_dir={tmp_path / 'out'}"))
+    stops = {1: signal.SIGTERM, 3: signal.SIGINT, 4: signal.SIGTERM, 7: signal.SIGINT}
+    for step, number in stops.items():  # 4 and 7 are validated
+        out = tmp_path / f"stopped at {step}" / "out"
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+            send(number, step, patched)
+            capsys.readouterr()
+            train(*steps, f"out_dir={out}")
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        line = f"stopped by {name} at step {step} of 7; the same command goes on from there"
+        errors = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        assert [text for text in errors if text and "it/s" not in text] == [line]
+        assert stopped.value.code == 128 + number and steps_done(out) == step
+        train(*steps, f"out_dir={out}")
+        resumed = trained_state(out)
+        assert resumed.keys() == whole.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole), step
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_training_is_stopped_at_once_where_no_step_is_under_way(capsys):
+    with stoppable() as stop:
+        for again in (False, True):
+            with pytest.raises(SystemExit) as stopped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert stop.signal == signal.SIGTERM  # noted, and asked for again
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.value.code == 143
+            stop.stepping = not again
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().err
+
+
+def test_longer_training_goes_on_from_its_checkpoint(train, monkeypatch, capsys):
     trained = []
     step = ControlTraining.training_step
     monkeypatch.setattr(
@@ -92,8 +168,97 @@ def test_killed_training_goes_on_from_its_checkpoint(train, monkeypatch):
     before = load_model(out_dir / "last").control_net
     assert trained == [0, 1, 2, 3] and steps_done(out_dir) == 4
     train("max_steps=8")
+    assert "max_steps was 4: the learning rate goes on at 50% of its peak" in capsys.readouterr().out
     assert trained == list(range(8)) and steps_done(out_dir) == 8
     assert changed(before, load_model(out_dir / "last").control_net)
+    with pytest.raises(InputError, match="has done 8 steps already, more than max_steps=4"):
+        train()
+
+
+def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
+    """Whatever would make other weights of the same steps is named, and nothing is changed."""
+    out_dir, data = train("max_steps=1"), tmp_path / "data"
+    unlike = shutil.copytree(base_yaml.parent, tmp_path / "unlike")
+    weights = unlike / "mini_sd" / "text_encoder" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    safetensors.torch.save_file({k: t + 1e-3 for k, t in tensors.items()}, weights, {"format": "pt"})
+    write_yaml(read_yaml(base_yaml) | {"base": str(unlike / "mini_sd")}, unlike / "mini.yaml")
+    before = files(out_dir)
+    for argument, named in {
+        "learning_rate=0.01": r"learning_rate=0.001 \(now 0.01\)",
+        "seed=1": r"seed=0 \(now 1\)",
+        "prompt_dropout=0.2": "prompt_dropout=0.1",
+        "only_mid_control=true": "only_mid_control=False",
+        "sd_locked=false": "sd_locked=True",
+        "hint=coordinate": "hint=dense",
+        "precision=bf16-mixed": "precision=32-true",
+        "batch_size=1": "batch_size=2",
+        f"base={unlike / 'mini.yaml'}": "the base",
+        f"resume_path={out_dir}": "the control of resume_path",
+    }.items():
+        with pytest.raises(InputError, match=rf"resume.ckpt: .*with other settings or data: {named}[^,]*; start as"):
+            train("max_steps=1", argument)
+    rows = (data / "prompt.json").read_text()
+    (data / "prompt.json").write_text(rows.replace('"3"', '"3.5"'))
+    with pytest.raises(InputError, match="the rows"):
+        train("max_steps=1")
+    (data / "prompt.json").write_text(rows)
+    (data / "validation.json_0.png").write_bytes((data / "validation.json_1.png").read_bytes())
+    with pytest.raises(InputError, match="the pictures"):
+        train("max_steps=1")
+    assert files(out_dir) == before
+
+
+def test_one_run_at_a_time_writes_into_a_folder(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"), pytest.raises(InputError, match="out: another run is writing into it"):
+        train()
+    assert not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "val_loss"])
+def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, monkeypatch, tmp_path, what):
+    """In the third step, or the validation after the fourth; the checkpoint of the second stays."""
+    original = ControlTraining.denoising_loss
+
+    def loss(self, *args):
+        value, ill = original(self, *args), self.global_step == (4 if what == "val_loss" else 2)
+        if ill and what == "gradient" and value.requires_grad:
+            value.register_hook(lambda gradient: gradient * math.inf)
+        return value * math.nan if ill and (what == "val_loss") != self.training else value
+
+    kept, save = {}, SaveBestAndLast.checkpoint
+    monkeypatch.setattr(SaveBestAndLast, "checkpoint", lambda *args: save(*args) or kept.update(files(args[0].out_dir)))
+    monkeypatch.setattr(ControlTraining, "denoising_loss", loss)
+    with pytest.raises(InputError, match="^step [234]: the .* is not finite .*learning_rate below 0.001 "):
+        train()
+    assert steps_done(tmp_path / "out") == 2 and not (tmp_path / "out" / "last").exists()
+    now = {path: content for path, content in files(tmp_path / "out").items() if path.suffix != ".png"}
+    assert kept and all(now[path] == kept[path] for path in now if "tensorboard" not in str(path))
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("learning_rate=0", "learning_rate"),
+        ("learning_rate=1e30", "step 1: the loss or its gradient is not finite"),
+        ("precision=16-true", "expected one of 32-true, bf16-mixed, 16-mixed"),
+        ("precision=64", "expected one of 32-true"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(train, tmp_path, argument, message):
+    with pytest.raises(InputError, match=message):
+        train(argument)
+    assert not (tmp_path / "out" / "resume.ckpt").exists() and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "sources, named", [([[1, 5], [2, 5]], "zoom is 5 in all"), ([[0.25, 1]], "angle is 0.25 in all")]
+)
+def test_number_that_never_changes_is_named(train, write_dataset, sources, named):
+    write_dataset(sources)
+    with pytest.raises(InputError, match=f"nothing to learn: {named} rows"):
+        train()
 
 
 def test_finished_training_started_again_keeps_its_control(train):
@@ -129,27 +294,68 @@ def test_resume_path_keeps_a_trained_unet(train, make_model, tmp_path):
     assert not changed(load_model(tmp_path / "earlier").base.unet, load_model(out_dir).base.unet)
 
 
-def test_resume_path_keeps_weights_and_statistics(train, make_model, tmp_path):
-    model = make_model(2)
-    fit_statistics(model.control_net, [(0.0, 0.0), (10.0, 20.0)], ["a", "b"], ["", ""])
+def test_resume_path_keeps_weights_and_statistics(train, make_model, tmp_path, capsys):
+    """But its range grows, and so do the prompts that it knows."""
+    model = make_model(2, fresh=True)
+    controls, names = [(0.0, 1.0), (3.0, 21.0)], ["angle", "zoom"]
+    fit_statistics(model.control_net, controls, names, ["degrees", ""], ["a cup", "a cat", "a cat"])
+    randomize_zero_convolutions(model.control_net)
     save_model(model, tmp_path / "earlier")
     earlier = load_model(tmp_path / "earlier").control_net
     out_dir = train(f"resume_path={tmp_path / 'earlier'}", "max_steps=1", "learning_rate=1e-12")
     trained = load_model(out_dir).control_net
-    assert list(trained.config.control_mean) == [5.0, 10.0]
+    assert list(trained.config.control_mean) == [1.5, 11.0] and list(trained.config.control_std) == [1.5, 10.0]
+    assert (list(trained.config.control_low), list(trained.config.control_high)) == ([0.0, 0.5], [4.0, 21.0])
+    assert list(trained.config.prompts) == ["a square", "a cat", "a cup"]
+    out = capsys.readouterr().out
+    assert "the range of angle is now 0 to 4, which was 0 to 3 degrees\n" in out
+    assert "the range of zoom is now 0.5 to 21, which was 1 to 21\n" in out
     assert len(changed(earlier, trained)) < 0.1 * len(earlier.state_dict())  # half precision hides such a step
+
+
+@pytest.mark.parametrize(
+    "own, given, names",
+    [
+        (["tilt", "degrees"], ["tilt", "degrees"], "tilt"),
+        (["tilt", "degrees"], None, "tilt"),  # nobody says that they are others
+        (["control", ""], ["tilt", "degrees"], "tilt"),
+        (["tilt", "degrees"], ["tilt", "radians"], None),
+        (["tilt", "degrees"], ["lean", "degrees"], None),
+    ],
+)
+def test_names_of_a_trained_control(make_model, own, given, names):
+    control_net = make_model().control_net
+    control_net.register_to_config(control_names=own[:1], control_units=own[1:], control_low=[0.0], control_high=[1.0])
+    given = (given[:1], given[1:]) if given else (None, None)
+    if names:
+        fit_statistics(control_net, [(0.0,), (1.0,)], *given)
+        assert control_net.config.control_names == [names]
+    else:
+        with pytest.raises(InputError, match="resume_path: was trained on tilt degrees, the data has .*controls.yaml"):
+            fit_statistics(control_net, [(0.0,), (1.0,)], *given)
+
+
+def test_control_that_was_trained_elsewhere_keeps_how_it_takes_numbers(make_model):
+    """Though nobody knows its range, as of a file of the original fork."""
+    control_net = make_model().control_net
+    control_net.register_to_config(control_mean=[0.0], control_std=[1.0])
+    fit_statistics(control_net, [(10.0,), (30.0,)], ["angle"], ["degrees"])
+    config = control_net.config
+    assert config.control_mean == [0.0] and config.control_std == [1.0] and config.control_high == [30.0]
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-50, 1.0, 1e39, 1e200, 1e307])
+def test_statistics_of_numbers_of_any_size(make_model, size):
+    control_net = make_model(fresh=True).control_net
+    fit_statistics(control_net, [(size,), (3 * size,), (2 * size,)], ["a"], [""])
+    normal = control_net.normalize(torch.tensor([[size], [2 * size], [3 * size]], dtype=torch.float64))
+    torch.testing.assert_close(normal, torch.tensor([[-1.0], [0.0], [1.0]]) * 1.5**0.5)
 
 
 def test_resume_path_of_another_dimension_is_named(train, make_model, tmp_path):
     save_model(make_model(1), tmp_path / "one")
     with pytest.raises(InputError, match=r"made for 1 number\(s\), .* has 2.*control_dim=2"):
         train(f"resume_path={tmp_path / 'one'}")
-
-
-def test_checkpoint_of_another_control_is_named(train):
-    train("max_steps=2")
-    with pytest.raises(InputError, match="out_dir"):
-        train("hint=coordinate")
 
 
 def test_broken_checkpoint_is_named(train, tmp_path):
@@ -170,9 +376,10 @@ def test_few_controls_train_without_validation(train, write_dataset, tmp_path):
 def module_and_batch(make_model, write_dataset):
     """A fresh control, unfrozen, and one batch of all pictures of a tiny dataset."""
 
-    def make(**options):
+    def make(only_mid_control=False, **options):
         model, (rows, _) = make_model(fresh=True), split_rows(write_dataset([-2, -1, 1, 2], size=32))
-        fit_statistics(model.control_net, [row.control for row in rows], ["a", "b"], ["", ""])
+        fit_statistics(model.control_net, [row.control for row in rows], ["a"], [""])
+        model.config.only_mid_control = only_mid_control
         module = ControlTraining(model, **{**dict(learning_rate=1e-2, steps=30), **options})
         return module, torch.utils.data.default_collate(list(ControlDataset(rows, model.base, 32)))
 
@@ -197,6 +404,17 @@ def test_loss_falls_and_only_the_control_learns(module_and_batch, normal):
     learned = changed(control_before, module.model.control_net)
     for part in ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block", "down_blocks"):
         assert any(name.startswith(part) for name in learned)
+
+
+@pytest.mark.parametrize("only_mid_control", [False, True])
+@pytest.mark.parametrize("sd_locked", [True, False])
+def test_all_that_is_trained_has_a_gradient(module_and_batch, normal, sd_locked, only_mid_control):
+    """Otherwise several processes would wait for what never comes."""
+    module, batch = module_and_batch(only_mid_control, sd_locked=sd_locked)
+    randomize_zero_convolutions(module.model.control_net)
+    noise, timesteps = normal(*batch["latents"].shape), torch.tensor([500] * 4)
+    module.denoising_loss(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean().backward()
+    assert {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None} == set()
 
 
 @pytest.mark.parametrize("sd_locked", [True, False])
@@ -282,3 +500,64 @@ def test_the_last_step_is_validated(train, given_losses, tmp_path):
     assert steps_done(tmp_path / "out") == 3
     train("max_steps=5")
     assert not changed(best, load_model(tmp_path / "out").control_net)
+
+
+def test_training_tells_what_it_does(train, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("cldm.training.TOLD_EVERY", -1)
+    monkeypatch.setattr("cldm.report.LEAST_PSNR", 100)
+    train("max_steps=3")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "4 training and 2 validation pictures",
+        "angle: 1 to 4 degrees, 4 values",
+        "zoom: 0.5 to 2, 3 values",
+        '1 prompt(s): "a square"',
+    ]
+    for text in (
+        r"the base's own reconstruction of the pictures: \d+\.\d dB \(median of 4\)$",
+        "warning: below 100 dB the base hardly shows such pictures",
+        r"val_loss [\d.]+ on pictures .* [\d.]+ without the control\): ",
+        r"error bars come from 2 validation picture\(s\) of 2 different value\(s\): too few",
+    ):
+        assert len([x for x in lines if re.match(text, x)]) == 1
+    told = [x.split(",")[0] for x in lines if x.startswith("step ") and "val_loss" not in x]
+    assert told == ["step 1 of 3", "step 2 of 3", "step 3 of 3"] and not any("\r" in x for x in lines)
+    assert len([x for x in lines if re.match(r"step [23] of 3, loss [\d.]+, val_loss [\d.]+, ", x)]) == 2
+    with Image.open(tmp_path / "out" / "pictures" / "000003.png") as grid:
+        assert grid.size == (4 * (3 * 32 + 8), 32 + 3 * 14 + 4)  # one subject; target, VAE and generation of four
+
+
+@pytest.mark.parametrize(
+    "losses, said",
+    [
+        ([], "no validation"),
+        ([0.5], "val_loss 0.5000 .*0.9000 without the control.: a single"),
+        ([0.5, 0.3], "val_loss 0.3000 .*still falling: more steps"),
+        ([0.5, 0.3, 0.299], "val_loss 0.2990 .*levelled off"),
+        ([0.5, 0.3, 0.4], "val_loss 0.3000 .*risen since step 20, .*more pictures"),
+        ([0.9, 0.895], "val_loss 0.8950 .*hardly used"),
+    ],
+)
+def test_verdict_on_the_validations(losses, said):
+    saver = SaveBestAndLast(None, 10, None)
+    saver.history, saver.base_loss = [[10 * (i + 1), loss] for i, loss in enumerate(losses)], 0.9
+    assert re.match(said, saver.verdict())
+
+
+def test_error_bars_say_what_they_come_from(base, write_dataset):
+    def tell(sources, seen=False):
+        return tell_bars(ControlDataset(read_rows(write_dataset(sources) / "prompt.json"), base, 32), seen)
+
+    assert tell([1, 2, 3, 4] * 3) == "error bars come from 12 validation picture(s) of 4 different value(s)"
+    assert "too few" in tell([1, 2] * 6) and "too few" in tell([1, 2, 3])
+    assert "too narrow" in tell([1, 2, 3, 4] * 3, seen=True)
+
+
+def test_grid_shows_every_subject(write_dataset, base):
+    """Up to a dozen, at two numbers at least."""
+    folder = write_dataset(list(range(30)) * 2, size=32)
+    rows = [replace(row, prompt=f"thing {i % 6}") for i, row in enumerate(read_rows(folder / "prompt.json"))]
+    shown = PictureLogger(ControlDataset(rows, base, 32), None, 1, 4).rows
+    assert [[row.prompt for row in own] for own in shown] == [[f"thing {k}"] * 4 for k in range(6)]
+    rows = [replace(row, prompt=f"thing {i % 20:02d}") for i, row in enumerate(rows)]
+    assert [len(own) for own in PictureLogger(ControlDataset(rows, base, 32), None, 1, 4).rows] == [2] * 12
