@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from ldm.pictures import describe_fit, fit_picture, load_picture, pictures_to_tensor
+from ldm.pictures import check_picture, describe_fit, fit_picture, load_picture, pictures_to_tensor
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
@@ -103,12 +102,9 @@ def _read_row(line, folder, where, known):
     files = {key: folder / row[key] for key in ("target", "reference") if key in row}
     for key, file in files.items():
         try:
-            with Image.open(file) as picture:
-                picture.verify()
-        except FileNotFoundError:
-            raise InputError(f'{where}: "{key}" {file} does not exist') from None
-        except Exception:  # Pillow raises many kinds
-            raise InputError(f'{where}: "{key}" {file} is not a picture') from None
+            check_picture(file)
+        except InputError as error:
+            raise InputError(f'{where}: "{key}" {error}') from None
     return Row(control, prompt=row["prompt"], **files)
 
 

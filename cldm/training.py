@@ -126,9 +126,9 @@ def anywhere(trainer, condition):
     return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
 
 
-def digest_weights(module):
-    """Returns: a digest of a module's weights, a text."""
-    total = hashlib.sha256()
+def digest_weights(module, *more):
+    """Returns: a digest of a module's weights, and of what more there is to know it by, a text."""
+    total = hashlib.sha256(repr(more).encode())
     for name, tensor in sorted(module.state_dict().items()):
         total.update(f"{name} {tuple(tensor.shape)}".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -151,7 +151,7 @@ def find_checkpoint(out_dir, module):
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
     other = {key: run.get(key) for key in module.run if run.get(key) != module.run[key] and key != "max_steps"}
     said = [key if key.startswith("the ") else f"{key}={was} (now {module.run[key]})" for key, was in other.items()]
-    remedy = f"start as before to go on, choose another out_dir, or delete {RESUME_FILE} to begin again here"
+    remedy = f"start as before to go on, choose another out_dir, or delete {RESUME_FILE} and give overwrite=true to begin again here"
     if other:
         raise InputError(f"{file}: a run with other settings or data: {', '.join(said)}; {remedy}")
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
