@@ -151,7 +151,9 @@ def find_checkpoint(out_dir, module):
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
     other = {key: run.get(key) for key in module.run if run.get(key) != module.run[key] and key != "max_steps"}
     said = [key if key.startswith("the ") else f"{key}={was} (now {module.run[key]})" for key, was in other.items()]
-    remedy = f"start as before to go on, choose another out_dir, or delete {RESUME_FILE} and give overwrite=true to begin again here"
+    remedy = (
+        "start as before to go on, choose another out_dir, or delete the file and give overwrite=true to begin again"
+    )
     if other:
         raise InputError(f"{file}: a run with other settings or data: {', '.join(said)}; {remedy}")
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
