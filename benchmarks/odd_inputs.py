@@ -528,7 +528,7 @@ def write_huge(path):
 
 def cut_off(picture, share):
     def write(path):
-        picture.save(path)
+        picture.copy().save(path)
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
     return write
@@ -536,7 +536,10 @@ def cut_off(picture, share):
 
 def no_pictures(rng):
     reference, target, _ = pair(rng)
-    pages = dict(save_all=True, append_images=[reference])
+
+    def save_both(path):  # copies, since Pillow keeps how a picture was saved before
+        target.copy().save(path, save_all=True, append_images=[reference.copy()])
+
     ways = {
         "missing": (lambda path: None, "png"),
         "a folder": (os.mkdir, "png"),
@@ -547,9 +550,9 @@ def no_pictures(rng):
         "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "png"),
         "zeros": (lambda path: path.write_bytes(bytes(5000)), "png"),
         "too large": (write_huge, "png"),
-        "animation": (lambda path: target.save(path, **pages), "gif"),
-        "animated WebP": (lambda path: target.save(path, **pages), "webp"),
-        "pages": (lambda path: target.save(path, **pages), "tif"),
+        "animation": (save_both, "gif"),
+        "animated WebP": (save_both, "webp"),
+        "pages": (save_both, "tif"),
         **{f"{n:.0%} of a {s}": (cut_off(target, n), s) for n in (0.05, 0.5, 0.95) for s in ("png", "jpg", "tif")},
         "damaged": (lambda path: (target.save(path), os.truncate(path, 9000), os.truncate(path, 20000)), "png"),
     }
@@ -756,12 +759,16 @@ def write_case(case, folder, number):
     return row | case.row
 
 
+class Hanging(BaseException):  # which nothing takes for a picture that cannot be read
+    pass
+
+
 @contextlib.contextmanager
 def time_limit(seconds):
-    """Raises: TimeoutError in the block if it takes longer, as a pipe that nobody writes to would for ever."""
+    """Raises: Hanging in the block if it takes longer, as a pipe that nobody writes to would for ever."""
 
     def stop(*_):
-        raise TimeoutError(f"nothing in {seconds} seconds")
+        raise Hanging(f"nothing in {seconds} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -801,10 +808,9 @@ def read_cases(cases, folder):
     folder.mkdir(parents=True)
     outcomes, accepted = [None] * len(cases), {}
     for number, case in enumerate(cases):
-        out = folder / f"{number:03d}_out"
         try:
             if case.arguments is not None:
-                line = refusal(case.arguments, out)
+                line = refusal(case.arguments, folder / f"{number:03d}_out")
                 outcomes[number] = dict(ended="refused", line=line) if line else dict(ended="wrong", wrong="accepted")
                 continue
             row, file = write_case(case, folder, number), folder / f"{number:03d}.json"
@@ -816,21 +822,31 @@ def read_cases(cases, folder):
             accepted.setdefault(case.model, {})[number] = row
         except InputError as error:
             outcomes[number] = dict(ended="refused", line=str(error))
-        except Exception as error:
+        except (Exception, Hanging) as error:
             outcomes[number] = crashed(error)
     for model, rows in accepted.items():
-        file, out = folder / f"{model}.json", folder / f"{model}_out"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-        arguments = [f"model_path={MODELS[model]}", f"targets={file}", f"out_dir={out}"]
-        try:
-            with silence():
-                invert.main(override(invert.settings, arguments))
-            results = map(json.loads, (out / "results.jsonl").read_text().splitlines())
-            for number, result in zip(rows, results, strict=True):
-                outcomes[number] = judge(cases[number], result)
-        except Exception as error:  # all pictures had been looked at: none of these has a reading
-            outcomes = [outcome or crashed(error) for outcome in outcomes]
+        for number, result in read_targets(model, rows, folder, model).items():
+            outcomes[number] = result if "ended" in result else judge(cases[number], result)
     return outcomes
+
+
+def read_targets(model, rows, folder, name):
+    """Read rows of prompt.json, {number: row}, in one run of invert.py, or each in its own if that run ends early.
+
+    Returns: {number: what results.jsonl has of it, or how it ended}.
+    """
+    file, out = folder / f"{name}.json", folder / f"{name}_out"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    try:
+        with silence():
+            invert.main(override(invert.settings, [f"model_path={MODELS[model]}", f"targets={file}", f"out_dir={out}"]))
+        return dict(zip(rows, map(json.loads, (out / "results.jsonl").read_text().splitlines()), strict=True))
+    except Exception as error:
+        if len(rows) > 1:
+            single = [read_targets(model, {n: row}, folder, f"{model}_{n:03d}") for n, row in rows.items()]
+            return {number: result for own in single for number, result in own.items()}
+        ended = dict(ended="refused", line=str(error)) if isinstance(error, InputError) else crashed(error)
+        return dict.fromkeys(rows, ended)
 
 
 def judge(case, result):
