@@ -6,7 +6,7 @@ Three stages: draw views of the photographs, train the VAE, train text encoder a
 A VAE that lies in out_dir already is not trained again.
 """
 
-from ldm.settings import answer, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     out_dir="runs/tiny_sd",
@@ -39,6 +39,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.pairs import open_photo
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
+from ldm.base import load_part
 from ldm.ddim import draw_timesteps
 from ldm.files import fresh_folder, whole_folder
 from ldm.pictures import pictures_to_tensor
@@ -227,13 +228,15 @@ def main(s):
     check_numbers(s, int, image_size=(32, 4096), vae_views=whole, vae_steps=whole, unet_views=whole, unet_steps=whole)
     check_numbers(s, int, batch_size=whole, seed=(0, 2**63 - 2))
     check_numbers(s, vae_details=(0, 1), unet_details=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
+    if s.image_size % 32:
+        raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
     out = fresh_folder(s.out_dir, s.overwrite, own=["vae"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0])
         with whole_folder(out) as folder:
             vae.half().save_pretrained(folder / "vae")
-    vae = AutoencoderKL.from_pretrained(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    vae = load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s.seed + 1, s.unet_views, s.image_size, s.unet_details)
     unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), prompts)
     with whole_folder(out) as folder:

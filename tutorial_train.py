@@ -71,7 +71,7 @@ from cldm.training import (
     stoppable,
 )
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import lock_folder, output_folder
+from ldm.files import find_path, lock_folder, output_folder
 
 VALIDATION_PAIRS = 144
 STATISTICS = 10_000  # random changes, for the spread of each
@@ -88,9 +88,10 @@ def read_data(s):
         drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
         controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
         return *split_pictures(s.pairs), controls, list(ranges), [CHANGES[name][0] for name in ranges]
-    train, validation = split_rows(s.data_root)
+    folder = find_path(s.data_root)
+    train, validation = split_rows(folder)
     controls = [row.control for row in train]
-    return train, validation, controls, *read_control_names(s.data_root, len(controls[0]))
+    return train, validation, controls, *read_control_names(folder, len(controls[0]))
 
 
 def split_pictures(folder):

@@ -8,29 +8,33 @@ whole numbers, the 84 targets lie between them. Prints errors, how often the int
 and what is off by more than its interval without a flag, a subject and over all.
 """
 
-import colorsys
-import json
-import math
-import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import invert
-import tutorial_train
-from ldm.files import output_folder
-from ldm.settings import check_numbers, override, run_script, write_yaml
+from ldm.settings import answer, check_numbers, override, run_script, write_yaml
 
 settings = dict(
     data_root="outputs/drawn/data",  # the pictures are drawn into it
     model_path="outputs/drawn/control",  # of the control, which is trained if there is none
-    max_steps=tutorial_train.settings["max_steps"],
+    max_steps=1400,
     between=14,  # values between the trained ones that every thing is read at
     out_dir="outputs/drawn",
 )
+if __name__ == "__main__":
+    answer(__file__)
+
+import colorsys
+import json
+import math
+import shutil
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+import invert
+import tutorial_train
+from ldm.files import report_folder
 
 SIZE, FINE = 128, 4  # pixels; how many times as fine a picture is drawn
 HIGHEST = 9  # value; the lowest is 0
@@ -265,9 +269,11 @@ def tabulate(results):
 
 def main(s):
     check_numbers(s, int, max_steps=(1, math.inf), between=(1, 1000))
-    out_dir, data_root, model_path = output_folder(s.out_dir), Path(s.data_root), Path(s.model_path)
+    out_dir = report_folder(s.out_dir, "results.json", "interval90", "unseen", "readings")
+    data_root, model_path = Path(s.data_root), Path(s.model_path)
     if not (model_path / "config.json").exists():
-        draw_dataset(data_root, {name: range(HIGHEST + 1) for name in THINGS})
+        if not (data_root / "prompt.json").exists():
+            draw_dataset(data_root, {name: range(HIGHEST + 1) for name in THINGS})
         arguments = [f"data_root={data_root}", f"out_dir={model_path}", f"max_steps={s.max_steps}"]
         tutorial_train.main(override(tutorial_train.settings, arguments))
     results = read_between(model_path, out_dir, s.between)

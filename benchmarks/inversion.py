@@ -9,38 +9,12 @@ what is flagged of targets at +-8 degrees, and of photographs never trained on. 
 goes on after the last method in results.jsonl.
 """
 
-import itertools
-import json
-import math
-import random
-import resource
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import nn
-from torchvision.models import resnet18
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test5
-import test5_s1
-from cldm.dataset import split_rows
-from cldm.model import load_model
-from cldm.objectives import SamplingObjective
-from cldm.reading import BATCH, read_controls, search_bounds
-from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
-from ldm.files import output_folder
-from ldm.pictures import load_picture, pictures_to_tensor
-from ldm.settings import InputError, Settings, nearest, run_script
+from ldm.settings import InputError, Settings, answer, check_numbers, nearest, run_script
 
-SIZE = 128  # pixels
 settings = dict(
     model_path="models/control_tiny",
     data_root="dataForTrain",  # what the regressor is trained on
@@ -51,6 +25,37 @@ settings = dict(
     original_iterations=100,  # at most, where the original's settings have not arrived
     out_dir="outputs/inversion",
 )
+if __name__ == "__main__":
+    answer(__file__)
+
+import itertools
+import json
+import math
+import random
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from torchvision.models import resnet18
+
+import test5
+import test5_s1
+from cldm.dataset import split_rows
+from cldm.model import load_model
+from cldm.objectives import SamplingObjective
+from cldm.reading import BATCH, read_controls, search_bounds
+from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
+from ldm.files import find_path, report_folder
+from ldm.pictures import load_picture, pictures_to_tensor
+
+SIZE = 128  # pixels
 
 
 @dataclass
@@ -114,7 +119,7 @@ def regress(model, targets, data_root, minutes):
 
     Pictures are shifted, zoomed a little and changed in brightness while it trains, or it learns them by heart.
     """
-    rows, _ = split_rows(data_root)
+    rows, _ = split_rows(find_path(data_root))
     pictures = pictures_to_tensor([load_picture(row.target) for row in rows])
     angles = torch.tensor([row.control[0] for row in rows])
     spread = angles.std()
@@ -218,7 +223,9 @@ def count_flags(s):
 
 
 def main(s):
-    out_dir = output_folder(s.out_dir)
+    check_numbers(s, int, targets=(1, 10**6), original_iterations=(1, 10**6), seed=(0, 2**32 - 1))
+    check_numbers(s, regressor_minutes=(0, 10**4))
+    out_dir = report_folder(s.out_dir, "results.jsonl", "method", "plot.png")
     names = list(METHODS) if s.methods == "all" else s.methods.split(",")
     if unknown := [name for name in names if name not in METHODS]:
         raise InputError(f'methods: no "{unknown[0]}"{nearest(unknown[0], METHODS)}')

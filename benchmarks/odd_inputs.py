@@ -11,6 +11,21 @@ for numbers that the picture cannot show; flagged; or refused, in one line. What
 of sorts and what was wrong; leaves out_dir/cases.json and the pictures. Exit code 1 if anything was wrong.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.settings import InputError, answer, check_numbers, nearest, override, run_script
+
+settings = dict(
+    sorts="all",
+    quick=False,  # True: two inputs of every sort
+    seed=5,
+    out_dir="outputs/odd_inputs",
+)
+if __name__ == "__main__":
+    answer(__file__)
+
 import contextlib
 import io
 import json
@@ -20,33 +35,22 @@ import random
 import shutil
 import signal
 import struct
-import sys
 import zlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import invert
 from cldm.dataset import read_rows
 from cldm.pairs import CHANGES, MOTIONS, NO_CHANGE, cut, draw_change, draw_pair, expose, inverse, similarity
 from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed
-from ldm.files import ROOT, output_folder
+from ldm.files import ROOT, report_folder
 from ldm.pictures import check_picture
-from ldm.settings import InputError, check_numbers, nearest, override, run_script
 
 SIZE = 128  # pixels
-settings = dict(
-    sorts="all",
-    quick=False,  # True: two inputs of every sort
-    seed=5,
-    out_dir="outputs/odd_inputs",
-)
-
 MODELS = {name: ROOT / "models" / name for name in ("control_tiny_pair", "control_tiny", "control_views")}
 NUMBERS = {"control_tiny_pair": tuple(CHANGES), "control_tiny": ("angle",), "control_views": tuple(CONTROLS)}
 ERRORS = 3.0  # standard errors
@@ -873,7 +877,7 @@ def judge(case, result):
 
 def main(s):
     check_numbers(s, int, seed=(0, 2**32 - 1))
-    out_dir = output_folder(s.out_dir)
+    out_dir = report_folder(s.out_dir, "cases.json", "ended", "pictures", "formulas")
     for old in ("pictures", "formulas"):
         shutil.rmtree(out_dir / old, ignore_errors=True)
     (out_dir / "formulas").mkdir()

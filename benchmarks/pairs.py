@@ -8,15 +8,31 @@ pictures of 320 x 320 pixels turned about a point that is not their middle; how 
 is flagged, of true pairs and of pairs of different photographs. out_dir/errors.json has every error.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.settings import InputError, answer, check_numbers, nearest, run_script
+
+settings = dict(
+    model_path="models/control_tiny_pair",
+    methods="all",
+    photos="held_out",  # a group of make_dataset.py's, or any folder
+    pairs=64,
+    seed=3,
+    regressor_minutes=60.0,  # as long as the control was trained
+    out_dir="outputs/pairs",
+)
+if __name__ == "__main__":
+    answer(__file__)
+
 import contextlib
 import io
 import json
 import math
 import random
-import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -31,7 +47,6 @@ from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cldm.model import load_model
 from cldm.pairs import (
     CHANGES,
@@ -48,20 +63,10 @@ from cldm.pairs import (
 )
 from cldm.reading import BATCH, read_controls
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import output_folder, write_whole
+from ldm.files import report_folder, write_whole
 from ldm.pictures import fit_picture, pictures_to_tensor
-from ldm.settings import InputError, nearest, run_script
 
 SIZE = 128  # pixels
-settings = dict(
-    model_path="models/control_tiny_pair",
-    methods="all",
-    photos="held_out",  # a group of make_dataset.py's, or any folder
-    pairs=64,
-    seed=3,
-    regressor_minutes=60.0,  # as long as the control was trained
-    out_dir="outputs/pairs",
-)
 NAMES = list(CHANGES)
 
 
@@ -233,7 +238,9 @@ def main(s):
     names = methods if s.methods == "all" else s.methods.split(",")
     if unknown := [name for name in names if name not in methods]:
         raise InputError(f'methods: no "{unknown[0]}"{nearest(unknown[0], methods)}')
-    out_dir, files = output_folder(s.out_dir), find_pictures(s.photos)
+    check_numbers(s, int, pairs=(1, 10**6), seed=(0, 2**63 - 1))
+    check_numbers(s, regressor_minutes=(0, 10**4))
+    out_dir, files = report_folder(s.out_dir, "errors.json", "rotation"), find_pictures(s.photos)
     rng, model = random.Random(s.seed), load_model(s.model_path)
     torch.manual_seed(s.seed)
     readers = {"ecc": ecc, "log_polar": log_polar}

@@ -8,23 +8,11 @@ turns photograph by photograph, so that a busy machine slows both. Prints the RE
 every inversion.
 """
 
-import json
-import platform
-import random
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test5
-import test5_s1
-from cldm.model import load_model
-from dataForTrain.make_dataset import render_framed, select_photos
-from ldm.files import output_folder
-from ldm.settings import Settings, run_script
+from ldm.settings import Settings, answer, check_numbers, run_script
 
 settings = dict(
     model_path="models/control_tiny",
@@ -33,10 +21,27 @@ settings = dict(
     seed=1,
     out_dir="outputs/sampling_inversion",
 )
+if __name__ == "__main__":
+    answer(__file__)
+
+import json
+import platform
+import random
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import test5
+import test5_s1
+from cldm.model import load_model
+from dataForTrain.make_dataset import render_framed, select_photos
+from ldm.files import report_folder
 
 
 def main(s):
-    out_dir = output_folder(s.out_dir)
+    check_numbers(s, int, pairs=(1, 1000), seed=(0, 2**63 - 1))
+    out_dir = report_folder(s.out_dir, "results.jsonl", "script")
     rng = random.Random(s.seed)
     model = load_model(s.model_path)
     photos = select_photos(s.photos)

@@ -8,12 +8,26 @@ through the scripts as one would. Every row of the table is a process of its own
 ended: it does not fit. The last rows are a gradient without any care: reverse mode through 10 DDIM steps.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.settings import answer, read_yaml, run_script, write_yaml
+
+settings = dict(
+    versions=["1.5", "2.1"],
+    image_size=320,  # pixels
+    precision="bfloat16",  # of the frozen base
+    limit=20.0,  # GiB of a process
+    out_dir="outputs/stable_diffusion",
+)
+if __name__ == "__main__":
+    answer(__file__)
+
 import json
 import subprocess
-import sys
 import time
 from multiprocessing import get_context
-from pathlib import Path
 
 import psutil
 import torch
@@ -21,7 +35,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import invert
 import test5_s1
 import tool_add_control
@@ -35,16 +48,8 @@ from ldm.files import (
     ROOT,
     output_folder,
 )
-from ldm.settings import read_yaml, run_script, write_yaml
 from tests.original_layout import original_weights
 
-settings = dict(
-    versions=["1.5", "2.1"],
-    image_size=320,  # pixels
-    precision="bfloat16",  # of the frozen base
-    limit=20.0,  # GiB of a process
-    out_dir="outputs/stable_diffusion",
-)
 YAMLS = {"1.5": "cldm_v15.yaml", "2.1": "cldm_v21.yaml"}
 PROMPT = "a photo of an astronaut in an orange suit"
 START, TARGET = "resultData/astronaut_-4.png", "resultData/astronaut_+2.png"
@@ -63,7 +68,8 @@ def make_checkpoint(architecture, file):
 
 def convert(folder, description, size):
     began = time.perf_counter()
-    run_script(lambda s: tool_add_control.main(s, [description, folder / "fresh"]), tool_add_control.settings, [])
+    arguments = [str(description), str(folder / "fresh"), "overwrite=true"]
+    run_script(tool_add_control.main, tool_add_control.settings, arguments, paths=tool_add_control.PATHS)
     return time.perf_counter() - began
 
 
@@ -164,7 +170,9 @@ def main(s):
         if not Path(config.base).exists():
             measure(make_checkpoint, (ROOT / config.architecture, config.base), s.limit)
         maker = [sys.executable, ROOT / "dataForTrain" / "make_dataset.py", "photos=astronaut", "angles=[-4,2]"]
-        subprocess.run([*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}"], check=True)
+        subprocess.run(
+            [*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}", "overwrite=true"], check=True
+        )
         for name, function in ROWS.items():
             seconds, memory = measure(function, (folder, folder / "base.yaml", s.image_size), s.limit)
             took = f"{seconds:.0f}" if seconds else "does not fit" if memory > s.limit else "failed"

@@ -280,7 +280,7 @@ def pick_device(name):
     """Returns: the torch.device that `name` says, "auto" being a GPU where there is one. Raises: InputError."""
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()  # "meta" has nothing to give
     except (RuntimeError, AssertionError) as error:
         raise InputError(f'setting "device": {name} cannot be used ({str(error).splitlines()[0]})') from None
     return device

@@ -94,11 +94,13 @@ def fresh_file(path, overwrite=False, *, inputs=()):
     """Check, before any work, a file that is to be written: as fresh_folder. inputs: folders of which it is no file."""
     path = Path(os.path.expanduser(path))
     check_writable(path.parent)
-    if path.is_dir():
+    with writing(path):
+        there, folder = path.exists(), path.is_dir()
+    if folder:
         raise InputError(f"{path}: a folder; expected the name of a file to write")
-    if path.exists() and any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs):
+    if there and any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs):
         raise InputError(f"{path}: is read itself; choose another name")
-    if path.exists() and not overwrite:
+    if there and not overwrite:
         raise InputError(f"{path}: is there already; choose another name, or give overwrite=true to replace it")
     return path
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -171,10 +172,10 @@ def picture(tmp_path):
 def fails_in_one_line(capsys):
     """fails_in_one_line(main, settings, arguments) -> the line; checks exit code 2 and that it is the only one."""
 
-    def check(main, settings, arguments):
+    def check(main, settings, arguments, **options):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_info:
-            run_script(main, settings, [str(argument) for argument in arguments])
+            run_script(main, settings, [str(argument) for argument in arguments], **options)
         assert exit_info.value.code == 2
         # progress bars rewrite their line with carriage returns
         lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "it/s" not in line]
@@ -183,6 +184,15 @@ def fails_in_one_line(capsys):
         return errors[0]
 
     return check
+
+
+@pytest.fixture
+def small_disk():
+    """Files may have 4096 bytes: writing more fails as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The scripts: what they leave, and one line and exit code 2 for whatever the user got wrong."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,22 +15,24 @@ import invert
 import test5
 import test5_s1
 import tool_add_control
+import tool_export_control
 import tool_train_base
 import tutorial_train
-from cldm.model import save_model
+from benchmarks import drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion
+from cldm.model import load_model, save_model
 from dataForTrain import make_dataset
-from ldm.files import ROOT
-from ldm.settings import read_yaml, run_script, write_yaml
+from ldm.files import ROOT, digest
+from ldm.settings import read_settings, read_yaml, run_script, write_yaml
 
-SCRIPTS = {
-    "test5.py": test5,
-    "test5_s1.py": test5_s1,
-    "invert.py": invert,
-    "tutorial_train.py": tutorial_train,
-    "tool_add_control.py": tool_add_control,
-    "tool_train_base.py": tool_train_base,
-    "dataForTrain/make_dataset.py": make_dataset,
+MODULES = {
+    f"{module.__name__.replace('.', '/')}.py": module
+    for module in (
+        *(test5, test5_s1, invert, tutorial_train, tool_add_control, tool_export_control, tool_train_base),
+        *(make_dataset, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion),
+    )
 }
+FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "dataForTrain")
+SCRIPTS = sorted(str(file.relative_to(ROOT)) for folder in FOLDERS for file in folder.glob("*.py"))
 INFERENCE = pytest.mark.parametrize("script", [test5, test5_s1], ids=lambda module: module.__name__)
 
 
@@ -49,15 +52,169 @@ def arguments(control_folder, picture, out_dir):
     return [f"model_path={control_folder}", f"out_dir={out_dir}", *pictures, "iterations=2", "ddim_steps=3"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_unknown_setting_ends_every_script_in_one_line(script, tmp_path):
-    paths = ["in", "out"] if script == "tool_add_control.py" else []
-    name = list(SCRIPTS[script].settings)[0]
-    command = [sys.executable, str(ROOT / script), *paths, f"{name}x=1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == f'error: unknown setting "{name}x" (did you mean "{name}"?)\n'
-    assert done.stdout == "" and nothing_in(tmp_path)
+class TestBeforeTheImports:
+    """What every script answers within a moment: torch is not imported for it."""
+
+    @pytest.fixture
+    def call(self, tmp_path):
+        """call(script, *arguments) -> the finished process, in which importing torch is a mistake."""
+        (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+
+        def call(script, *arguments, **environment):
+            command = [sys.executable, str(ROOT / script), *arguments]
+            environment = {**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "80", **environment}
+            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+        return call
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    def test_help_has_the_docstring_and_every_setting_with_its_comment(self, script, call):
+        done = call(script, "-h", "seeed=1")
+        settings, docstring = read_settings(ROOT / script)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(docstring)
+        for key, (default, comment, _) in settings.items():
+            told = done.stdout[done.stdout.index(f"\n  {key}={default}") :]
+            assert " ".join(told.split()).startswith(f"{key}={default} {comment}".strip())
+        assert max(map(len, done.stdout[len(docstring) :].splitlines())) <= 80
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    def test_a_misspelt_setting_is_named(self, script, call):
+        name = list(read_settings(ROOT / script)[0])[0]
+        done = call(script, *["in", "out"][: 2 * script.endswith("control.py")], f"{name}x=1")
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr == f'error: unknown setting "{name}x" (did you mean "{name}"?)\n'
+
+    @pytest.mark.parametrize("script", ["tool_add_control.py", "tool_export_control.py"])
+    def test_without_arguments_the_usage_is_shown(self, script, call):
+        done = call(script)
+        assert done.returncode == 2 and f"python {script} " in done.stderr and "  overwrite=False" in done.stderr
+
+    def test_help_can_be_read_on_any_console(self, call):
+        done = call("tool_export_control.py", "--help", PYTHONIOENCODING="ascii")
+        assert "control_model.input_blocks....)" in done.stdout
+
+    def test_ctrl_c_in_the_midst_of_the_imports_is_one_word(self, call, tmp_path):
+        (tmp_path / "torch.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+        )
+        done = call("test5.py")
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "\nstopped\n")
+
+
+def test_the_settings_that_help_shows_are_those_of_the_script():
+    """Help reads them from the source."""
+    for file, script in MODULES.items():
+        assert {key: default for key, (default, *_) in read_settings(ROOT / file)[0].items()} == script.settings
+
+
+CONTROL = ("model.yaml", "config.json", "diffusion_pytorch_model.safetensors", "unet")
+DATASET = ("prompt.json", "validation.json", "controls.yaml", "resultData")
+BASE = ("unet", "text_encoder", "scheduler")
+OUTPUTS = {  # of every script: what it writes, and how it is told where
+    "tool_add_control.py": (CONTROL, ["models/tiny_sd", "{}"]),
+    "tool_export_control.py": (["a.safetensors"], ["models/control_tiny", "{}/a.safetensors"]),
+    "tool_train_base.py": (BASE, ["out_dir={}"]),
+    "tutorial_train.py": ((*CONTROL, *BASE[1:], *DATASET, "last", "pictures"), ["out_dir={}"]),
+    "dataForTrain/make_dataset.py": (DATASET, ["out_dir={}"]),
+    "dataForTrain/make_dataset.py views": (DATASET, ["out_dir={}", "views=1"]),
+    "dataForTrain/make_dataset.py pairs": (DATASET, ["out_dir={}", "pairs=1"]),
+    "test5.py": (["result.json", "figure.png"], ["out_dir={}"]),
+    "test5_s1.py": (["result.json", "figure.png"], ["out_dir={}"]),
+    "invert.py": (["result.json", "figure.png"], ["out_dir={}"]),
+    "invert.py targets": (["settings.yaml", "results.jsonl"], ["out_dir={}", "targets=dataForTrain/prompt.json"]),
+    "invert.py figures": (["00001_a.png"], ["out_dir={}", "targets=dataForTrain/prompt.json", "figures=true"]),
+    "benchmarks/inversion.py": (["results.jsonl", "plot.png"], ["out_dir={}"]),
+    "benchmarks/sampling_inversion.py": (["results.jsonl"], ["out_dir={}"]),
+    "benchmarks/pairs.py": (["errors.json"], ["out_dir={}"]),
+    "benchmarks/drawn.py": (["results.json", "unseen", "readings"], ["out_dir={}"]),
+    "benchmarks/odd_inputs.py": (["cases.json", "pictures", "formulas"], ["out_dir={}"]),
+}
+
+
+@pytest.mark.parametrize("call, name", [(call, name) for call, (names, _) in OUTPUTS.items() for name in names])
+def test_no_script_replaces_what_it_did_not_make(call, name, tmp_path, fails_in_one_line):
+    """Each of its outputs, alone in a folder: refused before any work, and nothing changes."""
+    script, arguments = MODULES[call.split()[0]], [part.format(tmp_path) for part in OUTPUTS[call][1]]
+    if "." in name:
+        (tmp_path / name).write_text("mine")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "000001.png").write_text("mine")
+    before = digest([tmp_path])
+    line = fails_in_one_line(script.main, script.settings, arguments, paths=getattr(script, "PATHS", ()))
+    assert str(tmp_path) in line and "choose another" in line and digest([tmp_path]) == before
+
+
+class TestOverwrite:
+    def run(self, script, *arguments):
+        run_script(script.main, script.settings, [*map(str, arguments)], paths=getattr(script, "PATHS", ()))
+
+    @pytest.mark.parametrize("more", [[], ["overwrite=true"]], ids=["", "overwrite"])
+    def test_a_base_is_never_made_a_control(self, base_yaml, tmp_path, fails_in_one_line, more):
+        base, other = tmp_path / "mini_sd", tmp_path / "other"
+        for folder in (base, other):
+            shutil.copytree(base_yaml.parent / "mini_sd", folder)
+        shutil.copy(base_yaml, base / "base.yaml")
+        before, script = digest([base, other]), tool_add_control
+        for source, target in ((base, base), (base, other), (base / "base.yaml", base), (base, tmp_path)):
+            paths = [str(source), str(target), *more]
+            assert "choose another" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        assert digest([base, other]) == before
+        line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [f"out_dir={base}", *more])
+        assert "choose another" in line and digest([base, other]) == before
+
+    def test_a_control_is_replaced_when_told_to_be(self, base_yaml, control_folder):
+        (control_folder / "unet").mkdir()
+        (control_folder / "mine.txt").write_text("mine")
+        self.run(tool_add_control, base_yaml, control_folder, "overwrite=true", "control_dim=3")
+        assert load_model(control_folder).control_net.control_dim == 3 and not (control_folder / "unet").exists()
+        assert (control_folder / "mine.txt").read_text() == "mine"
+
+    def test_a_dataset_is_replaced_as_a_whole(self, tmp_path, fails_in_one_line, small_disk):
+        self.run(make_dataset, "photos=coffee", "image_size=16", f"out_dir={tmp_path}")
+        before = digest([tmp_path])
+        again = ["photos=coffee", "angles=[1]", "overwrite=true", f"out_dir={tmp_path}"]
+        line = fails_in_one_line(make_dataset.main, make_dataset.settings, again)  # its pictures are too large
+        assert line == f"error: {tmp_path}: cannot be written (File too large)" and digest([tmp_path]) == before
+        self.run(make_dataset, *again, "image_size=8")
+        assert [path.name for path in (tmp_path / "resultData").iterdir()] == ["coffee_+1.png"]
+        assert not (tmp_path / "validation.json").exists()
+
+    def test_pictures_are_not_cut_from_what_is_replaced(self, tmp_path, fails_in_one_line, picture):
+        (tmp_path / "resultData").mkdir()
+        picture.rename(tmp_path / "resultData" / "a.png")
+        arguments = ["pairs=1", f"photos={tmp_path / 'resultData'}", f"out_dir={tmp_path}", "overwrite=true"]
+        assert "which is read" in fails_in_one_line(make_dataset.main, make_dataset.settings, arguments)
+
+    def test_an_exported_file_is_replaced_when_told_to_be(self, control_folder, tmp_path, fails_in_one_line):
+        script, file = tool_export_control, tmp_path / "new" / "a.safetensors"
+        for more in ([], ["overwrite=true"]):
+            self.run(script, control_folder, file, *more)
+        paths = [control_folder, file]
+        assert "is there already" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        paths = [control_folder, control_folder / WEIGHTS, "overwrite=true"]
+        assert "is read itself" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+
+    def test_a_full_disk_leaves_a_control_whole(self, control_folder, base_yaml, fails_in_one_line, small_disk):
+        before, script = digest([control_folder]), tool_add_control
+        paths = [base_yaml, control_folder, "overwrite=true", "control_dim=3"]
+        line = fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        assert f"{control_folder}: cannot be written" in line and digest([control_folder]) == before
+
+
+def test_a_base_is_trained_into_what_can_be_written(unwritable, fails_in_one_line, monkeypatch):
+    monkeypatch.setattr(tool_train_base, "draw_views", lambda *_: pytest.fail("work before the check"))
+    line = fails_in_one_line(tool_train_base.main, tool_train_base.settings, [f"out_dir={unwritable}"])
+    assert f"{unwritable}: cannot be written" in line
+
+
+@pytest.mark.parametrize(
+    "control_range", ["5", "abc", "[a,b]", "[5,-5]", "-5,5", "[1]", "[1,2,3]", "[.inf,5]", "[1,.inf]", "true", "{a: 1}"]
+)
+def test_a_range_that_is_none_is_named(fails_in_one_line, tmp_path, control_range):
+    arguments, script = ["in", str(tmp_path / "out"), f"control_range={control_range}"], tool_add_control
+    line = fails_in_one_line(script.main, script.settings, arguments, paths=script.PATHS)
+    assert line.startswith("error: control_range: expected [low, high], two numbers, got ")
 
 
 @INFERENCE

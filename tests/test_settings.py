@@ -5,7 +5,6 @@ import errno
 import io
 import math
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -397,14 +396,6 @@ class TestWriting:
             assert len(calls) < fails  # three old away, three new in
             after = {str(name): text for name, text in snapshot(tmp_path).items()}
             assert after == {"a": False, "a/new": b"new", "b": b"new", "c": b"new", "other": b"old"}
-
-    @pytest.fixture
-    def small_disk(self):
-        """Files may have 4096 bytes: writing more fails as on a full disk."""
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        yield
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     WRITERS = {
         "text": lambda file: file.write_text("x" * 10**5),
