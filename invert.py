@@ -130,6 +130,8 @@ def check(s, model, rows):
     if s.objective == "denoising":
         sampling = ("n_prompt", "ddim_steps", "num_samples", "strength", "scale", "eta", "guess_mode")
         check_used(s, settings, "with objective=denoising", *sampling)
+    elif (model.config.sampling.scale if s.scale is None else s.scale) == 1:
+        check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
     fill_settings(s, model.config, model.config.sampling)
     check_kinds(s, str, "a_prompt", "n_prompt")
     check_kinds(s, bool, "figures", "both_ways")

@@ -4,7 +4,7 @@ Edit the settings and run `python test5.py`, or give them as key=value. Every we
 moves. Leaves result.json and figure.png in out_dir.
 """
 
-from ldm.settings import InputError, answer, check_kinds, check_numbers, fill_settings, run_script
+from ldm.settings import InputError, answer, check_kinds, check_numbers, check_used, fill_settings, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -127,6 +127,8 @@ def main(s, script="test5"):
     pictures = [load_picture(find_path(path)) for path in paths]
     tell_fit([[picture.size] for picture in pictures], model.config.image_size)
     pictures = [fit_picture(picture, model.config.image_size) for picture in pictures]
+    if (model.config.sampling.scale if s.scale is None else s.scale) == 1:
+        check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
     complete(s, model, script)
     tell_memory(s, model)
     result = infer(model, s, pictures[:1], pictures[1:], control, script)

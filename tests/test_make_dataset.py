@@ -141,10 +141,24 @@ def test_frame_over_the_border_is_refused():
         render(Image.new("RGB", (100, 100)), 32, 90, 45)
 
 
-@pytest.mark.parametrize("arguments", [["views=2", "pairs=2"], ["angles=[1]", "views=2"], ["controls=[zoom]"]])
-def test_settings_that_do_not_go_together_are_named(tmp_path, arguments):
-    with pytest.raises(InputError, match="give"):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["views=2", "pairs=2"], "give just one"),
+        (["angles=[1]", "views=2"], "give just one"),
+        (["controls=[zoom]"], "give pairs=N too"),
+        (["seed=1"], 'setting "seed": has no effect without views or pairs'),
+        ([f"photos={FOLDER / 'resultData'}"], "from a folder only pairs are cut; give pairs=N too"),
+        (["pairs=1", "photos=no/where"], "no/where: no such folder"),
+        (["pairs=0.5"], 'setting "pairs": expected a whole number'),
+        (["views=2.5"], 'setting "views": expected a whole number'),
+        (["image_size=1"], 'setting "image_size": expected a whole number from 8 to 4096, got 1'),
+    ],
+)
+def test_settings_that_cannot_be_are_named(tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message):
         run(*arguments, f"out_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_photo_is_named(tmp_path):
@@ -153,7 +167,9 @@ def test_unknown_photo_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("angles", ["abc", "2", "[1,abc]", "[.nan]", "[[1]]", "[true]", "[]"])
+@pytest.mark.parametrize(
+    "angles", ["abc", "2", "[1,abc]", "[.nan]", "[[1]]", "[true]", "[]", "[1e999]", f"[{9 * 10**400}]"]
+)
 def test_bad_angles_are_named(tmp_path, angles):
     with pytest.raises(InputError, match="angles: expected a list of numbers"):
         run(f"angles={angles}", "photos=coffee", f"out_dir={tmp_path / 'out'}")

@@ -327,6 +327,13 @@ def test_incomplete_base_is_named(base_yaml, tmp_path, fails_in_one_line, spoil)
 @pytest.mark.parametrize(
     "argument, message",
     [
+        ("n_prompt=blurred", 'setting "n_prompt": has no effect with scale=1'),
+        ("num_samples=2.5", 'setting "num_samples": expected a whole number, at least 1, got 2.5'),
+        ("iterations=1.5", 'setting "iterations": expected a whole number, got "1.5"'),
+        ("scale=.inf", 'setting "scale": expected a finite number'),
+        ("device=meta", 'setting "device": meta cannot be used'),
+        (f"target_image_path={'a' * 300}", "a: cannot be read (File name too long)"),
+        ("target_image_path=there/is/no.png", "error: there/is/no.png: no such file"),
         ("control=[1,2]", "error: control: "),
         ("control=[]", "error: control: "),
         ("control=nan", "error: control: expected finite numbers"),
@@ -369,9 +376,8 @@ def test_unwritable_out_dir_is_named(script, unwritable, fails_in_one_line):
 
 
 def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fails_in_one_line):
-    line = fails_in_one_line(
-        lambda s: tool_add_control.main(s, [str(base_yaml), str(unwritable)]), tool_add_control.settings, []
-    )
+    script = tool_add_control
+    line = fails_in_one_line(script.main, script.settings, [base_yaml, unwritable], paths=script.PATHS)
     assert f"{unwritable}: cannot be written" in line
 
 
@@ -379,13 +385,15 @@ def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fa
     "argument, message",
     [
         ("control_dim=0", "control_dim"),
+        ("control_dim=1.5", "control_dim"),
+        ("control_range=[-5,5]", 'setting "control_range": has no effect without a trained control in INPUT'),
         ("control_dim=-1", "control_dim"),
         ("hint=cnn", "hint"),
     ],
 )
 def test_add_control_names_a_bad_value(base_yaml, tmp_path, fails_in_one_line, argument, message):
-    paths = [str(base_yaml), str(tmp_path / "control")]
-    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, [argument])
+    arguments, script = [base_yaml, tmp_path / "control", argument], tool_add_control
+    line = fails_in_one_line(script.main, script.settings, arguments, paths=script.PATHS)
     assert message in line and not (tmp_path / "control").exists()
 
 
