@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
+from ldm.files import reason
 from ldm.settings import InputError
 
 SAVE = "save it as a PNG of 8 or 16 bits"  # the remedy for what cannot be understood
@@ -73,9 +74,8 @@ def _open(path):
     except UnidentifiedImageError:
         raise InputError(f"{path}: not a picture that Pillow can read{_beginning(path)}; {SAVE}") from None
     except Exception as error:  # Pillow raises many kinds
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
         what = "damaged or cut off" if opened else "cannot be opened"
-        raise InputError(f"{path}: {what} ({reason}), expected a picture") from None
+        raise InputError(f"{path}: {what} ({reason(error)}), expected a picture") from None
 
 
 def _beginning(path):
@@ -93,8 +93,9 @@ def _beginning(path):
 def _check_kind(picture):
     """Raises: InputError for a PIL picture that is several, or of which it is not clear how bright its pixels are."""
     pages = getattr(picture, "n_frames", 1)
-    if picture.format == "TIFF" and pages > 1:  # thumbnails and masks are no pages
-        pages = sum(not page.tag_v2.get(254, 0) for page in ImageSequence.Iterator(picture))
+    if picture.format == "TIFF" and pages > 1:  # thumbnails and masks after a picture are none
+        first, *others = (page.tag_v2.get(254, 0) for page in ImageSequence.Iterator(picture))
+        pages = pages if first or 0 in others else 1
         picture.seek(0)
     if pages > 1 and picture.format not in ("MPO", "PSD"):  # a photograph and its preview, a picture and its layers
         raise InputError(f"{pages} pictures in one file, expected one; save the one that is meant as a PNG")

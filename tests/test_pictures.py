@@ -294,10 +294,14 @@ def test_large_pictures_are_read_without_a_word(tmp_path, monkeypatch):
 
 def test_previews_and_thumbnails_are_no_pages(tmp_path):
     as_read(lambda path: GREY.save(path, "MPO", save_all=True, append_images=[GREY]), tmp_path, "a.jpg")
-    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
-        file.write(np.full((4, 4), 100, np.uint8))
-        file.write(np.zeros((2, 2), np.uint8), subfiletype=1)
+    pages = (np.full((4, 4), 100, np.uint8), 0), (np.zeros((2, 2), np.uint8), 1)
+    for name, order in {"a.tif": pages, "thumbnail_first.tif": pages[::-1]}.items():
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            for pixels, kind in order:
+                file.write(pixels, subfiletype=kind)
     assert check_picture(tmp_path / "a.tif") == (4, 4) and reds(load_picture(tmp_path / "a.tif"))[0][0] == 100
+    with pytest.raises(InputError, match="2 pictures in one file"):
+        load_picture(tmp_path / "thumbnail_first.tif")
 
 
 @pytest.mark.parametrize(
