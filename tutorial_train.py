@@ -192,7 +192,8 @@ def main(s):
     alone = lock_folder(out_dir) if rank_zero_only.rank == 0 else redirect_stdout(None)
     with stoppable() as stop, alone:  # of several processes, the first locks and tells
         if not (out_dir / RESUME_FILE).exists():
-            control_folder(out_dir, s.overwrite, own=["tensorboard"])
+            own = ["tensorboard", "pictures"] if (out_dir / "tensorboard").exists() else []  # of a run killed early
+            control_folder(out_dir, s.overwrite, own=own)
         train_control(s, out_dir, stop)
 
 

@@ -3,9 +3,10 @@
     python benchmarks/stable_diffusion.py                     # both, on two cores half an hour each
     python benchmarks/stable_diffusion.py versions=1.5
 
-Writes to out_dir a checkpoint in the original single-file layout (half precision, 2 GB) and two pictures, then goes
-through the scripts as one would. Every row of the table is a process of its own; one that grows beyond `limit` is
-ended: it does not fit. The last rows are a gradient without any care: reverse mode through 10 DDIM steps.
+Writes to out_dir a checkpoint in the original single-file layout (half precision, 2 GB), two pictures and, beside what
+it prints, measured.json, then goes through the scripts as one would. Every row of the table is a process of its own;
+one that grows beyond `limit` is ended: it does not fit. The last rows are a gradient without any care: reverse mode
+through 10 DDIM steps.
 """
 
 import sys
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     answer(__file__)
 
 import json
+import shutil
 import subprocess
 import time
 from multiprocessing import get_context
@@ -44,10 +46,7 @@ from cldm.model import load_model
 from cldm.objectives import SamplingObjective
 from cldm.training import ControlTraining
 from ldm.base import LatentDiffusion
-from ldm.files import (
-    ROOT,
-    output_folder,
-)
+from ldm.files import ROOT, output_folder, report_folder, write_whole
 from tests.original_layout import original_weights
 
 YAMLS = {"1.5": "cldm_v15.yaml", "2.1": "cldm_v21.yaml"}
@@ -68,7 +67,7 @@ def make_checkpoint(architecture, file):
 
 def convert(folder, description, size):
     began = time.perf_counter()
-    arguments = [str(description), str(folder / "fresh"), "overwrite=true"]
+    arguments = [str(description), str(folder / "fresh")]
     run_script(tool_add_control.main, tool_add_control.settings, arguments, paths=tool_add_control.PATHS)
     return time.perf_counter() - began
 
@@ -159,7 +158,7 @@ def measure(function, arguments, limit):
 
 
 def main(s):
-    out_dir = output_folder(s.out_dir)
+    out_dir, report = report_folder(s.out_dir, "measured.json", "seconds", *map(str, s.versions)), {}
     print("| | seconds | memory |\n| --- | --- | --- |")
     for version in s.versions:
         folder = output_folder(out_dir / str(version))
@@ -169,14 +168,16 @@ def main(s):
         write_yaml(config, folder / "base.yaml")
         if not Path(config.base).exists():
             measure(make_checkpoint, (ROOT / config.architecture, config.base), s.limit)
+        for old in ("data", "fresh", "trained"):
+            shutil.rmtree(folder / old, ignore_errors=True)
         maker = [sys.executable, ROOT / "dataForTrain" / "make_dataset.py", "photos=astronaut", "angles=[-4,2]"]
-        subprocess.run(
-            [*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}", "overwrite=true"], check=True
-        )
+        subprocess.run([*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}"], check=True)
         for name, function in ROWS.items():
             seconds, memory = measure(function, (folder, folder / "base.yaml", s.image_size), s.limit)
             took = f"{seconds:.0f}" if seconds else "does not fit" if memory > s.limit else "failed"
             print(f"| {version}: {name} | {took} | {memory:.1f} GiB |", flush=True)
+            report[f"{version}: {name}"] = dict(seconds=seconds, memory=memory)
+            write_whole(out_dir / "measured.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

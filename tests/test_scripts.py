@@ -127,6 +127,7 @@ OUTPUTS = {  # of every script: what it writes, and how it is told where
     "benchmarks/sampling_inversion.py": (["results.jsonl"], ["out_dir={}"]),
     "benchmarks/pairs.py": (["errors.json"], ["out_dir={}"]),
     "benchmarks/drawn.py": (["results.json", "unseen", "readings"], ["out_dir={}"]),
+    "benchmarks/stable_diffusion.py": (["measured.json", "1.5", "2.1"], ["out_dir={}"]),
     "benchmarks/odd_inputs.py": (["cases.json", "pictures", "formulas"], ["out_dir={}"]),
 }
 
@@ -135,7 +136,7 @@ OUTPUTS = {  # of every script: what it writes, and how it is told where
 def test_no_script_replaces_what_it_did_not_make(call, name, tmp_path, fails_in_one_line):
     """Each of its outputs, alone in a folder: refused before any work, and nothing changes."""
     script, arguments = MODULES[call.split()[0]], [part.format(tmp_path) for part in OUTPUTS[call][1]]
-    if "." in name:
+    if Path(name).suffix in (".json", ".jsonl", ".yaml", ".png", ".safetensors"):
         (tmp_path / name).write_text("mine")
     else:
         (tmp_path / name).mkdir()
@@ -416,6 +417,7 @@ class TestTraining:
             ("resume_path=nowhere", "nowhere: no such folder"),
             ("resume_path=nowhere hint=coordinate", 'setting "hint": has no effect with resume_path'),
             ("controls=[zoom]", 'setting "controls": has no effect without pairs'),
+            ("out_dir={}/killed data_root=nowhere", "nowhere/prompt.json: no such file"),  # before its first checkpoint
             ("pairs=train", 'setting "data_root": has no effect with pairs'),
             ("base=models/tiny_pair.yaml hint=coordinate", 'setting "hint": has no effect with `reference: true`'),
             ("accelerator=tpu", "accelerator, devices, strategy or precision: "),
@@ -428,7 +430,10 @@ class TestTraining:
             ("precision=17", "17"),
         ],
     )
-    def test_bad_value_is_named(self, train_arguments, out_dir, fails_in_one_line, argument, message):
+    def test_bad_value_is_named(self, train_arguments, out_dir, tmp_path, fails_in_one_line, argument, message):
+        for left in ("tensorboard", "pictures"):
+            (tmp_path / "killed" / left).mkdir(parents=True)
+        argument = argument.replace("{}", str(tmp_path))
         line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*train_arguments, *argument.split()])
         assert message in line and nothing_in(out_dir)
 
