@@ -855,22 +855,20 @@ def read_targets(model, rows, folder, name):
 
 def judge(case, result):
     """Returns: how a reading ended, as read_cases has it."""
-    flags = result["flags"]
-    if any(not flag.startswith("no_effect") for flag in flags):
-        return dict(ended="flagged", flags=flags, reading=result)
-    named = {name for name in result["names"] if any(flag == "no_effect" or name in flag for flag in flags)}
-    if case.truth is None:
-        return dict(ended="flagged" if flags else "wrong", wrong="no control explains it", flags=flags, reading=result)
+    flags, unsure = result["flags"], result.get("no_effect", ())
+    if case.truth is None or set(flags) - {"no_effect"}:
+        ended = dict(ended="flagged") if flags else dict(ended="wrong", wrong="no control explains it")
+        return ended | dict(flags=flags, reading=result)
     numbers = zip(result["names"], np.atleast_1d(result["control"]), np.atleast_1d(result["std"]), result["interval90"])
     wrong, model = [], json.loads((MODELS[case.model] / "config.json").read_text())
     for k, (name, found, std, (low, high)) in enumerate(numbers):
-        half = (model["control_high"][k] - model["control_low"][k]) / 2
-        if name in named:
+        half, true = (model["control_high"][k] - model["control_low"][k]) / 2, case.truth.get(name)
+        if name in unsure:
             continue
-        if name in case.unseen and high - low < half:
-            wrong.append(f"{name} {found:.3f} ± {std:.3f}, which cannot be seen")
-        elif name in case.truth and name not in case.unseen and abs(found - case.truth[name]) > ERRORS * std:
-            wrong.append(f"{name} {found:.3f} ± {std:.3f} for {case.truth[name]:.3f}")
+        if name in case.unseen:
+            wrong += [f"{name} {found:.3f} ± {std:.3f}, which cannot be seen"] * (high - low < half)
+        elif name in case.truth and abs(found - true) > ERRORS * std and not low <= true <= high:
+            wrong.append(f"{name} {found:.3f} ± {std:.3f} for {true:.3f}")
     ended = "wrong" if wrong else "flagged" if flags else "right"
     return dict(ended=ended, wrong="; ".join(wrong), flags=flags, reading=result)
 
