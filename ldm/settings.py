@@ -16,6 +16,7 @@ import signal
 import sys
 import textwrap
 import tokenize
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -39,7 +40,7 @@ class Settings(dict):
 
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}
 # Settings, and keys of YAML files, whose values are text whatever they look like: 2024-05-01, 007, yes, ${x}.
-TEXTS = {"a_prompt", "n_prompt", "base", "architecture", "precision", "prediction_type", "names", "units"}
+TEXTS = ("a_prompt", "n_prompt", "base", "architecture", "precision", "prediction_type", "names", "units")
 
 
 class _Loader(yaml.SafeLoader):
@@ -270,8 +271,9 @@ def answer(file, *paths):
         signal.signal(signal.SIGINT, _stop_importing)
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):
-        print(describe_script(file))
-        sys.exit()
+        with suppress(BrokenPipeError):  # `-h | head`
+            print(describe_script(file), flush=True)
+        os._exit(0)
     if paths and not arguments:
         print(describe_script(file), file=sys.stderr)
         sys.exit(2)

@@ -184,6 +184,10 @@ def test_output_folder_is_made_and_left_empty(tmp_path):
     [
         (None, "no such file"),
         ("a: [1", "cannot be read as YAML"),
+        ("{[a]: 1}", "cannot be read as YAML"),
+        ("&a {b: *a}", "cannot be read as YAML"),
+        ("a: \x07", "cannot be read as YAML"),
+        (f"a: {'9' * 5000}", "cannot be read as YAML"),
         ("- 1\n- 2\n", "expected a YAML mapping"),
         (b"\xff\xfe\x00", "cannot be read as YAML"),
     ],
