@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
 
 from cldm.model import save_model
 from ldm.ddim import draw_timesteps
@@ -193,7 +194,8 @@ class Stop:
     def end(self, number=None):
         number = number or self.signal or signal.SIGTERM  # another process received it
         name = {signal.SIGINT: "Ctrl-C"}.get(number, "SIGTERM")
-        print(f"\nstopped by {name} {self.where}; the same command goes on from there", file=sys.stderr)
+        if rank_zero_only.rank == 0:
+            print(f"\nstopped by {name} {self.where}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + number)
 
 
