@@ -184,7 +184,7 @@ def describe_data(controls, names, units, prompts, drawn):
 def tell_bars(dataset, seen):
     """Returns: a line on what error bars were learned from. seen: whether it is what the control was trained on."""
     count = min(CALIBRATION, len(dataset))
-    values = len(set(map(tuple, dataset.controls.tolist())))
+    values = min(count, len(set(map(tuple, dataset.controls.tolist()))))
     text = (
         f"error bars come from {count} {'training' if seen else 'validation'} picture(s) of {values} different value(s)"
     )
