@@ -174,15 +174,14 @@ def _swap(path, new, old, removes):
     """Move all items of the folder `new` into `path`, those that were there into `old`; on an error, all back."""
     moves = [(path / name, old / name) for name in {*removes, *(item.name for item in new.iterdir())}]
     moves += [(item, path / item.name) for item in new.iterdir()]
-    done = []
     try:
         for source, target in moves:
             if os.path.lexists(source):
                 os.replace(source, target)
-                done.append((source, target))
     except BaseException:
-        for source, target in reversed(done):
-            os.replace(target, source)
+        for source, target in reversed(moves):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                os.replace(target, source)
         raise
 
 
