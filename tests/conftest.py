@@ -4,6 +4,7 @@ import copy
 import json
 import resource
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -188,11 +189,18 @@ def fails_in_one_line(capsys):
 
 @pytest.fixture
 def small_disk():
-    """Files may have 4096 bytes: writing more fails as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """with small_disk(): files may have 4096 bytes; writing more fails as on a full disk."""
+
+    @contextmanager
+    def small():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return small
 
 
 @pytest.fixture

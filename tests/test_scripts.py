@@ -175,7 +175,8 @@ class TestOverwrite:
         self.run(make_dataset, "photos=coffee", "image_size=16", f"out_dir={tmp_path}")
         before = digest([tmp_path])
         again = ["photos=coffee", "angles=[1]", "overwrite=true", f"out_dir={tmp_path}"]
-        line = fails_in_one_line(make_dataset.main, make_dataset.settings, again)  # its pictures are too large
+        with small_disk():
+            line = fails_in_one_line(make_dataset.main, make_dataset.settings, again)  # its pictures are too large
         assert line == f"error: {tmp_path}: cannot be written (File too large)" and digest([tmp_path]) == before
         self.run(make_dataset, *again, "image_size=8")
         assert [path.name for path in (tmp_path / "resultData").iterdir()] == ["coffee_+1.png"]
@@ -199,7 +200,8 @@ class TestOverwrite:
     def test_a_full_disk_leaves_a_control_whole(self, control_folder, base_yaml, fails_in_one_line, small_disk):
         before, script = digest([control_folder]), tool_add_control
         paths = [base_yaml, control_folder, "overwrite=true", "control_dim=3"]
-        line = fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        with small_disk():
+            line = fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
         assert f"{control_folder}: cannot be written" in line and digest([control_folder]) == before
 
 

@@ -415,15 +415,16 @@ class TestWriting:
     def test_a_full_disk_is_named_and_the_old_stays(self, tmp_path, write, small_disk):
         (tmp_path / "file").write_text("old")
         before = snapshot(tmp_path)
-        with pytest.raises(InputError, match=f"{tmp_path}/file: cannot be written "):
+        with small_disk(), pytest.raises(InputError, match=f"{tmp_path}/file: cannot be written "):
             write_whole(tmp_path / "file", write)
         assert snapshot(tmp_path) == before
         if write is self.WRITERS["torch"]:
             return  # writes checkpoints alone, which are files
-        with pytest.raises(InputError, match=f"{tmp_path}: cannot be written "), whole_folder(tmp_path) as folder:
+        expected = pytest.raises(InputError, match=f"{tmp_path}: cannot be written ")
+        with small_disk(), expected, whole_folder(tmp_path) as folder:
             write(folder / "file")
         assert snapshot(tmp_path) == before
-        with pytest.raises(InputError), whole_folder(tmp_path / "new") as folder:
+        with small_disk(), pytest.raises(InputError), whole_folder(tmp_path / "new") as folder:
             write(folder / "file")
         assert snapshot(tmp_path) == before
 
