@@ -164,7 +164,8 @@ def read_control_names(data_root, control_dim):
     if not file.exists():
         return None, None
     config = read_yaml(file)
-    names, units = ([str(text) for text in config.get(key, [])] for key in ("names", "units"))
+    found = [config.get(key) for key in ("names", "units")]
+    names, units = ([str(text or "") for text in part] if isinstance(part, list) else [] for part in found)
     if not len(set(names)) == len(units) == control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, and units, got {names} and {units}")
     return names, units

@@ -291,6 +291,12 @@ def test_controls_have_the_names_of_their_file(write_dataset):
     (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
     with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
         read_control_names(folder, 2)
+    (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: [1e-3, null]\n")
+    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""])
+    for text in ("names:\nunits: [a, b]", "names: ab\nunits: [a, b]", "names: {a: b, c: d}\nunits: [a, b]"):
+        (folder / "controls.yaml").write_text(text)
+        with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
+            read_control_names(folder, 2)
 
 
 def test_digest_is_of_rows_and_what_their_pictures_show(write_dataset, base):
