@@ -26,6 +26,8 @@ from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
 MOST_PROMPTS = 1000  # that a control keeps
+# What cldm.reading.calibrate puts into its config.
+CALIBRATED = ("error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes")
 
 
 class ControlLDM(nn.Module):
@@ -242,6 +244,7 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
         control_low=low.tolist(),
         control_high=high.tolist(),
         prompts=list(dict.fromkeys(prompts))[:MOST_PROMPTS],
+        **{key: None for key in CALIBRATED if key in config},  # of weights that it will not have any more
     )
 
 

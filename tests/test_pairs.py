@@ -321,6 +321,7 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     monkeypatch.setattr("cldm.pairs.POOL", 4)
     monkeypatch.setattr(tutorial_train, "VALIDATION_PAIRS", 6)
     monkeypatch.setattr("cldm.reading.CALIBRATION", 2)
+    monkeypatch.setattr(invert, "tell_memory", lambda *_: None)
     controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
     whole = load_model(train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole'}", "max_steps=6")).control_net
     folder = train(f"pairs={photos}", controls)
