@@ -198,7 +198,11 @@ def read_settings(file):
             heading = comments[line].string.strip("# ") if line in comments else heading
         previous = keyword.end_lineno
         comment = comments[previous].string.strip("# ") if previous in comments else ""
-        found[keyword.arg] = ast.literal_eval(keyword.value), comment, heading
+        try:
+            default = ast.literal_eval(keyword.value)
+        except ValueError:  # edited into something to be computed: run_script will check it
+            default = ast.get_source_segment(source, keyword.value)
+        found[keyword.arg] = default, comment, heading
     return found, ast.get_docstring(tree)
 
 

@@ -22,6 +22,7 @@ from ldm.settings import (
     check_numbers,
     check_used,
     override,
+    read_settings,
     read_yaml,
     run_script,
     split_arguments,
@@ -281,6 +282,13 @@ class TestArguments:
         paths, others = split_arguments(["in", "stesp=3"], DEFAULTS, ("IN", "OUT"))
         with pytest.raises(InputError, match='unknown setting "stesp"'):
             override(DEFAULTS, others)
+
+
+def test_settings_that_are_computed_are_shown_as_they_stand(tmp_path):
+    (tmp_path / "a.py").write_text('"""A."""\nsettings = dict(\n    # how\n    rate=10**-3,  # of it\n    n=None,\n)\n')
+    settings, docstring = read_settings(tmp_path / "a.py")
+    assert settings == {"rate": ("10**-3", "of it", "how"), "n": (None, "", "how")} and docstring == "A."
+    override({key: default for key, (default, *_) in settings.items()}, ["rate=2", "n=3"])
 
 
 class TestRunScript:
