@@ -230,7 +230,7 @@ def main(s):
     check_numbers(s, vae_details=(0, 1), unet_details=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
-    out = fresh_folder(s.out_dir, s.overwrite, own=["vae"])
+    out = fresh_folder(s.out_dir, s.overwrite, own=["vae"], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0])

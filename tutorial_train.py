@@ -193,7 +193,7 @@ def main(s):
     with stoppable() as stop, alone:  # of several processes, the first locks and tells
         if not (out_dir / RESUME_FILE).exists():
             own = ["tensorboard", "pictures"] if (out_dir / "tensorboard").exists() else []  # of a run killed early
-            control_folder(out_dir, s.overwrite, own=own)
+            control_folder(out_dir, s.overwrite, own=own, inputs=[find_path(s.pairs or s.data_root)])
         train_control(s, out_dir, stop)
 
 

@@ -164,6 +164,16 @@ class TestOverwrite:
         line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [f"out_dir={base}", *more])
         assert "choose another" in line and digest([base, other]) == before
 
+    def test_a_control_is_never_made_a_base(self, control_folder, fails_in_one_line):
+        before, arguments = digest([control_folder]), [f"out_dir={control_folder}", "overwrite=true"]
+        assert "choose another" in fails_in_one_line(tool_train_base.main, tool_train_base.settings, arguments)
+        assert digest([control_folder]) == before
+
+    def test_a_dataset_is_never_trained_into(self, write_dataset, fails_in_one_line):
+        arguments = ["data_root={0}", "out_dir={0}", "overwrite=true"]
+        arguments = [part.format(write_dataset([1, 2])) for part in arguments]
+        assert "which is read" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+
     def test_a_control_is_replaced_when_told_to_be(self, base_yaml, control_folder):
         (control_folder / "unet").mkdir()
         (control_folder / "mine.txt").write_text("mine")
