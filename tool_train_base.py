@@ -43,7 +43,7 @@ from ldm.base import load_part
 from ldm.ddim import draw_timesteps
 from ldm.files import fresh_folder, whole_folder
 from ldm.pictures import pictures_to_tensor
-from ldm.text import clip_tokenizer, tokenize
+from ldm.text import tokenize
 
 VAE = dict(
     down_block_types=["DownEncoderBlock2D"] * 3,
@@ -200,7 +200,7 @@ def train_unet(s, latents, prompts):
     models = torch.nn.ModuleList([unet, text_encoder])
     averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     distinct = [""] + sorted(set(prompts))
-    tokens = tokenize(clip_tokenizer(), distinct)
+    tokens = tokenize(distinct)
     prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
     generator = torch.Generator().manual_seed(s.seed + 1)
     parameters = [p for p in models.parameters() if p.requires_grad]

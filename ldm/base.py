@@ -9,7 +9,7 @@ from transformers import CLIPTextModel
 from ldm.checkpoints import load_single_file
 from ldm.files import find_path
 from ldm.settings import InputError
-from ldm.text import clip_tokenizer, tokenize
+from ldm.text import tokenize
 
 PIXELS_AT_ONCE = 16 * 128**2  # that the VAE is given at most, or one picture
 
@@ -115,5 +115,5 @@ class LatentDiffusion(nn.Module):
     def embed(self, prompts):
         """Returns: (B, 77, D) text embeddings of a list of prompts."""
         open_clip = self.text_encoder.config.hidden_act == "gelu"  # Stable Diffusion 2's was trained padded with zeros
-        tokens = tokenize(clip_tokenizer(), prompts, 0 if open_clip else None)
+        tokens = tokenize(prompts, 0 if open_clip else None)
         return self.text_encoder(tokens.to(self.device)).last_hidden_state

@@ -1,31 +1,39 @@
-"""CLIP's tokenizer from the vocabulary inside open-clip-torch: no network, no files of our own."""
+"""Prompts as CLIP's tokens, by the tokenizer of open-clip-torch, which cleans a text as the original CLIP does."""
 
-import gzip
-from functools import lru_cache
-from importlib.util import find_spec
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from transformers import CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+import torch
 
-VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = 49152 - 256 - 2  # CLIP uses the first of the file's merges: 256 bytes, twice, and 2 special tokens beside them
+LENGTH = 77  # tokens a prompt, with those that begin and end it
 
 
-@lru_cache
+@cache
 def clip_tokenizer():
-    """Returns: transformers' CLIPTokenizer over CLIP's 49408 tokens, 77 a prompt, padded with the end token."""
-    # find_spec does not import open_clip, which takes seconds.
-    folder = Path(find_spec("open_clip").submodule_search_locations[0])
-    with gzip.open(folder / VOCABULARY, "rt", encoding="utf-8") as file:
-        merges = [tuple(line.split()) for line in file.read().split("\n")[1 : MERGES + 1]]
-    symbols = list(bytes_to_unicode().values())
-    tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, model_max_length=77)
+    """Returns: open-clip's SimpleTokenizer over CLIP's 49408 tokens."""
+    # The file alone: `import open_clip` takes seconds, since every architecture of its models comes along.
+    file = Path(find_spec("open_clip").submodule_search_locations[0]) / "tokenizer.py"
+    spec = spec_from_file_location("open_clip_tokenizer", file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
-def tokenize(tokenizer, prompts, pad=None):
+@cache
+def encode(prompt):
+    """Returns: the token ids of a prompt, LENGTH at most. What a longer one loses is printed when it is first met."""
+    tokenizer = clip_tokenizer()
+    tokens = tokenizer.encode(prompt)
+    room = LENGTH - 2
+    if len(tokens) > room:
+        lost = tokenizer.decode(tokens[room:]).strip()
+        print(f'prompt "{prompt[:40]}…": {len(tokens)} tokens, and the text encoder takes {room}; lost is "{lost}"')
+    return [tokenizer.sot_token_id, *tokens[:room], tokenizer.eot_token_id]
+
+
+def tokenize(prompts, pad=None):
     """Returns: (B, 77) token ids of a list of prompts, cut and padded to length, by `pad` or by the end token."""
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    return tokens.input_ids if pad is None else tokens.input_ids.masked_fill(tokens.attention_mask == 0, pad)
+    rows = [encode(prompt) for prompt in prompts]
+    pad = clip_tokenizer().eot_token_id if pad is None else pad
+    return torch.tensor([row + [pad] * (LENGTH - len(row)) for row in rows])

@@ -1,12 +1,14 @@
-"""The tokenizer that we build from open-clip's vocabulary: the same tokens as open-clip's own."""
+"""The tokens of a prompt: those of open-clip's own tokenizer, and of transformers' for plain texts."""
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ldm.text import clip_tokenizer, tokenize
+from ldm.text import LENGTH, clip_tokenizer, encode, tokenize
 
-END, LENGTH = 49407, 77
-PROMPTS = [
+END = 49407
+PLAIN = [
     "",
     "a photo of an astronaut in an orange suit",
     "best quality, extremely detailed",
@@ -14,24 +16,57 @@ PROMPTS = [
     "a  photo\n of   a cup ",
     "café über naïve 東京 🚀",
     "supercalifragilistic-hyphen_underscore/slash",
+]
+ODD = [
+    "a cup &amp; a saucer &lt;3 &amp;amp; &#8217;s",
+    "“a cup” — it’s ‘old’ …",
+    "a\x00cup\x07with\x1bcontrol\u200bcharacters\ufeff",
+    "ﬁne ＦＵＬＬ ｗｉｄｔｈ ①",
+    "Ã©tÃ© mojibake",
+    "👩‍🚀👍🏽 🇩🇪",
+    "\u202eright to left\u202c e\u0301",
+    "<end_of_text> <|endoftext|>",
+    "\t \n",
+    "a \udcff cup",
     " ".join(["word"] * 100),
+    "!" * 300,
 ]
 
 
+@pytest.mark.parametrize("prompt", PLAIN + ODD, ids=ascii)
+def test_tokens_are_open_clips_then_padding(prompt):
+    from open_clip.tokenizer import SimpleTokenizer
+
+    theirs = SimpleTokenizer(context_length=LENGTH)([prompt])
+    assert torch.equal(tokenize([prompt], 0), theirs)
+    length = len(encode(prompt))
+    (ours,) = tokenize([prompt])
+    assert torch.equal(ours[:length], theirs[0, :length]) and (ours[length:] == END).all() and len(ours) == LENGTH
+
+
 @pytest.fixture(scope="module")
-def open_clip_tokenizer():
-    from open_clip import SimpleTokenizer
+def transformers_tokenizer():
+    """Stable Diffusion 1's own, from the same vocabulary."""
+    ranks = clip_tokenizer().bpe_ranks
+    symbols = list(bytes_to_unicode().values())
+    tokens = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in ranks]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, list(ranks), model_max_length=LENGTH)
 
-    return SimpleTokenizer(context_length=LENGTH)
+
+def test_tokens_of_plain_texts_are_those_of_transformers(transformers_tokenizer):
+    theirs = transformers_tokenizer(PLAIN, padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(tokenize(PLAIN), theirs)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: p[:20].strip() or "empty")
-def test_tokens_are_open_clips_then_padding(open_clip_tokenizer, prompt):
-    (ours,), (theirs,) = tokenize(clip_tokenizer(), [prompt]), open_clip_tokenizer([prompt])
-    length = theirs.tolist().index(END) + 1
-    assert ours.shape == (LENGTH,)
-    assert ours[:length].tolist() == theirs[:length].tolist()
-    assert (ours[length:] == END).all()
+def test_what_a_long_prompt_loses_is_said_once(base, capsys):
+    prompt = " ".join(["red"] * 75) + " and a blue cup"
+    assert torch.equal(base.embed([prompt]), base.embed([prompt.replace("blue", "green")]))
+    told = capsys.readouterr().out
+    assert '79 tokens, and the text encoder takes 75; lost is "and a blue cup"' in told
+    assert told.count("\n") == 2 and "green cup" in told
+    base.embed([prompt, " ".join(["red"] * 75)])
+    assert not capsys.readouterr().out
 
 
 def test_embeddings_of_a_prompt_do_not_depend_on_the_others(base):
