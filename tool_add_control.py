@@ -16,6 +16,7 @@ settings = dict(
     encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
     overwrite=False,  # True: a control that lies in OUTPUT is replaced
+    prediction_type=None,  # of a Stable Diffusion 2 file: v_prediction or epsilon; None: as the base's YAML says
 )
 PATHS = ("INPUT", "OUTPUT")
 if __name__ == "__main__":
@@ -24,13 +25,15 @@ if __name__ == "__main__":
 import math
 
 from cldm.model import add_control, control_folder, import_control, load_base, save_model
-from ldm.checkpoints import HINT, controlnet_weights, read_weights
+from ldm.checkpoints import find_control, read_weights
 from ldm.files import find_path
 
 
 def check(s):
     """Raises: InputError for a setting that cannot be."""
     check_numbers(s, int, control_dim=(1, math.inf))
+    if s.prediction_type not in (None, "epsilon", "v_prediction"):
+        raise InputError(f'setting "prediction_type": expected epsilon or v_prediction, got {s.prediction_type}')
     if s.control_range is not None:
         try:
             low, high = s.control_range
@@ -43,13 +46,15 @@ def check(s):
 def main(s, paths):
     check(s)
     output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
-    base, config = load_base(paths[0])
+    base, config = load_base(paths[0], s.prediction_type)
     file = find_path(config.base)
     control_folder(paths[1], s.overwrite, inputs=[file])
-    found = controlnet_weights(read_weights(file), base.unet.config) if file.is_file() else {}
-    if f"{HINT}mlp.0.weight" in found:
+    found = find_control(read_weights(file)) if file.is_file() else {}
+    if any(name.startswith("mlp.") for name in found):
         check_used(s, settings, "on a control that the file brings", "control_dim", "hint", "encoder")
         model = import_control(base, config, found, file, s.control_range)
+    elif found and not s.encoder:
+        raise InputError(f"{file}: holds a ControlNet on pictures; encoder={file} starts from its encoder")
     else:
         check_used(s, settings, "without a trained control in INPUT", "control_range")
         if config.get("reference"):

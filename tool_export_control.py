@@ -2,8 +2,9 @@
 
     python tool_export_control.py MODEL_PATH FILE.safetensors
 
-Weights are named as in the original (control_model.input_blocks.…), those of the MLP mlp.fc1 to mlp.fc3; the metadata
-has the config, with the training's statistics. What diffusers loads is the folder MODEL_PATH itself.
+For controls with hint=original: the original's code knows no other. Weights are named as there
+(control_model.input_blocks.…), those of the MLP mlp.fc1 to mlp.fc3, which takes the number as it is; the metadata has
+the config. What diffusers loads is the folder MODEL_PATH itself, whatever its hint.
 """
 
 from ldm.settings import InputError, answer, run_script

@@ -8,6 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 from torch.nn import functional as F
 
+from ldm.schema import POSITIVE, TEXT, check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
 
 # and their hidden widths
@@ -195,6 +196,49 @@ def sample_bilinear(features, positions):
     neighbours = (flat.gather(2, index + k).unflatten(2, positions.shape[2:]) for k in (0, 1, width, width + 1))
     top, top_right, bottom, bottom_right = neighbours
     return (top * (1 - right) + top_right * right) * (1 - down) + (bottom * (1 - right) + bottom_right * right) * down
+
+
+def check_control(file):
+    """Check the config.json of a NumericControlNet. Raises: InputError naming the key, if it says what it cannot."""
+    config = read_json(file)
+    if config.get("_class_name") != "NumericControlNet":
+        what = f"holds a {config.get('_class_name')}, expected a NumericControlNet, as tutorial_train.py leaves it"
+        raise InputError(f"{file}: {what}")
+    means = config.get("control_mean")
+    control_dim = len(means) if isinstance(means, list) and means else 1
+    needed = {
+        "hint": one_of(*HINTS),
+        "control_names": each(TEXT, control_dim),
+        "control_units": each(TEXT, control_dim),
+        "control_mean": each(number(), control_dim),
+        "control_std": each(POSITIVE, control_dim),
+    }
+    optional = {
+        "hint_hidden": or_null(each(number(1, whole=True), 2)),
+        "hint_octaves": number(0, whole=True),
+        "latent_size": or_null(number(1, whole=True)),
+        "control_low": or_null(each(number(), control_dim)),
+        "control_high": or_null(each(number(), control_dim)),
+        "error_scale": or_null(each(number(0), control_dim)),
+        "error_floor": or_null(each(number(0), control_dim)),
+        "explained_loss": or_null(number(0)),
+        "sampling_loss": or_null(number(0)),
+        "prompts": or_null(each(TEXT)),
+    }
+    check(file, config, needed | optional, needed, complete=False)
+    low, high = config.get("control_low"), config.get("control_high")
+    faults = {
+        f'"control_names" must differ, got {config["control_names"]}': len({*config["control_names"]}) < control_dim,
+        f'"latent_size" must be a whole number with hint={config["hint"]}, got null': (
+            config["hint"] in ("dense", "original") and config.get("latent_size") is None
+        ),
+        f'"control_low" must be at most "control_high", got {low} and {high}': (
+            (low is None) != (high is None) or any(a > b for a, b in zip(low or [], high or []))
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise InputError(f"{file}: {fault}")
 
 
 class NumericControlNet(ControlNetModel):

@@ -5,6 +5,7 @@ A control's folder: model.yaml (which base, how it samples), config.json and dif
 """
 
 import copy
+import json
 import math
 from collections import Counter
 from functools import partial
@@ -16,11 +17,24 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cldm.controlnet import NumericControlNet, default_names
+from cldm.controlnet import NumericControlNet, check_control, default_names
 from ldm.base import LatentDiffusion, load_part
-from ldm.checkpoints import CONTROL, HINT, SD1, SD2, controlnet_weights, fill, identify, original_key, read_weights
+from ldm.checkpoints import (
+    CONTROL,
+    HINT,
+    SD1,
+    SD2,
+    check_finite,
+    fill_control,
+    find_control,
+    identify,
+    original_key,
+    read_weights,
+    to_half,
+)
 from ldm.ddim import ddim_sample
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
+from ldm.schema import FLAG, POSITIVE, TEXT, Rule, check, number, one_of, or_null, read_json
 from ldm.settings import InputError, Settings, read_yaml, write_yaml
 from ldm.unet import decode_unet, encode_unet
 
@@ -28,6 +42,26 @@ MODEL_YAML = "model.yaml"
 MOST_PROMPTS = 1000  # that a control keeps
 # What cldm.reading.calibrate puts into its config.
 CALIBRATED = ("error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes")
+
+# What a base's YAML and a control's model.yaml say.
+LEARNING_RATE = or_null(POSITIVE)
+SHARE = Rule("above 0, at most 1", lambda value: number(0, 1).holds(value) and value > 0)
+YAML = {
+    "base": TEXT,
+    "image_size": or_null(number(1, whole=True)),
+    "a_prompt": TEXT,
+    "n_prompt": TEXT,
+    "only_mid_control": FLAG,
+    "sampling": {"scale": number(0), "num_samples": number(1, whole=True), "eta": number(0, 1)},
+    "test5": {"learning_rate": LEARNING_RATE},
+    "test5_s1": {"learning_rate": LEARNING_RATE, "warm_denoise_strength": SHARE},
+    "architecture": or_null(TEXT),
+    "use_ema": FLAG,
+    "prediction_type": or_null(one_of("epsilon", "v_prediction")),
+    "precision": one_of("float32", "float16", "bfloat16"),
+    "reference": FLAG,
+}
+OPTIONAL = ("architecture", "use_ema", "prediction_type", "precision", "reference")
 
 
 class ControlLDM(nn.Module):
@@ -115,25 +149,32 @@ class ControlLDM(nn.Module):
         return ddim_sample(self.base.scheduler, predict, latents, timesteps, eta, noise)
 
 
-def load_base(path):
+def read_model_yaml(path):
+    """Returns: the Settings in a base's YAML, or a control's. Raises: InputError if it says what it cannot."""
+    config = read_yaml(path)
+    check(path, config, YAML, [key for key in YAML if key not in OPTIONAL])
+    return config
+
+
+def load_base(path, prediction_type=None):
     """Read a base from its YAML (models/cldm_v15.yaml), its folder in diffusers' layout, or its single file.
 
     A folder or file that no YAML in models/ names gets the settings of the one that describes its architecture.
+    prediction_type: what its UNet predicts; None: as the YAML says.
     Returns: (LatentDiffusion, Settings).
     """
     path = find_path(path)
-    if path.suffix == ".yaml":
-        config = read_yaml(path)
-        for key in read_yaml(ROOT / "models" / "tiny.yaml"):
-            if key not in config:
-                raise InputError(f'{path}: no "{key}" in it, expected a model description like models/tiny.yaml')
+    if path.suffix in (".yaml", ".yml"):
+        config = read_model_yaml(path)
     else:
         config = Settings(describe(path) | {"base": str(path.resolve())})
-    options = {key: config[key] for key in ("architecture", "use_ema", "prediction_type", "precision") if key in config}
+    if prediction_type:
+        config.prediction_type = prediction_type
+    options = {key: config[key] for key in OPTIONAL if key in config and key != "reference"}
     base = LatentDiffusion.from_pretrained(config.base, **options)
     if config.image_size is None:
         config.image_size = base.unet.config.sample_size * base.downsampling
-    if not isinstance(config.image_size, int) or config.image_size < 1 or config.image_size % base.downsampling:
+    if config.image_size % base.downsampling:
         expected = f"a multiple of {base.downsampling}"
         raise InputError(f"{path}: image_size must be {expected} with this base, got {config.image_size}")
     return base, config
@@ -141,15 +182,15 @@ def load_base(path):
 
 def describe(path):
     """Returns: the Settings in models/ that names the base `path`, else the one of its architecture."""
-    configs = {file.stem: read_yaml(file) for file in sorted((ROOT / "models").glob("*.yaml"))}
+    configs = {file.stem: read_model_yaml(file) for file in sorted((ROOT / "models").glob("*.yaml"))}
     for config in configs.values():
         if find_path(config.base).resolve() == path.resolve():
             return config
     if path.is_file():
         name = {SD1: "cldm_v15", SD2: "cldm_v21"}.get(identify(read_weights(path)), "cldm_v15")
-        return configs[name]
+        return Settings(configs[name] | {"prediction_type": None})
     text = path / "text_encoder" / "config.json"
-    width = read_yaml(text).get("hidden_size") if text.is_file() else None
+    width = read_json(text).get("hidden_size") if text.is_file() else None
     name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
     return Settings(configs[name] | {"image_size": None, "prediction_type": None})
 
@@ -173,26 +214,30 @@ def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, 
         control_std=[1.0] * control_dim,
     )
     if encoder:
-        found = controlnet_weights(read_weights(find_path(encoder)), base.unet.config)
-        own = {key: tensor for key, tensor in control_net.state_dict().items() if key.startswith("controlnet_")}
-        fill(control_net, {**found, **own}, encoder)
+        weights = read_weights(find_path(encoder))
+        if not (found := find_control(weights)):
+            what = identify(weights) or "weights of an unknown kind"
+            raise InputError(f"encoder {encoder}: holds {what}, expected a ControlNet in the original layout")
+        fill_control(control_net, found, encoder, keep="controlnet_")
     return ControlLDM(base, control_net, config)
 
 
 def import_control(base, config, weights, file, control_range=None):
     """Take over a control that the original fork trained: its ReLU MLP takes the number as it is.
 
-    weights: ldm.checkpoints.controlnet_weights of the `file`. control_range: [low, high] of every number in training.
+    weights: ldm.checkpoints.find_control of the `file`. control_range: [low, high] of every number in training.
     Returns: ControlLDM at the picture size that the MLP was made for.
     """
-    first, second, last = (weights[f"{HINT}mlp.{i}.weight"] for i in (0, 2, 4))
-    latent_size = math.isqrt(len(last) // base.unet.config.block_out_channels[0])
+    try:
+        (first, numbers), (second, _), (last, _) = (weights[f"mlp.fc{i}.weight"].shape for i in (1, 2, 3))
+    except (LookupError, ValueError):
+        raise InputError(f"{file}: not a whole control of the original fork, expected mlp.fc1 to mlp.fc3") from None
+    latent_size = math.isqrt(last // base.unet.config.block_out_channels[0])
     config = Settings(config | {"image_size": latent_size * base.downsampling})
-    hidden = (len(first), len(second))
-    model = add_control(base, config, control_dim=first.shape[1], hint="original", hint_hidden=hidden)
-    fill(model.control_net, weights, file)
+    model = add_control(base, config, control_dim=numbers, hint="original", hint_hidden=(first, second))
+    fill_control(model.control_net, weights, file)
     if control_range:
-        low, high = ([bound] * model.control_net.control_dim for bound in control_range)
+        low, high = ([bound] * numbers for bound in control_range)
         model.control_net.register_to_config(control_low=low, control_high=high)
     return model
 
@@ -261,10 +306,11 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
         raise InputError(f"model_path {path}: no such folder; tutorial_train.py makes one")
     if not (path / MODEL_YAML).is_file():
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
-    base, config = (base, read_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
+    check_control(path / "config.json")
+    base, config = (base, read_model_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
     dtype = dtype or base.unet.dtype
     control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    control_net.to_precision(dtype)
+    check_finite(control_net.to_precision(dtype), path)
     for key in ("block_out_channels", "cross_attention_dim"):
         if (own := control_net.config[key]) != (expected := base.unet.config[key]):
             raise InputError(
@@ -274,6 +320,7 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
     own_unet = (path / "unet").is_dir()
     if own_unet:
         base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype, low_cpu_mem_usage=False)
+        check_finite(base.unet, path / "unet")
     model = ControlLDM(base, control_net, config).requires_grad_(False).eval().to(pick_device(device))
     model.own_unet, model.save_memory = own_unet, save_memory
     return model
@@ -296,19 +343,40 @@ def control_folder(path, overwrite=False, **options):
 
 def save_model(model, path):
     """Write a control's folder, weights in half precision, with the UNet if that was trained too."""
+
+    def save(part, folder):
+        part = copy.deepcopy(part)
+        for name, tensor in to_half(part.state_dict()).items():
+            part.get_parameter(name).data = tensor
+        part.save_pretrained(folder)
+
     with whole_folder(path, removes=["unet"]) as folder:
-        copy.deepcopy(model.control_net).half().save_pretrained(folder)
+        save(model.control_net, folder)
         if model.own_unet:
-            copy.deepcopy(model.base.unet).half().save_pretrained(folder / "unet")
+            save(model.base.unet, folder / "unet")
         write_yaml(model.config, folder / MODEL_YAML)
 
 
 def export_control(control_net, file):
     """Write a NumericControlNet as one .safetensors file in the original layout: control_model.…, mlp.fc1 to mlp.fc3.
 
-    Its metadata has the config, and so the training's statistics.
+    The original's MLP takes the number as it is, so the first layer takes in the training's mean and spread. The
+    file's metadata has the config.
+    Raises: InputError if its hint is none that the original computes.
     """
-    layers = control_net.config.layers_per_block
-    weights = {CONTROL + original_key(key, layers): t.half() for key, t in control_net.state_dict().items()}
-    metadata = {"format": "pt", "config": control_net.to_json_string()}
+    config = control_net.config
+    if config.hint != "original":
+        raise InputError(
+            f"hint={config.hint} is not in the original, whose code computes hint=original alone; diffusers loads the "
+            "control's folder itself"
+        )
+    weights = dict(control_net.state_dict())
+    weight, bias = (weights[f"{HINT}mlp.0.{kind}"].double() for kind in ("weight", "bias"))
+    mean, std = (torch.tensor(config[f"control_{which}"]).to(weight) for which in ("mean", "std"))
+    weights[f"{HINT}mlp.0.weight"] = (weight / std).float()
+    weights[f"{HINT}mlp.0.bias"] = (bias - weight @ (mean / std)).float()
+    weights = {CONTROL + original_key(key, config.layers_per_block): t for key, t in to_half(weights).items()}
+    own = json.loads(control_net.to_json_string())
+    own |= {"control_mean": [0.0] * len(mean), "control_std": [1.0] * len(mean)}
+    metadata = {"format": "pt", "config": json.dumps(own)}
     write_whole(Path(file), lambda partial: save_file(weights, partial, metadata))

@@ -1,38 +1,140 @@
 """The frozen base: VAE, text encoder, UNet and noise schedule, from a folder in diffusers' layout or a single file."""
 
+import re
+
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers.loaders.single_file_utils import SCHEDULER_DEFAULT_CONFIG
 from torch import nn
 from transformers import CLIPTextModel
 
-from ldm.checkpoints import load_single_file
+from ldm.checkpoints import INPUTS, check_finite, load_single_file, refuse_download
 from ldm.files import find_path
+from ldm.schema import check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
-from ldm.text import tokenize
+from ldm.text import LENGTH, clip_tokenizer, tokenize
 
 PIXELS_AT_ONCE = 16 * 128**2  # that the VAE is given at most, or one picture
 
+# What diffusers' noise schedules say of the noise and of what is predicted; the rest is of how they sample.
+NOISE = {
+    "num_train_timesteps": number(2, whole=True),
+    "beta_start": number(0, 1),
+    "beta_end": number(0, 1),
+    "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "trained_betas": or_null(each(number(0, 1))),
+    "prediction_type": one_of("epsilon", "v_prediction"),
+}
+# What a UNet's configuration says where it is given more than noise, timestep and text, and whose such a UNet is.
+BEYOND_TEXT = {
+    "addition_embed_type": "Stable Diffusion XL",
+    "class_embed_type": "unCLIP",
+    "num_class_embeds": "an upscaler",
+    "encoder_hid_dim_type": "Kandinsky or DeepFloyd",
+    "time_cond_proj_dim": "a latent consistency model",
+}
+
 
 def load_part(cls, folder, **kwargs):
-    """`cls.from_pretrained` from a local folder, safetensors only. Raises: InputError if it is missing or broken."""
+    """`cls.from_pretrained` from a local folder: any variant, safetensors rather than pickles.
+
+    Raises: InputError if it is missing or broken.
+    """
     if not folder.is_dir():
-        raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it")
+        index = folder.parent / "model_index.json"
+        what = f" (it is a {read_json(index).get('_class_name')})" if index.is_file() else ""
+        raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it{what}")
+    files = sorted(folder.iterdir())
+    safe = any(file.suffix == ".safetensors" for file in files)
+    variants = set()
+    for file in files:
+        if match := re.fullmatch(r"[a-z_]*model(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)", file.name):
+            refuse_download(file)
+            if safe == (match[4] == "safetensors"):
+                variants.add((match[1] or match[3] or "").removeprefix("."))
+    variant = min(variants, key=lambda name: (name not in ("", "fp32", "fp16", "bf16"), len(name), name), default="")
+    options = dict(local_files_only=True, use_safetensors=safe, output_loading_info=True, variant=variant or None)
     try:
-        half = any(folder.glob("*.fp16.safetensors")) and not any(folder.glob("*model.safetensors"))
-        part, info = cls.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            variant="fp16" if half else None,
-            **kwargs,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a whole {cls.__name__} ({str(error).strip().splitlines()[0]})") from None
+        part, info = cls.from_pretrained(folder, **options, **kwargs)
+    except Exception as error:  # a damaged configuration raises any kind
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: not a whole {cls.__name__} ({first})") from None
     if info["missing_keys"]:
         raise InputError(f"{folder}: not a whole {cls.__name__} (no weights for {min(info['missing_keys'])})")
     return part
+
+
+def load_scheduler(folder, prediction_type=None, overrule=False):
+    """Read any of diffusers' noise schedules, from folder/scheduler, as the DDIM that we sample by.
+
+    The noise is as its own kind has it. Of sampling it keeps what DDIM knows, and what it leaves open is as Stable
+    Diffusion has it. As in diffusers' own pipelines, latents are not clipped and timesteps count from 1. A grid of
+    timesteps other than that of DDIM's steps is not taken over.
+    prediction_type: what the UNet predicts, where the schedule does not know, or, with overrule, knows of another UNet.
+    Raises: InputError if it cannot be followed.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise InputError(f"model folder {folder}: no scheduler/scheduler_config.json in it")
+    config = read_json(file)
+    if prediction_type and not overrule and config.get("prediction_type", prediction_type) != prediction_type:
+        what = f'says "prediction_type": {config["prediction_type"]}, the YAML {prediction_type}'
+        raise InputError(f"{file}: {what}; a folder knows it, so leave it out of the YAML, or correct the file")
+    config |= {"prediction_type": prediction_type} if prediction_type else {}
+    check(file, config, NOISE, complete=False)
+    kind = config.get("_class_name", "DDIMScheduler")
+    try:
+        own = getattr(diffusers, kind).from_config(config)
+        said = {**SCHEDULER_DEFAULT_CONFIG, **own.config, **config}
+        scheduler = DDIMScheduler(
+            **{key: own.config[key] for key in NOISE},
+            rescale_betas_zero_snr=said.get("rescale_betas_zero_snr", False),
+            set_alpha_to_one=said["set_alpha_to_one"],
+            timestep_spacing="trailing" if said["timestep_spacing"] == "trailing" else "leading",
+            steps_offset=1,
+            clip_sample=False,
+        )
+        left = scheduler.alphas_cumprod  # of the picture, at every timestep
+        falling = left[0] < 1 and (left.diff() < 0).all() and left[-1] >= 0
+        if not falling or len(left) != scheduler.config.num_train_timesteps:
+            raise ValueError("its betas must leave less of the picture at every timestep")
+    except Exception as error:  # a damaged configuration raises any kind
+        what = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+        raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({what})") from None
+    if left[-1] == 0 and scheduler.config.prediction_type == "epsilon":
+        raise InputError(
+            f'{file}: "prediction_type" must be v_prediction where nothing but noise is left at the last timestep '
+            "(rescale_betas_zero_snr), got epsilon: no noise prediction says what the picture is there"
+        )
+    return scheduler
+
+
+def check_parts(where, vae, text_encoder, unet):
+    """Raises: InputError if the parts of a base do not belong together, or are of another kind of model."""
+    config, text = unet.config, text_encoder.config
+    latents, width = vae.config.latent_channels, config.cross_attention_dim
+    faults = {
+        f"its UNet is given more than a text ({key}: {config[key]}): {whose}": config.get(key) not in (None, "text")
+        for key, whose in BEYOND_TEXT.items()
+    }
+    faults |= {
+        f"its UNet takes {config.in_channels} channels and returns {config.out_channels}: "
+        f"{INPUTS.get(config.in_channels, 'another kind of model')}": config.in_channels != config.out_channels,
+        f"its UNet draws latents of {config.in_channels} channels, its VAE's have {latents}: parts of two models": (
+            config.in_channels != latents
+        ),
+        f"its UNet takes texts of width {width}, its text encoder's are {text.hidden_size}: parts of two models": (
+            width != text.hidden_size
+        ),
+        f"its text encoder knows {text.vocab_size} tokens, {text.max_position_embeddings} a prompt, not CLIP's": (
+            text.max_position_embeddings < LENGTH or text.vocab_size < clip_tokenizer().vocab_size
+        ),
+        "its VAE shifts its latents: Stable Diffusion 3 or Flux": vae.config.get("shift_factor") is not None,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise InputError(f"base {where}: {fault}; expected a text-to-image model like Stable Diffusion 1 or 2")
 
 
 class LatentDiffusion(nn.Module):
@@ -50,13 +152,16 @@ class LatentDiffusion(nn.Module):
         """Read a base from the folders vae, text_encoder, unet and scheduler below `path`, or from a single file.
 
         architecture, use_ema: of a single file, as ldm.checkpoints.load_single_file has them. prediction_type: what the
-        UNet predicts, where the noise schedule's own word is wrong. precision: a torch dtype's name.
-        Raises: InputError if something is missing or incomplete.
+        UNet predicts, epsilon (noise) or v_prediction, where a single file or a folder does not say so itself.
+        precision: a torch dtype's name.
+        Raises: InputError if something is missing or incomplete, or does not belong together.
         """
         path, dtype = find_path(path), getattr(torch, precision)
         if path.is_file():
-            folder = find_path(architecture)
-            parts = load_single_file(path, folder, use_ema)
+            folder = find_path(architecture) if architecture else None
+            if folder is None or not folder.is_dir():
+                raise InputError(f'base {path}: "architecture" must be a folder like models/sd15, got {architecture}')
+            parts = load_single_file(path, folder, use_ema, prediction_type)
         elif path.is_dir():
             folder, options = path, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
             parts = (
@@ -66,15 +171,12 @@ class LatentDiffusion(nn.Module):
             )
         else:
             raise InputError(f"base {path}: no such file or folder")
-        scheduler = folder / "scheduler"
-        if not (scheduler / "scheduler_config.json").is_file():
-            raise InputError(f"model folder {folder}: no scheduler/scheduler_config.json in it")
-        override = {"prediction_type": prediction_type} if prediction_type else {}
-        try:
-            schedule = DDIMScheduler.from_pretrained(scheduler, **override)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{scheduler}: not a whole DDIMScheduler ({str(error).strip().splitlines()[0]})") from None
-        return cls(*(nn.Module.to(part, dtype) for part in parts), schedule)  # diffusers' own `to` warns of nothing
+        schedule = load_scheduler(folder, prediction_type, overrule=path.is_file())
+        check_parts(path, *parts)
+        for part in parts:
+            nn.Module.to(part, dtype)  # diffusers' own `to` warns of nothing
+            check_finite(part, path)
+        return cls(*parts, schedule)
 
     @property
     def device(self):

@@ -3,12 +3,12 @@
 import pickle
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
-    convert_controlnet_checkpoint,
     convert_ldm_clip_checkpoint,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ldm.schema import read_json
 from ldm.settings import InputError
 
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
@@ -28,26 +29,45 @@ HINT = "controlnet_cond_embedding."
 KINDS = {
     "a LoRA": ("lora_", ".lora"),
     "Stable Diffusion XL": ("conditioner.embedders.",),
+    "unCLIP or an upscaler": ("diffusion_model.label_emb.",),
     SD2: ("cond_stage_model.model.",),
     SD1: ("cond_stage_model.transformer.",),
-    "a ControlNet in the original layout": (CONTROL, "input_hint_block.", "zero_convs."),
+    "a ControlNet in the original layout": (CONTROL, "input_hint_block.", "zero_convs.", "mlp.fc1."),
     "a ControlNet in diffusers' layout": ("controlnet_cond_embedding.",),
     "a UNet without text encoder and VAE": ("input_blocks.", "down_blocks."),
+    "a UNet's averaged weights (model_ema.…) alone": ("model_ema.",),
     "a VAE alone": ("decoder.conv_in.",),
     "a text encoder alone": ("text_model.", "resblocks."),
 }
+# What a UNet is that takes so many channels, Stable Diffusion's being 4.
+INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 # v1-5-pruned.ckpt names this class beside its weights; reading it is given an empty one instead.
 LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+AROUND = ("state_dict", "model", "module")  # keys that trainers save their weights below
+WRAPPED = ("module.", "_orig_mod.")  # what trainers put before every key
+
+
+def refuse_download(file):
+    """Raises: InputError for what stands where a file was not downloaded: a Git LFS pointer, a web page."""
+    with open(file, "rb") as opened:
+        start = opened.read(100).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(
+            f"{file}: a Git LFS pointer, not the weights it points to; run `git lfs pull` where it is from"
+        )
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{file}: a web page, not a file of weights; download the file itself, not its page")
 
 
 def read_weights(file):
     """Read a .safetensors or .ckpt file, never running what a pickle asks for.
 
-    Returns: {key: tensor}, without the "state_dict" that may be around it.
+    Returns: {key: tensor}, without the "state_dict" that may be around it and the "module." before every key.
     Raises: InputError for anything else than a whole file of weights.
     """
     file = Path(file)
     try:
+        refuse_download(file)
         with open(file, "rb") as opened:
             safe = opened.read(9)[8:] == b"{"  # eight bytes of length, then JSON
         if safe:
@@ -57,6 +77,8 @@ def read_weights(file):
                 weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
+    except InputError:
+        raise
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             what = f"refused, its pickle would run {name[1]}; expected tensors alone, best as .safetensors"
@@ -64,11 +86,17 @@ def read_weights(file):
             first = str(error).strip().split("\n")[0]
             what = f"truncated, or no file of weights ({first}); expected .safetensors or .ckpt"
         raise InputError(f"{file}: {what}") from None
-    while isinstance(weights, dict) and "state_dict" in weights:
-        weights = weights["state_dict"]
-    if not isinstance(weights, dict) or not all(isinstance(key, str) for key in weights):
-        raise InputError(f"{file}: expected a dict of weights, found {type(weights).__name__}")
-    return {key: tensor for key, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+    while isinstance(weights, dict) and (inner := [key for key in AROUND if isinstance(weights.get(key), dict)]):
+        weights = weights[inner[0]]
+    tensors = weights.items() if isinstance(weights, dict) else ()
+    tensors = {key: tensor for key, tensor in tensors if isinstance(key, str) and isinstance(tensor, torch.Tensor)}
+    if not tensors:
+        found = ", ".join(map(str, weights))[:80] if isinstance(weights, dict) else type(weights).__name__
+        raise InputError(f"{file}: expected a dict of weights, found {found}")
+    for start in WRAPPED:
+        if all(key.startswith(start) for key in tensors):
+            tensors = {key.removeprefix(start): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def identify(weights):
@@ -79,38 +107,59 @@ def identify(weights):
     return None
 
 
-def load_single_file(file, architecture, use_ema=False):
+def load_single_file(file, architecture, use_ema=False, prediction_type=None):
     """Read a Stable Diffusion 1.x or 2.x checkpoint in the original layout.
 
     architecture: a folder with the config.json of vae, text_encoder and unet.
     use_ema: take the UNet's weights averaged over training, if the file has both, as v1-5-pruned.ckpt does.
+    prediction_type: what its UNet predicts; 2.x has files of either kind.
     Returns: vae, text_encoder, unet in the file's precision.
     Raises: InputError if the file is of another kind than the architecture, or not whole.
     """
     weights = read_weights(file)
-    vae_config = AutoencoderKL.load_config(architecture / "vae", local_files_only=True)
-    unet_config = UNet2DConditionModel.load_config(architecture / "unet", local_files_only=True)
+    vae_config, unet_config = (read_json(architecture / part / "config.json") for part in ("vae", "unet"))
     found = identify(weights) or "weights of an unknown kind"
+    channels = getattr(weights.get("model.diffusion_model.input_blocks.0.0.weight"), "shape", (0, 4))[1]
+    found = INPUTS.get(channels, found)
     expected = SD2 if unet_config.get("use_linear_projection") else SD1
     if found != expected:
         raise InputError(f"{file}: holds {found}, {architecture.name} expects {expected}")
-    if use_ema and not any(key.startswith("model_ema.") for key in weights):
+    starts = {key.split(".")[0] for key in weights}
+    plain, averaged = "model" in starts, "model_ema" in starts
+    if averaged and not plain:
+        what = "its UNet's averaged weights (model_ema.…) alone, whose names tell no layer from another"
+        raise InputError(f"{file}: holds {what}; expected model.diffusion_model.… beside them, or in their place")
+    if use_ema and not averaged:
         raise InputError(f"{file}: has no averaged weights (model_ema.…); set use_ema: false")
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(architecture / "text_encoder", local_files_only=True))
-    second = found == SD2
-    text = convert_open_clip_checkpoint(text_encoder, weights) if second else convert_ldm_clip_checkpoint(weights)
-    text = {key.removeprefix("text_model."): tensor for key, tensor in text.items()}
-    unet = convert_ldm_unet_checkpoint(weights, unet_config, extract_ema=use_ema)
-    vae = convert_ldm_vae_checkpoint(weights, vae_config)
-    with torch.device("meta"):
-        parts = AutoencoderKL.from_config(vae_config), text_encoder, UNet2DConditionModel.from_config(unet_config)
-    for part, own in zip(parts, (vae, text, unet)):
-        fill(part, own, file)
-    return parts
+    if found == SD2 and not prediction_type:
+        raise InputError(
+            f"{file}: {SD2}, which does not say what it predicts; set prediction_type, in the YAML of the base or as a "
+            "setting of tool_add_control.py: v_prediction if made for 768 pixels (v2-1_768…), epsilon if for 512"
+        )
+    try:
+        text_config = CLIPTextConfig.from_pretrained(architecture / "text_encoder", local_files_only=True)
+        with torch.device("meta"):
+            vae, unet = AutoencoderKL.from_config(vae_config), UNet2DConditionModel.from_config(unet_config)
+        text_encoder = CLIPTextModel(text_config)
+    except Exception as error:  # a damaged configuration raises any kind
+        raise InputError(f"architecture {architecture}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+    convert_text = partial(convert_open_clip_checkpoint, text_encoder) if found == SD2 else convert_ldm_clip_checkpoint
+    parts = {
+        vae: lambda: convert_ldm_vae_checkpoint(weights, vae_config),
+        text_encoder: lambda: {k.removeprefix("text_model."): t for k, t in convert_text(weights).items()},
+        unet: lambda: convert_ldm_unet_checkpoint(weights, unet_config, extract_ema=use_ema),
+    }
+    for part, convert in parts.items():
+        try:
+            converted = convert()
+        except (LookupError, TypeError, AttributeError) as error:  # the converters' way of missing a weight
+            raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {error})") from None
+        fill(part, converted, file)
+    return tuple(parts)
 
 
 def fill(part, weights, file):
-    """Put converted weights into a model. Raises: InputError if one is missing, or of another shape."""
+    """Put converted weights into a model. Raises: InputError if one is missing, of another shape or not finite."""
     weights = {key: tensor for key, tensor in weights.items() if tensor is not None}  # None: the converters' missing
     try:
         missing = part.load_state_dict(weights, strict=False, assign=True).missing_keys
@@ -118,24 +167,46 @@ def fill(part, weights, file):
         raise InputError(f"{file}: does not fit {type(part).__name__} ({str(error).splitlines()[1].strip()})") from None
     if missing:
         raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {min(missing)})")
+    check_finite(part, file)
 
 
-def controlnet_weights(weights, config):
+def check_finite(part, where):
+    """Raises: InputError if a weight of a model is infinite or no number, which its sum then is, too."""
+    for name, tensor in part.state_dict().items():
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            hint = "; float16 ends at 65504, bfloat16 does not" if tensor.dtype == torch.float16 else ""
+            raise InputError(f"{where}: {type(part).__name__} has weights that are not finite, {name}{hint}")
+
+
+def find_control(weights):
     """Find a ControlNet in the original layout, alone in a file or beside its base.
 
-    config: of the UNet, of which layers_per_block counts.
-    Returns: {diffusers' name: tensor}, without a hint CNN, with the original fork's MLP; empty if there is none.
+    Returns: {name in the original, without its "control_model.": tensor}; empty if there is none.
     """
-    start = CONTROL if any(key.startswith(CONTROL) for key in weights) else ""
-    own = {key.removeprefix(start): tensor for key, tensor in weights.items() if key.startswith(start)}
-    if "zero_convs.0.0.weight" not in own:
-        return {}
-    converted = convert_controlnet_checkpoint(own, config)
-    converted = {key: t for key, t in converted.items() if not key.startswith(HINT)}
-    mlp = {
-        f"{HINT}mlp.{2 * i}.{kind}": own.get(f"mlp.fc{i + 1}.{kind}") for i in range(3) for kind in ("weight", "bias")
+    if any(key.startswith(CONTROL) for key in weights):
+        return {key.removeprefix(CONTROL): tensor for key, tensor in weights.items() if key.startswith(CONTROL)}
+    return weights if identify(weights) == "a ControlNet in the original layout" else {}
+
+
+def fill_control(control_net, weights, file, keep=()):
+    """Put find_control's weights into a ControlNet, but for its own whose names start with `keep`.
+
+    Raises: InputError if one is missing, of another shape or not finite.
+    """
+    own = control_net.state_dict()
+    names = {key: original_key(key, control_net.config.layers_per_block) for key in own if not key.startswith(keep)}
+    if missing := [name for name in names.values() if name not in weights]:
+        raise InputError(f"{file}: not a whole ControlNet in the original layout (no weights for {min(missing)})")
+    fill(control_net, {**own, **{key: weights[name] for key, name in names.items()}}, file)
+
+
+def to_half(weights):
+    """Returns: {key: tensor} in half precision, but for those that it would make infinite, or nothing, in float32."""
+    half = {key: tensor.half() for key, tensor in weights.items()}
+    return {
+        key: half[key] if (half[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max() else tensor.float()
+        for key, tensor in weights.items()
     }
-    return {key: tensor for key, tensor in {**converted, **mlp}.items() if tensor is not None}
 
 
 # Of a ResNet: diffusers' names and the original's.

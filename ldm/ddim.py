@@ -1,6 +1,10 @@
 """DDIM sampling (Song et al. 2021) as a free function: differentiable, its noise passed in."""
 
+import math
+
 import torch
+
+from ldm.settings import InputError
 
 
 def draw_timesteps(count, total, generator):
@@ -16,9 +20,17 @@ def ddim_timesteps(scheduler, steps, denoise_strength=1.0):
 
     denoise_strength: in (0, 1]; 1 starts from pure noise, less keeps the start picture's layout.
     Returns: (steps,) timesteps, falling.
+    Raises: InputError if the noise schedule has not as many as that takes.
     """
-    scheduler.set_timesteps(round(steps / denoise_strength))
-    return scheduler.timesteps[-steps:]
+    whole, config = round(steps / denoise_strength), scheduler.config
+    have = config.num_train_timesteps - (config.steps_offset if config.timestep_spacing == "leading" else 0)
+    if whole > have:
+        share = math.ceil(1000 * steps / have) / 1000
+        remedy = f"at most {math.floor(have * denoise_strength)} steps fit"
+        remedy += f", or a share of {share} at least" if share <= 1 else ""
+        raise InputError(f"{steps} steps over {denoise_strength:g} of a noise schedule of {have} timesteps: {remedy}")
+    scheduler.set_timesteps(whole)
+    return scheduler.timesteps[:whole][-steps:]  # rounding makes diffusers' "trailing" one too long at 61 steps
 
 
 def ddim_sample(scheduler, predict, latents, timesteps, eta=0.0, noise=None):

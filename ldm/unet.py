@@ -1,6 +1,8 @@
 """diffusers' UNet in two halves: a control acts on the second alone, so the first is computed once a noisy picture."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 
@@ -27,6 +29,19 @@ class Encoded:
         return Encoded(middle, skips, time, embeddings)
 
 
+def in_own_precision(function):
+    """Weights in half precision are computed in it: autocast would mix it with another, which a CPU refuses."""
+
+    @wraps(function)
+    def computed(unet, *args):
+        half = unet.dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(unet.device.type, enabled=False) if half else nullcontext():
+            return function(unet, *args)
+
+    return computed
+
+
+@in_own_precision
 def encode_unet(unet, latents, timesteps, embeddings):
     """latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D). Returns: Encoded."""
     latents, embeddings = latents.to(unet.dtype), embeddings.to(unet.dtype)
@@ -41,6 +56,7 @@ def encode_unet(unet, latents, timesteps, embeddings):
     return Encoded(unet.mid_block(hidden, time, **_context(unet.mid_block, embeddings)), skips, time, embeddings)
 
 
+@in_own_precision
 def decode_unet(unet, encoded, down, mid):
     """down, mid: what a ControlNet adds to skips and middle. Returns: (B, C, h, w), the UNet's prediction."""
     hidden = encoded.middle + mid

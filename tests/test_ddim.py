@@ -1,11 +1,16 @@
 """The sampling chain: against diffusers' own pipeline, and its gradient against finite differences."""
 
+import json
+
+import diffusers
 import pytest
 import torch
-from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE, build_scheduler
-from diffusers import StableDiffusionControlNetPipeline
+from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE, build_scheduler, build_unet, build_vae
+from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
+from ldm.base import load_scheduler
 from ldm.ddim import ddim_sample, ddim_timesteps, draw_timesteps
+from ldm.settings import InputError
 
 STEPS = 5
 
@@ -132,6 +137,126 @@ def test_timesteps_cover_the_last_part_of_the_schedule(base, steps, denoise_stre
     assert len(timesteps) == steps
     assert (timesteps.diff() < 0).all() and timesteps.min() >= 0
     assert abs((timesteps[0].item() + 1) / total - denoise_strength) < 0.05
+
+
+def sd_scheduler(**own):
+    """Stable Diffusion's noise schedule."""
+    return DDIMScheduler(**{**SD_NOISE, "clip_sample": False, "steps_offset": 1, **own})
+
+
+def test_all_numbers_of_steps_that_fit_are_taken(base):
+    for scheduler in base.scheduler, sd_scheduler():
+        for steps in range(1, 1000):
+            timesteps = ddim_timesteps(scheduler, steps)
+            assert len(timesteps) == steps and timesteps.min() >= 0 and timesteps.max() < 1000, steps
+            assert (timesteps.diff() < 0).all()
+
+
+@pytest.mark.parametrize(
+    "steps, denoise_strength, told",
+    [(1000, 1, "at most 999 steps fit$"), (32, 0.02, "at most 19 steps fit, or a share of 0.033 at least")],
+)
+def test_steps_that_do_not_fit_say_which_do(steps, denoise_strength, told):
+    """The most, and the least share, that are named do fit."""
+    scheduler = sd_scheduler()
+    with pytest.raises(InputError, match=told):
+        ddim_timesteps(scheduler, steps, denoise_strength)
+    assert len(ddim_timesteps(scheduler, 999)) == 999 and len(ddim_timesteps(scheduler, 32, 0.033)) == 32
+    assert ddim_timesteps(scheduler, 19, 0.02)[0] == 19
+
+
+# What published folders say, of what DDIM has a say in.
+SD_NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+FOREIGN = {
+    "PNDMScheduler": {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None},
+    "EulerDiscreteScheduler": {"prediction_type": "v_prediction", "timestep_spacing": "linspace"},
+    "EulerAncestralDiscreteScheduler": {"clip_sample": True, "set_alpha_to_one": False},
+    "DPMSolverMultistepScheduler": {"thresholding": True, "algorithm_type": "dpmsolver++", "solver_order": 2},
+    "UniPCMultistepScheduler": {"steps_offset": 0, "timestep_spacing": "leading"},
+    "DDPMScheduler": {"clip_sample": True, "variance_type": "fixed_small", "clip_sample_range": 1.0},
+    "LMSDiscreteScheduler": {},
+    "DDIMScheduler": {},
+}
+
+
+@pytest.fixture
+def read_scheduler(tmp_path):
+    """read_scheduler(config, **options) -> the scheduler of a folder that says so."""
+
+    def read(config, **options):
+        (tmp_path / "scheduler").mkdir(exist_ok=True)
+        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        return load_scheduler(tmp_path, **options)
+
+    return read
+
+
+@pytest.mark.filterwarnings("ignore")  # the pipeline says what it forces
+@pytest.mark.parametrize("name, config", FOREIGN.items(), ids=FOREIGN)
+def test_a_foreign_schedule_is_sampled_as_diffusers_own_pipeline_does(read_scheduler, normal, name, config):
+    """Latents are larger than 1: what clips or thresholds them, or takes other timesteps, draws something else."""
+    found = read_scheduler({"_class_name": name, **SD_NOISE, **config})
+    own = getattr(diffusers, name).from_config({**SD_NOISE, **config})
+    torch.testing.assert_close(found.alphas_cumprod, own.alphas_cumprod)
+    assert found.config.prediction_type == config.get("prediction_type", "epsilon")
+    pipeline = StableDiffusionPipeline(
+        vae=build_vae(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=build_unet(),
+        scheduler=DDIMScheduler(**SD_NOISE, set_alpha_to_one=found.config.set_alpha_to_one),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    assert ddim_timesteps(found, 10).tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    clean, noise = 5 * normal(1, 4, 8, 8), normal(1, 4, 8, 8)
+
+    def predict(x, t):
+        return found.get_velocity(clean, noise, t) if "prediction_type" in config else noise
+
+    noisy = found.add_noise(clean, noise, torch.tensor([901]))
+    drawn = ddim_sample(found, predict, noisy, ddim_timesteps(found, 10))
+    left = found.final_alpha_cumprod
+    torch.testing.assert_close(drawn, left.sqrt() * clean + (1 - left).sqrt() * noise, rtol=1e-3, atol=1e-3)
+    assert found.config.set_alpha_to_one == (name in ("DDIMScheduler",))
+    for key in "clip_sample", "steps_offset", "timestep_spacing", "thresholding":
+        assert found.config[key] == pipeline.scheduler.config[key]
+
+
+def test_trailing_timesteps_and_pure_noise_are_kept(read_scheduler):
+    config = dict(SD_NOISE, _class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True)
+    found = read_scheduler({**config, "timestep_spacing": "trailing", "prediction_type": "v_prediction"})
+    assert found.alphas_cumprod[-1] == 0 and ddim_timesteps(found, 10)[0] == 999
+
+
+@pytest.mark.parametrize(
+    "config, options, told",
+    [
+        ({"rescale_betas_zero_snr": True}, {}, "must be v_prediction where nothing but noise is left"),
+        ({"prediction_type": "sample"}, {}, 'must be epsilon or v_prediction, got "sample"'),
+        ({"prediction_type": "v-prediction"}, {}, 'must be epsilon or v_prediction, got "v-prediction"'),
+        ({"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, "says .*epsilon, the YAML v_prediction"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, {}, "no noise schedule that DDIM can follow, FlowMatch"),
+        ({"_class_name": "Nowhere"}, {}, "no noise schedule that DDIM can follow, Nowhere"),
+        ({"_class_name": 3}, {}, "no noise schedule that DDIM can follow, 3"),
+        ({"beta_schedule": "cosine"}, {}, '"beta_schedule" must be linear or scaled_linear or'),
+        ({"beta_end": float("nan")}, {}, '"beta_end" must be a finite number'),
+        ({"beta_end": "0.012"}, {}, '"beta_end" must be a finite number'),
+        ({"beta_start": 0.0, "beta_end": 0.0}, {}, "less of the picture at every timestep"),
+        ({"trained_betas": [0.1, 0.2]}, {}, "less of the picture at every timestep"),
+        ({"num_train_timesteps": 0}, {}, '"num_train_timesteps" must be a whole number, at least 2'),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_cannot_be_followed_is_refused(read_scheduler, config, options, told):
+    with pytest.raises(InputError, match=f"scheduler_config.json.*{told}"):
+        read_scheduler({**SD_NOISE, **config}, **options)
+
+
+def test_what_a_folder_leaves_open_the_yaml_says(read_scheduler):
+    found = read_scheduler(SD_NOISE, prediction_type="v_prediction")
+    assert found.config.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize("steps", [3, 9, 10, 16, 24, 25, 32, 50])

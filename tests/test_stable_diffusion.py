@@ -1,10 +1,12 @@
 """Stable Diffusion through every script, into diffusers' pipeline, out to a file, in little memory."""
 
 import json
+import re
 
 import pytest
 import torch
 from diffusers import StableDiffusionControlNetPipeline
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -17,13 +19,13 @@ import tutorial_train
 from cldm import memory
 from cldm.controlnet import NumericControlNet
 from cldm.memory import Estimate, MemoryTracker, checkpointing
-from cldm.model import add_control, load_base, load_model, save_model
+from cldm.model import add_control, fit_statistics, load_base, load_model, save_model
 from cldm.objectives import SamplingObjective
 from ldm.base import LatentDiffusion
-from ldm.checkpoints import controlnet_weights, original_key, read_weights
+from ldm.checkpoints import original_key, read_weights
 from ldm.ddim import ddim_timesteps
 from ldm.files import ROOT
-from ldm.settings import Settings, read_yaml, run_script, write_yaml
+from ldm.settings import InputError, Settings, read_yaml, run_script, write_yaml
 from tests.conftest import randomize_zero_convolutions
 from tests.original_layout import original_weights
 
@@ -42,7 +44,9 @@ def base_file(folder, tmp_path):
     save_file(original_weights(LatentDiffusion.from_pretrained(folder)), file)
     name = "cldm_v15" if "sd1" in folder.name else "cldm_v21"
     config = read_yaml(ROOT / "models" / f"{name}.yaml")
-    own = dict(base=str(file), architecture=str(folder), image_size=SIZE, precision="float32")
+    own = dict(
+        base=str(file), architecture=str(folder), image_size=SIZE, precision="float32", prediction_type="epsilon"
+    )
     write_yaml(config | own, tmp_path / "narrow.yaml")
     return tmp_path / "narrow.yaml", file
 
@@ -194,30 +198,163 @@ def test_what_the_original_fork_trained_is_taken_over(model, folder, tmp_path, n
     weights = forks_weights(model, 5)
     assert "control_model.mlp.fc3.bias" in weights
     save_file(weights, tmp_path / "fork.safetensors")
-    config = dict(base=str(tmp_path / "fork.safetensors"), architecture=str(folder))
+    config = dict(base=str(tmp_path / "fork.safetensors"), architecture=str(folder), prediction_type="epsilon")
     write_yaml(model.config | config, tmp_path / "fork.yaml")
     add(tmp_path / "fork.yaml", tmp_path / "taken", control_range="[-5,5]")
     taken = load_model(tmp_path / "taken")
     assert taken.config.image_size == 40 and taken.control_net.config.control_high == [5.0]
-    hidden = torch.tensor([[-3.0]])
-    for i in 1, 2, 3:
-        weight, bias = (weights[f"control_model.mlp.fc{i}.{kind}"] for kind in ("weight", "bias"))
-        hidden = torch.nn.functional.linear(hidden, weight, bias).relu()
     hint = taken.control_net.controlnet_cond_embedding
     found = hint(taken.control_net.normalize(torch.tensor([[-3.0]]))[:, :, None, None].expand(-1, -1, 5, 5))
-    torch.testing.assert_close(found, hidden.reshape(1, 8, 5, 5), rtol=1e-2, atol=1e-2)  # saved in half precision
+    expected = originals_hint(weights, -3.0, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # saved in half precision
 
 
-def test_an_exported_file_is_read_back(model, tmp_path, capsys):
-    save_model(model, tmp_path / "control")
-    file = tmp_path / "control.safetensors"
-    paths = [str(tmp_path / "control"), str(file)]
+@pytest.mark.parametrize("control_range", [None, "[-5,5]"])
+def test_what_the_original_fork_trained_keeps_its_statistics(model, folder, tmp_path, normal, control_range):
+    """Its MLP was trained on numbers as they are, whatever it is then trained on."""
+    save_file(forks_weights(model, 5), tmp_path / "fork.safetensors")
+    config = dict(base=str(tmp_path / "fork.safetensors"), architecture=str(folder), prediction_type="epsilon")
+    write_yaml(model.config | config, tmp_path / "fork.yaml")
+    add(tmp_path / "fork.yaml", tmp_path / "taken", **({"control_range": control_range} if control_range else {}))
+    taken = load_model(tmp_path / "taken")
+    inputs = normal(1, 4, 5, 5), 500, normal(1, 77, 16), torch.tensor([[3.0]])
+    before = taken.predict(*inputs)
+    fit_statistics(taken.control_net, [(1.0,), (3.0,), (8.0,)], ["angle"], ["degrees"])
+    assert torch.equal(taken.predict(*inputs), before)
+    assert (taken.control_net.config.control_mean, taken.control_net.config.control_std) == ([0.0], [1.0])
+    assert taken.control_net.config.control_high == [8.0]
+
+
+def originals_hint(weights, number, latent_size):
+    """Returns: (1, 8, latent_size, latent_size), what the original's code makes of a number, as it is."""
+    hidden = torch.tensor([[number]])
+    for i in 1, 2, 3:
+        weight, bias = (weights[f"control_model.mlp.fc{i}.{kind}"].float() for kind in ("weight", "bias"))
+        hidden = torch.nn.functional.linear(hidden, weight, bias).relu()
+    return hidden.reshape(1, 8, latent_size, latent_size)
+
+
+def export(model, tmp_path, name="control"):
+    save_model(model, tmp_path / name)
+    file = tmp_path / f"{name}.safetensors"
+    paths = [str(tmp_path / name), str(file)]
     run_script(tool_export_control.main, tool_export_control.settings, paths, paths=tool_export_control.PATHS)
-    read = controlnet_weights(read_weights(file), model.base.unet.config)
-    own = load_model(tmp_path / "control").control_net.state_dict()
-    assert read.keys() == own.keys() and all(torch.equal(read[key].float(), own[key]) for key in own)
-    with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["config"])["hint"] == "coordinate"
+    return file
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (20.0, 0.5), (3.0, 1e9)])
+def test_the_original_computes_the_same_of_an_exported_file(model, tmp_path, mean, std):
+    """Its MLP takes the number as it is, ours the normalised one."""
+    torch.manual_seed(5)
+    model = add_control(model.base, Settings(model.config | {"image_size": 40}), hint="original")
+    randomize_zero_convolutions(model.control_net)
+    model.control_net.register_to_config(control_mean=[mean], control_std=[std], control_names=["angle"])
+    weights = read_weights(export(model, tmp_path))
+    own = load_model(tmp_path / "control").control_net
+    number = mean + 1.5 * std
+    ours = own.controlnet_cond_embedding(own.normalize(torch.tensor([[number]]))[:, :, None, None].expand(-1, -1, 5, 5))
+    torch.testing.assert_close(originals_hint(weights, number, 5), ours, rtol=1e-2, atol=1e-2 * ours.max().item())
+    converted = convert_controlnet_checkpoint(
+        {key.removeprefix("control_model."): tensor for key, tensor in weights.items()}, model.base.unet.config
+    )
+    assert {key for key in own.state_dict() if ".mlp." not in key} <= converted.keys()
+    assert all(torch.equal(t.float(), own.state_dict()[key]) for key, t in converted.items() if "cond" not in key)
+    with safe_open(tmp_path / "control.safetensors", "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    assert (config["control_names"], config["control_mean"], config["control_std"]) == (["angle"], [0.0], [1.0])
+
+
+def test_an_exported_file_beside_its_base_is_taken_over(model, folder, tmp_path, normal):
+    own = add_control(model.base, Settings(model.config | {"image_size": 40}), hint="original")
+    randomize_zero_convolutions(own.control_net)
+    own.control_net.register_to_config(control_mean=[2.0], control_std=[0.5])
+    save_file(original_weights(model.base) | read_weights(export(own, tmp_path)), tmp_path / "both.safetensors")
+    config = dict(base=str(tmp_path / "both.safetensors"), architecture=str(folder), prediction_type="epsilon")
+    write_yaml(model.config | config, tmp_path / "both.yaml")
+    add(tmp_path / "both.yaml", tmp_path / "back")
+    inputs = normal(1, 4, 5, 5), 500, normal(1, 77, 16), torch.tensor([[3.0]])
+    with torch.no_grad():
+        before, after = (load_model(tmp_path / name).predict(*inputs) for name in ("control", "back"))
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("hint", ["dense", "coordinate", "reference"])
+def test_what_the_original_cannot_compute_is_not_exported(model, hint, tmp_path, fails_in_one_line):
+    save_model(add_control(model.base, model.config, hint=hint), tmp_path / "control")
+    paths = [str(tmp_path / "control"), str(tmp_path / "control.safetensors")]
+    assert f"hint={hint} is not in the original" in fails_in_one_line(
+        lambda s: tool_export_control.main(s, paths), tool_export_control.settings, []
+    )
+    assert not (tmp_path / "control.safetensors").exists()
+
+
+def test_a_weight_beyond_half_precision_is_kept(model, tmp_path):
+    with torch.no_grad():
+        model.control_net.conv_in.bias[0] = 70000.0
+        model.base.unet.conv_out.bias[0] = 1e5
+    model.own_unet = True
+    save_model(model, tmp_path)
+    read = load_model(tmp_path)
+    assert read.control_net.conv_in.bias[0] == 70000.0 and read.base.unet.conv_out.bias[0] == 1e5
+    write_yaml(model.config | {"precision": "float16"}, tmp_path / "model.yaml")
+    with pytest.raises(InputError, match="conv_in.bias; float16 ends at 65504"):
+        load_model(tmp_path)
+
+
+def only(*names):
+    return lambda weights: {k: v for k, v in weights.items() if "control_model" not in k or any(n in k for n in names)}
+
+
+def without(*names):
+    return lambda weights: {k: v for k, v in weights.items() if not any(f"control_model.{n}" in k for n in names)}
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (without("zero_convs"), "not a whole ControlNet .*no weights for zero_convs.0.0.bias"),
+        (without("mlp.fc2"), "expected mlp.fc1 to mlp.fc3"),
+        (without("mlp.fc1.bias"), "no weights for mlp.fc1.bias"),
+        (without("middle_block."), "no weights for middle_block.0"),
+        (only("mlp"), "not a whole ControlNet"),
+        (without("mlp"), "holds a ControlNet on pictures; encoder=.* starts from its encoder"),
+        (lambda weights: weights | {"control_model.mlp.fc2.bias": torch.zeros(5)}, "does not fit NumericControlNet"),
+        (lambda weights: weights | {"control_model.mlp.fc3.bias": torch.full([200], torch.inf)}, "not finite"),
+    ],
+)
+def test_a_control_in_the_original_layout_is_taken_whole_or_not_at_all(
+    model, folder, version, change, told, tmp_path, fails_in_one_line
+):
+    save_file(change(forks_weights(model, 5)), tmp_path / "fork.safetensors")
+    config = dict(base=str(tmp_path / "fork.safetensors"), architecture=str(folder), prediction_type="epsilon")
+    write_yaml(model.config | config, tmp_path / "fork.yaml")
+    paths = [str(tmp_path / "fork.yaml"), str(tmp_path / "out")]
+    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, [])
+    assert re.search(told, line) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["-5,5", "5", "abc", "[a,b]", "[5,-5]", "[1,1]", "[0,.inf]", "[1,2,3]"])
+def test_a_range_that_is_none_is_named(given, tmp_path, fails_in_one_line):
+    paths, arguments = ["models/tiny_sd", str(tmp_path / "out")], [f"control_range={given}"]
+    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, arguments)
+    assert "control_range: expected [low, high], two numbers" in line
+
+
+def test_a_file_as_input_is_told_what_it_predicts(model, version, tmp_path, fails_in_one_line, monkeypatch):
+    """Its YAML's word is of another file."""
+    if version == 1:
+        return
+    file = tmp_path / "sd2.safetensors"
+    save_file(original_weights(model.base), file)
+    arguments = [file, tmp_path / "out"]
+    line = fails_in_one_line(
+        lambda s: tool_add_control.main(s, [str(a) for a in arguments]), tool_add_control.settings, []
+    )
+    assert "set prediction_type" in line and "tool_add_control.py" in line
+    line = fails_in_one_line(
+        lambda s: tool_add_control.main(s, arguments), tool_add_control.settings, ["prediction_type=velocity"]
+    )
+    assert "expected epsilon or v_prediction, got velocity" in line
 
 
 def test_an_encoder_in_the_original_layout_is_a_starting_point(model, folder, tmp_path):
