@@ -7,6 +7,7 @@ import torch
 
 from cldm.objectives import SamplingObjective
 from cldm.solvers import sgd
+from ldm.ddim import ddim_timesteps
 
 
 @dataclass
@@ -61,6 +62,8 @@ def invert_by_sampling(
     Returns: Inversion.
     """
     began = time.perf_counter()
+    if warm_steps:  # what does not fit is said before the first iteration
+        ddim_timesteps(model.base.scheduler, warm_steps, warm_denoise_strength)
     objective = SamplingObjective(
         model,
         input_latents,

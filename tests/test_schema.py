@@ -1,0 +1,191 @@
+"""What a control's config.json and a YAML must say, and what a damaged one is told: file, key, expected, found."""
+
+import json
+import shutil
+
+import pytest
+from conftest import IMAGE_SIZE
+from diffusers import UNet2DConditionModel
+
+from cldm.controlnet import check_control
+from cldm.model import load_base, load_model, read_model_yaml
+from ldm.base import load_part
+from ldm.files import ROOT
+from ldm.settings import InputError, read_yaml, write_yaml
+
+NAN, INFINITE = float("nan"), float("inf")
+GONE = object()
+SHIPPED = [f"control_{name}" for name in ("tiny", "tiny_pair", "views")]
+
+# key, value, what it must be
+CONFIG = [
+    ("hint", "cnn", "coordinate or dense or original or reference"),
+    ("hint", None, "coordinate or"),
+    ("hint", GONE, "coordinate or"),
+    ("hint", ["dense"], "coordinate or"),
+    ("hint_hidden", "wide", "a list of length 2"),
+    ("hint_hidden", [256], "a list of length 2"),
+    ("hint_hidden", [256, 0], "at least 1"),
+    ("hint_hidden", [256, 64.5], "a whole number"),
+    ("hint_octaves", -1, "at least 0"),
+    ("hint_octaves", True, "a whole number"),
+    ("latent_size", None, "a whole number with hint=dense"),
+    ("latent_size", "32", "a whole number"),
+    ("latent_size", 0, "at least 1"),
+    ("control_names", None, "a list of length 1"),
+    ("control_names", "angle", "a list of length 1"),
+    ("control_names", [], "a list of length 1"),
+    ("control_names", ["a", "b"], "a list of length 1"),
+    ("control_names", [3], "each a text"),
+    ("control_names", GONE, "a list of length 1"),
+    ("control_units", [None], "each a text"),
+    ("control_units", GONE, "a list of length 1"),
+    ("control_mean", None, "a list of length 1"),
+    ("control_mean", 0.0, "a list of length 1"),
+    ("control_mean", [], "a list of length 1"),
+    ("control_mean", ["0"], "a finite number"),
+    ("control_mean", [NAN], "a finite number"),
+    ("control_mean", [10**400], "a finite number"),
+    ("control_mean", GONE, "a list"),
+    ("control_std", GONE, "a finite number above 0"),
+    ("control_std", [0.0], "above 0"),
+    ("control_std", [-1.0], "above 0"),
+    ("control_std", [NAN], "above 0"),
+    ("control_std", [1.0, 2.0], "a list of length 1"),
+    ("control_low", [6.0], 'at most "control_high"'),
+    ("control_low", None, 'at most "control_high"'),
+    ("control_low", [-INFINITE], "a finite number"),
+    ("control_high", ["5"], "a finite number"),
+    ("control_high", [5.0, 5.0], "a list of length 1"),
+    ("control_high", GONE, 'at most "control_high"'),
+    ("error_scale", [-0.1], "at least 0"),
+    ("error_scale", {"angle": 1}, "a list of length 1"),
+    ("error_scale", [], "a list of length 1"),
+    ("error_floor", ["small"], "at least 0"),
+    ("error_floor", [INFINITE], "at least 0"),
+    ("explained_loss", "0.03", "at least 0"),
+    ("explained_loss", NAN, "at least 0"),
+    ("sampling_loss", [0.03], "at least 0"),
+    ("prompts", "a cup", "a list, each a text"),
+    ("_class_name", "ControlNetModel", "expected a NumericControlNet"),
+    ("_class_name", GONE, "expected a NumericControlNet"),
+]
+
+YAML = [
+    ("base", GONE, "expected a text"),
+    ("base", None, "a text"),
+    ("base", ["models/tiny_sd"], "a text"),
+    ("image_size", "large", "a whole number"),
+    ("image_size", 0, "at least 1"),
+    ("image_size", 128.5, "a whole number"),
+    ("image_size", GONE, "a whole number"),
+    ("a_prompt", None, "a text"),
+    ("a_prompt", GONE, "a text"),
+    ("n_prompt", ["bad"], "a text"),
+    ("only_mid_control", "sometimes", "true or false"),
+    ("only_mid_control", 1, "true or false"),
+    ("sampling", "text", "a mapping of scale, num_samples, eta"),
+    ("sampling", None, "a mapping of scale"),
+    ("sampling", GONE, "a mapping of scale"),
+    ("sampling", {"scale": NAN}, 'sampling.scale" must be a finite number, at least 0'),
+    ("sampling", {"num_samples": 2.5}, 'sampling.num_samples" must be a whole number'),
+    ("sampling", {"eta": 2}, 'sampling.eta" must be a finite number from 0 to 1'),
+    ("sampling", {"scales": 1}, r'unknown key "sampling.scales" \(did you mean "scale"'),
+    ("test5", {"learning_rate": "fast"}, 'test5.learning_rate" must be a finite number above 0, or null'),
+    ("test5", {"learning_rate": 0}, "above 0"),
+    ("test5_s1", {"warm_denoise_strength": 0}, "above 0, at most 1"),
+    ("test5_s1", [0.9], "a mapping of learning_rate, warm_denoise_strength"),
+    ("precision", "float99", "float32 or float16 or bfloat16"),
+    ("precision", "fp16", "float32 or float16 or bfloat16"),
+    ("precision", 16, "float32 or float16 or bfloat16"),
+    ("prediction_type", "sample", "epsilon or v_prediction"),
+    ("prediction_type", "velocity", "epsilon or v_prediction"),
+    ("architecture", ["models/sd15"], "a text"),
+    ("use_ema", "yes please", "true or false"),
+    ("reference", None, "true or false"),
+    ("precison", "bfloat16", 'unknown key "precison" .did you mean "precision"'),
+]
+
+
+def changed(config, key, value):
+    """Returns: the config with the key set to the value, or without it."""
+    own = {**config, key: value}
+    return {k: v for k, v in own.items() if v is not GONE}
+
+
+@pytest.mark.parametrize("key, value, told", CONFIG, ids=lambda part: "gone" if part is GONE else ascii(part)[:30])
+def test_a_damaged_config_is_named(key, value, told, tmp_path):
+    config = json.loads((ROOT / "models" / "control_tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(changed(config, key, value)))
+    with pytest.raises(InputError, match=f"config.json: .*{told}") as error:
+        check_control(tmp_path / "config.json")
+    assert ("NumericControlNet" if key == "_class_name" else f'"{key}"') in str(error.value)
+    assert value is GONE or key == "_class_name" or "got" in str(error.value)
+
+
+@pytest.mark.parametrize("key, value, told", YAML, ids=lambda part: "gone" if part is GONE else ascii(part)[:30])
+def test_a_damaged_yaml_is_named(key, value, told, tmp_path):
+    write_yaml(changed(read_yaml(ROOT / "models" / "tiny.yaml"), key, value), tmp_path / "model.yaml")
+    with pytest.raises(InputError, match=f"model.yaml: .*{told}"):
+        read_model_yaml(tmp_path / "model.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"hint": ', "\x00", "[" * 100_000, "version https://git-lfs"])
+def test_what_is_no_json_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json: (cannot be read as|expected a) JSON"):
+        check_control(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_controls_say_what_they_must(name):
+    check_control(ROOT / "models" / name / "config.json")
+    read_model_yaml(ROOT / "models" / name / "model.yaml")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "models").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_bases_say_what_they_must(file):
+    read_model_yaml(file)
+
+
+@pytest.mark.parametrize("damaged", ["config.json", "model.yaml"])
+def test_a_model_is_checked_when_it_is_loaded(control_folder, damaged, loaded_base):
+    file = control_folder / damaged
+    if damaged == "model.yaml":
+        write_yaml(read_yaml(file) | {"precision": "float99"}, file)
+    else:
+        config = json.loads(file.read_text())
+        del config["control_std"]
+        file.write_text(json.dumps(config))
+    for base in None, loaded_base[0]:
+        with pytest.raises(InputError, match=damaged):
+            load_model(control_folder, base=base)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("block_out_channels", "many"), ("layers_per_block", None), ("norm_num_groups", 0), ("in_channels", -4)],
+)
+def test_what_the_network_itself_cannot_be_is_named_too(control_folder, key, value):
+    config = json.loads((control_folder / "config.json").read_text())
+    (control_folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(InputError, match="control: not a whole NumericControlNet"):
+        load_model(control_folder)
+
+
+def test_weights_that_are_not_finite_are_named(make_model, control_folder, base_yaml, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(base_yaml.parent / "mini_sd", base)
+    for cls, folder in (UNet2DConditionModel, base / "unet"), (type(make_model().control_net), control_folder):
+        part = load_part(cls, folder)
+        part.conv_in.weight.data[1, 2, 0, 0] = NAN
+        part.save_pretrained(folder)
+    with pytest.raises(InputError, match="base: UNet2DConditionModel has weights that are not finite, conv_in.weight"):
+        load_base(base)
+    with pytest.raises(InputError, match="control: NumericControlNet has weights that are not finite, conv_in.weight"):
+        load_model(control_folder)
+
+
+def test_a_picture_size_may_be_left_to_the_base(base_yaml, tmp_path):
+    write_yaml(read_yaml(base_yaml) | {"image_size": None}, tmp_path / "open.yml")
+    assert load_base(tmp_path / "open.yml")[1].image_size == IMAGE_SIZE
