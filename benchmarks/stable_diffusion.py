@@ -164,6 +164,7 @@ def main(s):
         folder = output_folder(out_dir / str(version))
         config = read_yaml(ROOT / "models" / YAMLS[str(version)])
         own = dict(base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision)
+        own["prediction_type"] = {"1.5": "epsilon", "2.1": "v_prediction"}[str(version)]
         config |= own
         write_yaml(config, folder / "base.yaml")
         if not Path(config.base).exists():

@@ -8,6 +8,7 @@ import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
 from cldm.model import fit_statistics, load_base, load_model, save_model
 from ldm.settings import InputError, override, read_yaml, write_yaml
+from ldm.unet import decode_unet, encode_unet
 
 
 @pytest.fixture
@@ -89,6 +90,19 @@ def test_coordinate_hint_is_its_convolutions(make_model):
     with torch.no_grad():
         expected = hint.mlp(torch.cat([control, torch.zeros(2, hint.mlp[0].in_channels - 1, 3, 5)], 1))
         torch.testing.assert_close(hint(control), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_in_half_precision_computes_in_it_under_autocast(make_model, inputs, dtype):
+    """As without: what is trained under it is read without it. A CPU knows no mixture of float16 and bfloat16."""
+    model = make_model()
+    model.base.unet.to(dtype)
+    encoded = encode_unet(model.base.unet, *inputs)
+    alone = decode_unet(model.base.unet, encoded, [0] * len(encoded.skips), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        encoded = encode_unet(model.base.unet, *inputs)
+        assert torch.equal(decode_unet(model.base.unet, encoded, [0] * len(encoded.skips), 0), alone)
+        assert predict(model, inputs, [[3.0], [3.0]]).isfinite().all()
 
 
 def test_strength_scales_what_is_added(make_model, base, inputs):

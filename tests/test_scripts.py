@@ -230,6 +230,15 @@ def test_a_range_that_is_none_is_named(fails_in_one_line, tmp_path, control_rang
     assert line.startswith("error: control_range: expected [low, high], two numbers, got ")
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["denoise_strength=0.001 ddim_steps=32", "warm_denoise_strength=0.001", "ddim_steps=999 denoise_strength=0.5"],
+)
+def test_steps_that_the_schedule_has_not_are_named_before_any_is_taken(given, arguments, out_dir, fails_in_one_line):
+    line = fails_in_one_line(test5_s1.main, test5_s1.settings, [*arguments, *given.split()])
+    assert "of a noise schedule of 1000 timesteps: at most" in line and nothing_in(out_dir)
+
+
 @INFERENCE
 @pytest.mark.parametrize("control", [[1.0], [1.0, -2.0]], ids=["one number", "two numbers"])
 def test_inference_leaves_a_report_and_a_figure(script, control, arguments, out_dir, make_model, tmp_path):
