@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import SCHEDULER_DEFAULT_CONFIG
 from torch import nn
 from transformers import CLIPTextModel
 
-from ldm.checkpoints import INPUTS, check_finite, load_single_file, refuse_download
+from ldm.checkpoints import INPUTS, cause, check_finite, load_single_file, refuse_download
 from ldm.files import find_path
 from ldm.schema import check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
@@ -45,23 +45,23 @@ def load_part(cls, folder, **kwargs):
         index = folder.parent / "model_index.json"
         what = f" (it is a {read_json(index).get('_class_name')})" if index.is_file() else ""
         raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it{what}")
-    files = sorted(folder.iterdir())
-    safe = any(file.suffix == ".safetensors" for file in files)
-    variants = set()
-    for file in files:
-        if match := re.fullmatch(r"[a-z_]*model(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)", file.name):
-            refuse_download(file)
-            if safe == (match[4] == "safetensors"):
-                variants.add((match[1] or match[3] or "").removeprefix("."))
+    named = r"[a-z_]*model(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)"
+    weights = [match for file in sorted(folder.iterdir()) if (match := re.fullmatch(named, file.name))]
+    for match in weights:
+        refuse_download(folder / match[0])
+    safe = any(match[4] == "safetensors" for match in weights)
+    variants = {(m[1] or m[3] or "").removeprefix(".") for m in weights if safe == (m[4] == "safetensors")}
     variant = min(variants, key=lambda name: (name not in ("", "fp32", "fp16", "bf16"), len(name), name), default="")
     options = dict(local_files_only=True, use_safetensors=safe, output_loading_info=True, variant=variant or None)
     try:
         part, info = cls.from_pretrained(folder, **options, **kwargs)
     except Exception as error:  # a damaged configuration raises any kind
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder}: not a whole {cls.__name__} ({first})") from None
+        raise InputError(f"{folder}: not a whole {cls.__name__} ({cause(error)})") from None
     if info["missing_keys"]:
         raise InputError(f"{folder}: not a whole {cls.__name__} (no weights for {min(info['missing_keys'])})")
+    if info["unexpected_keys"] and cls is not CLIPTextModel:  # which may have a projection that is not used
+        what = f"its configuration has no place for {min(info['unexpected_keys'])}"
+        raise InputError(f"{folder}: another model than a {cls.__name__} ({what})")
     return part
 
 
@@ -100,8 +100,7 @@ def load_scheduler(folder, prediction_type=None, overrule=False):
         if not falling or len(left) != scheduler.config.num_train_timesteps:
             raise ValueError("its betas must leave less of the picture at every timestep")
     except Exception as error:  # a damaged configuration raises any kind
-        what = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
-        raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({what})") from None
+        raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({cause(error)})") from None
     if left[-1] == 0 and scheduler.config.prediction_type == "epsilon":
         raise InputError(
             f'{file}: "prediction_type" must be v_prediction where nothing but noise is left at the last timestep '

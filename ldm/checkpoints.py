@@ -47,6 +47,12 @@ AROUND = ("state_dict", "model", "module")  # keys that trainers save their weig
 WRAPPED = ("module.", "_orig_mod.")  # what trainers put before every key
 
 
+def cause(error):
+    """Returns: what an error of torch's or diffusers' says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+    return lines[0] if lines else type(error).__name__
+
+
 def refuse_download(file):
     """Raises: InputError for what stands where a file was not downloaded: a Git LFS pointer, a web page."""
     with open(file, "rb") as opened:
@@ -83,8 +89,7 @@ def read_weights(file):
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             what = f"refused, its pickle would run {name[1]}; expected tensors alone, best as .safetensors"
         else:
-            first = str(error).strip().split("\n")[0]
-            what = f"truncated, or no file of weights ({first}); expected .safetensors or .ckpt"
+            what = f"truncated, or no file of weights ({cause(error)}); expected .safetensors or .ckpt"
         raise InputError(f"{file}: {what}") from None
     while isinstance(weights, dict) and (inner := [key for key in AROUND if isinstance(weights.get(key), dict)]):
         weights = weights[inner[0]]
@@ -142,7 +147,7 @@ def load_single_file(file, architecture, use_ema=False, prediction_type=None):
             vae, unet = AutoencoderKL.from_config(vae_config), UNet2DConditionModel.from_config(unet_config)
         text_encoder = CLIPTextModel(text_config)
     except Exception as error:  # a damaged configuration raises any kind
-        raise InputError(f"architecture {architecture}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"architecture {architecture}: cannot be built ({cause(error)})") from None
     convert_text = partial(convert_open_clip_checkpoint, text_encoder) if found == SD2 else convert_ldm_clip_checkpoint
     parts = {
         vae: lambda: convert_ldm_vae_checkpoint(weights, vae_config),
@@ -164,7 +169,7 @@ def fill(part, weights, file):
     try:
         missing = part.load_state_dict(weights, strict=False, assign=True).missing_keys
     except RuntimeError as error:
-        raise InputError(f"{file}: does not fit {type(part).__name__} ({str(error).splitlines()[1].strip()})") from None
+        raise InputError(f"{file}: does not fit {type(part).__name__} ({cause(error)})") from None
     if missing:
         raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {min(missing)})")
     check_finite(part, file)

@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import IMAGE_SIZE
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from cldm.controlnet import check_control
 from cldm.model import load_base, load_model, read_model_yaml
@@ -164,12 +166,27 @@ def test_a_model_is_checked_when_it_is_loaded(control_folder, damaged, loaded_ba
 
 @pytest.mark.parametrize(
     "key, value",
-    [("block_out_channels", "many"), ("layers_per_block", None), ("norm_num_groups", 0), ("in_channels", -4)],
+    [
+        ("block_out_channels", "many"),
+        ("layers_per_block", None),
+        ("norm_num_groups", 0),
+        ("in_channels", -4),
+        ("hint_hidden", [3, 4]),
+        ("hint_octaves", 2),
+    ],
 )
 def test_what_the_network_itself_cannot_be_is_named_too(control_folder, key, value):
     config = json.loads((control_folder / "config.json").read_text())
     (control_folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(InputError, match="control: not a whole NumericControlNet"):
+    with pytest.raises(InputError, match=r"control: not a whole NumericControlNet \([^()]{4}") as error:
+        load_model(control_folder)
+    assert "in loading state_dict" not in str(error.value)
+
+
+def test_weights_that_a_configuration_has_no_place_for_are_named(control_folder):
+    file = control_folder / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"motion_module.weight": torch.ones(1)}, file)
+    with pytest.raises(InputError, match="another model .*has no place for motion_module.weight"):
         load_model(control_folder)
 
 
