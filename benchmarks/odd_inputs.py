@@ -47,13 +47,14 @@ import invert
 from cldm.dataset import read_rows
 from cldm.pairs import CHANGES, MOTIONS, NO_CHANGE, cut, draw_change, draw_pair, expose, inverse, similarity
 from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed
-from ldm.files import ROOT, report_folder
+from ldm.files import ROOT, report_folder, write_whole
 from ldm.pictures import check_picture
 
 SIZE = 128  # pixels
 MODELS = {name: ROOT / "models" / name for name in ("control_tiny_pair", "control_tiny", "control_views")}
 NUMBERS = {"control_tiny_pair": tuple(CHANGES), "control_tiny": ("angle",), "control_views": tuple(CONTROLS)}
 ERRORS = 3.0  # standard errors
+ENDS = ("right", "flagged", "refused", "wrong")
 LIMIT = 20  # seconds, for refusing a picture
 RANGES = {name: bounds for name, (_, *bounds, _) in CHANGES.items()}
 FILES = [find_photo(photo.file) for photo in HELD_OUT.values()]
@@ -879,19 +880,20 @@ def main(s):
     for old in ("pictures", "formulas"):
         shutil.rmtree(out_dir / old, ignore_errors=True)
     (out_dir / "formulas").mkdir()
-    cases, ended, wrong = make_cases(s, out_dir / "formulas"), {}, []
-    kinds_of_end = ("right", "flagged", "refused", "wrong")
+    cases, wrong = make_cases(s, out_dir / "formulas"), []
+    report = {sort: [dict(name=case.name, ended="not read") for case in own] for sort, own in cases.items()}
     with tqdm(total=sum(map(len, cases.values()))) as bar:
         for sort, own in cases.items():
             bar.set_description(sort)
-            ended[sort] = read_cases(own, out_dir / "pictures" / sort)
-            wrong += [f"{sort}, {c.name}: {e['wrong']}" for c, e in zip(own, ended[sort]) if e["ended"] == "wrong"]
+            write_whole(out_dir / "cases.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+            report[sort] = [dict(name=c.name) | e for c, e in zip(own, read_cases(own, out_dir / "pictures" / sort))]
+            wrong += [f"{sort}, {case['name']}: {case['wrong']}" for case in report[sort] if case["ended"] == "wrong"]
             bar.update(len(own))
-    report = {sort: [dict(name=c.name) | e for c, e in zip(own, ended[sort])] for sort, own in cases.items()}
-    (out_dir / "cases.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"| | inputs | {' | '.join(kinds_of_end)} | flags |\n| --- | --- | --- | --- | --- | --- | --- |")
-    for sort, outcomes in (ended | {"all": [e for own in ended.values() for e in own]}).items():
-        counts = [sum(outcome["ended"] == kind for outcome in outcomes) for kind in kinds_of_end]
+    write_whole(out_dir / "cases.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+    print(f"| | inputs | {' | '.join(ENDS)} | flags |\n| --- | --- | --- | --- | --- | --- | --- |")
+    everything = [outcome for outcomes in report.values() for outcome in outcomes]
+    for sort, outcomes in [*report.items(), ("all", everything)]:
+        counts = [sum(outcome["ended"] == kind for outcome in outcomes) for kind in ENDS]
         flags = [flag for outcome in outcomes for flag in outcome.get("flags", [])]
         named = ", ".join(f"{flag} {flags.count(flag)}" for flag in sorted(set(flags)))
         print(f"| {sort.replace('_', ' ')} | {len(outcomes)} | {' | '.join(map(str, counts))} | {named} |")
