@@ -198,7 +198,10 @@ class TestOverwrite:
         arguments = ["pairs=1", f"photos={tmp_path / 'resultData'}", f"out_dir={tmp_path}", "overwrite=true"]
         assert "which is read" in fails_in_one_line(make_dataset.main, make_dataset.settings, arguments)
 
-    def test_an_exported_file_is_replaced_when_told_to_be(self, control_folder, tmp_path, fails_in_one_line):
+    def test_an_exported_file_is_replaced_when_told_to_be(
+        self, control_folder, make_model, tmp_path, fails_in_one_line
+    ):
+        save_model(make_model(hint="original"), control_folder)
         script, file = tool_export_control, tmp_path / "new" / "a.safetensors"
         for more in ([], ["overwrite=true"]):
             self.run(script, control_folder, file, *more)
