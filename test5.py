@@ -36,10 +36,11 @@ import math
 import torch
 from tqdm import tqdm
 
-from cldm.dataset import parse_control
+from cldm.dataset import parse_control, recognize_prompt
 from cldm.inversion import invert_by_sampling
 from cldm.memory import Estimate
 from cldm.model import load_model
+from cldm.reading import FLAGS
 from cldm.report import save_inversion
 from ldm.files import find_path, report_folder
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
@@ -84,7 +85,8 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
     with torch.no_grad():
         pictures = pictures_to_tensor([*input_pictures, *target_pictures]).to(model.base.device)
         start, target = model.base.encode(pictures).chunk(2)
-        prompt = ", ".join(filter(None, [s.prompt, s.a_prompt]))
+        prompt = recognize_prompt(s.prompt, tuple(model.control_net.config.prompts))
+        prompt = ", ".join(filter(None, [prompt, s.a_prompt]))
         embeddings, negative = model.base.embed([prompt, s.n_prompt]).repeat_interleave(len(control), 0).chunk(2)
     with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:
 
@@ -98,7 +100,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
             start,
             target,
             embeddings,
-            control.to(target),
+            control.to(target.device),
             negative=negative,
             ddim_steps=s.ddim_steps,
             denoise_strength=s.denoise_strength,
@@ -120,7 +122,7 @@ def main(s, script="test5"):
     out_dir = report_folder(s.out_dir, "result.json", "history", "figure.png")
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     try:
-        control = torch.tensor([parse_control(list(s.control))])
+        control = torch.tensor([parse_control(list(s.control))], dtype=torch.float64)
     except ValueError:
         raise InputError(f"control: expected finite numbers, got {s.control}") from None
     paths = (s.input_image_path, s.target_image_path)
@@ -136,6 +138,8 @@ def main(s, script="test5"):
     config = model.control_net.config
     for name, unit, value in zip(config.control_names, config.control_units, result.control[0].tolist()):
         print(f"{name}: {value:+.3f} {unit}".rstrip())
+    for flag in result.flags[0]:
+        print(f"{flag}: {FLAGS[flag]}")
     print(f"{result.iterations[0]} iterations, {result.seconds:.1f} seconds; {out_dir}/figure.png shows them")
 
 

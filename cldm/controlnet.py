@@ -250,8 +250,8 @@ class NumericControlNet(ControlNetModel):
     latent_size: side of the latents, needed by "dense" and "original" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. prompts: what it was
-    trained with, distinct, the most frequent first. error_scale, error_floor, explained_loss: what
-    cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
+    trained with, distinct, the most frequent first. error_scale, error_floor, typical_loss, explained_loss,
+    sampling_loss, probes: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]
@@ -273,6 +273,9 @@ class NumericControlNet(ControlNetModel):
         error_scale: tuple[float, ...] | None = None,
         error_floor: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
+        typical_loss: float | None = None,
+        sampling_loss: float | None = None,
+        probes: int | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)

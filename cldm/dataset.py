@@ -1,9 +1,11 @@
 """prompt.json -> checked rows -> latents and text embeddings, computed once."""
 
+import difflib
 import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -174,6 +176,29 @@ def read_control_names(data_root, control_dim):
 def is_unicode(text):
     """Returns: whether a text can be written, unlike half a surrogate pair."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+@lru_cache  # each is told once
+def recognize_prompt(prompt, known):
+    """Find the prompt of training that a prompt is meant to be: to the model, every character counts.
+
+    known: a tuple, the prompts that a control was trained with. Quotation marks, capitals, spaces and dots around them
+    do not count.
+    Returns: that prompt, or, after a line that names the nearest, `prompt` itself.
+    """
+
+    def plain(text):
+        return " ".join(text.casefold().split()).strip(" .,\"'`´“”„‘’«»")
+
+    if not known or prompt in known:
+        return prompt
+    for own in known:
+        if plain(own) == plain(prompt):
+            print(f'prompt: taken as "{own}", as in training')
+            return own
+    near = difflib.get_close_matches(prompt, known, 3, cutoff=0) or known[:3]
+    print(f'prompt "{prompt}": not one of the {len(known)} that this control was trained with, such as {near}')
+    return prompt
 
 
 def _name(picture):

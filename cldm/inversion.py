@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cldm.objectives import SamplingObjective
+from cldm.reading import is_outside
 from cldm.solvers import sgd
 from ldm.ddim import ddim_timesteps
 
@@ -17,6 +18,8 @@ class Inversion:
     control: torch.Tensor  # (B, d), in the dataset's units
     start: torch.Tensor  # (B, d)
     iterations: torch.Tensor = None  # (B,) until each control settled
+    settled: torch.Tensor = None  # (B,) bool, whether it has
+    flags: list = None  # of B lists of some of reading.FLAGS
     loss: torch.Tensor = None  # (B,) latent mean squared error of the control
     model_calls: int = 0  # pictures that the model was evaluated on, a gradient counting twice
     seconds: float = 0.0
@@ -92,7 +95,7 @@ def invert_by_sampling(
         if on_iteration:
             on_iteration(result.history[-1])
 
-    result.iterations = sgd(
+    result.iterations, result.settled = sgd(
         objective,
         control,
         torch.arange(len(control), device=control.device),
@@ -101,4 +104,18 @@ def invert_by_sampling(
         **descent,
     )
     result.model_calls, result.seconds = objective.calls, time.perf_counter() - began
+    result.flags = flag(model.control_net.config, result)
     return result
+
+
+def flag(config, result):
+    """Returns: for each of an Inversion's B targets, a list of the reading.FLAGS that are raised."""
+    sought = torch.ones_like(result.control[0], dtype=torch.bool)
+    raised = {"unsettled": ~result.settled}
+    if config.control_low is not None:
+        raised["outside_range"] = is_outside(config, result.control, torch.full_like(result.control, torch.inf), sought)
+    if config.sampling_loss is None:
+        raised["uncalibrated"] = torch.ones_like(result.iterations, dtype=torch.bool)
+    else:
+        raised["unexplained"] = result.loss > config.sampling_loss
+    return [[name for name, holds in raised.items() if holds[i]] for i in range(len(result.control))]

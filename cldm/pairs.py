@@ -197,14 +197,6 @@ def inverse(change):
     return {name: back[name] for name in change}
 
 
-def known_back(known, names):
-    """Returns: {name: number} of what is known of a change's way back, if `known` is of the change, of `names`."""
-    back = {name: value for name, value in inverse(known).items() if name not in ("shift x", "shift y")}
-    if known.get("shift x") == known.get("shift y") == 0:
-        back |= {"shift x": 0.0, "shift y": 0.0}
-    return back | ({"blur": 0.0} if "blur" in names else {})
-
-
 def decompose(matrix):
     """matrix: as similarity has it. Returns: {name: number} of MOTIONS."""
     rotation, zoom = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])), float(np.linalg.det(matrix)) ** 0.5

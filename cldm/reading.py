@@ -8,12 +8,12 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.objectives import DenoisingObjective, MotionObjective
+from cldm.objectives import DenoisingObjective, MotionObjective, SamplingObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
 from ldm.files import find_path, write_whole
 
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
-PROBES = 8  # points tried for one number, with one draw of noise; for several, six times as many
+PROBES = 8  # points tried for one number, with one draw of noise, at least; for several, six times as many
 MATCHES = 64  # points tried where numbers move a reference, which takes no model; the best PROBES are refined
 COARSEST = 8  # squares, on a side, that latents are averaged over at first to match them
 RIVALS = 2  # places, at most, where the reference matches the target that the model chooses from
@@ -28,6 +28,11 @@ NO_EFFECT = 1e-6  # of the loss: a control that changes less, over the whole ran
 SAME = 0.02  # solutions less than this share of the searched range apart are one
 BATCH = 12  # targets read together
 CALIBRATION = 36  # pictures read to learn how far to trust readings
+CALIBRATION_STEPS = 16  # of DDIM, to learn how well the model draws them
+PROFILED = 6  # pictures whose loss is looked at along every number, to learn how many probes it takes
+MOST_PROBES = 48
+PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of the loss over a number's range; half the points where there are several
+LEARNED = "error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes"  # by calibrate
 
 SOLVERS = ("lm", "sgd", "adam")
 
@@ -41,19 +46,26 @@ class Reading:
     residual_covariance: torch.Tensor  # (B, d, d), what it would be if all that is left came from wrong controls
     error_scale: torch.Tensor  # (d,), the share of residual_covariance's standard deviations that does, as calibrated
     error_floor: torch.Tensor  # (d,), standard deviations of errors that are the model's, whatever the residuals
+    calibrated: bool  # whether error_scale and error_floor were learned; else there are no error bars
     loss: torch.Tensor  # (B,) mean squared residual, the least there is
-    flags: list  # of B lists of "outside_range", "ambiguous", "unexplained"
+    flags: list  # of B lists of some of FLAGS
     others: list  # of B lists of the controls (d numbers each) of other valleys, the best first
     iterations: torch.Tensor  # (B,), of the best valley
     model_calls: float  # pictures that the model was evaluated on, a target
     seconds: float  # a target
+    reach: torch.Tensor | None = None  # (B, d), how far others lie that are as likely by the pictures alone; 0: nowhere
 
     @property
     def covariance(self):
         """(B, d, d), of the errors; nothing for numbers that were known."""
         scale, sought = torch.diag(self.error_scale), self.residual_covariance.diagonal(dim1=1, dim2=2) > 0
         floor = torch.diag_embed(self.error_floor.square() * sought)
-        return self.noise_covariance + scale @ self.residual_covariance @ scale + floor
+        covariance = self.noise_covariance + scale @ self.residual_covariance @ scale + floor
+        if self.reach is None:
+            return covariance
+        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        wider = (self.reach / (Z90 * std)).nan_to_num(1).clamp_min(1)
+        return wider[:, :, None] * covariance * wider[:, None]
 
     @property
     def std(self):
@@ -64,6 +76,18 @@ class Reading:
     def interval90(self):
         """(B, d, 2), [low, high]."""
         return torch.stack([self.control - Z90 * self.std, self.control + Z90 * self.std], 2)
+
+
+# What may be wrong with a reading, and what that says.
+FLAGS = {
+    "outside_range": "the best control lies beyond the trained range",
+    "ambiguous": "another control explains the target about as well",
+    "no_effect": "the pictures look the same at quite other values",
+    "unexplained": "the model cannot draw this target: the numbers mean nothing",
+    "unlike_shapes": "A and B are cut to squares of unlike parts",
+    "unsettled": "the iterations ran out before the control had settled",
+    "uncalibrated": "this control was never calibrated: nothing tells how far to trust it",
+}
 
 
 @torch.no_grad()
@@ -95,9 +119,10 @@ def read_controls(
     Returns: Reading.
     """
     began, count, config = time.perf_counter(), len(target_latents), model.control_net.config
-    given = target_latents.new_tensor([(known or {}).get(name, math.nan) for name in config.control_names])
+    numbers = [(known or {}).get(name, math.nan) for name in config.control_names]
+    given = torch.tensor(numbers, dtype=torch.float64, device=target_latents.device)  # controls are never rounded
     sought = given.isnan()
-    low, high = (bound.to(target_latents)[sought] for bound in search_bounds(config))
+    low, high = (bound.to(given)[sought] for bound in search_bounds(config))
     denoising = DenoisingObjective(model, target_latents, embeddings, reference, draws=draws, seed=seed)
     everything = torch.arange(count, device=target_latents.device)
     objective = sampling or denoising
@@ -107,9 +132,9 @@ def read_controls(
         motion = None
         if model.control_net.uses_reference:
             motion = MotionObjective(model, target_latents, reference, given)
-        control, targets = probe(denoising, everything, low, high, sought, motion)
+        control, targets = probe(denoising, everything, low, high, sought, motion, config.probes)
     else:
-        control, targets = start.flatten(0, 1)[:, sought], everything.repeat_interleave(start.shape[1])
+        control, targets = start.to(given).flatten(0, 1)[:, sought], everything.repeat_interleave(start.shape[1])
     unit = model.control_net.spread(given)[sought]
     found = solve(solver, objective, control, targets, low, high, unit, **options)
 
@@ -120,7 +145,7 @@ def read_controls(
     loss = at.losses.mean(1)
     if reference is not None and solver == "lm":  # it may not show all that the target does
         at = levenberg_marquardt(objective, at, everything, low, high, scale=loss)
-    covariances = standard_errors(at, objective.paired, high - low)
+    covariances = standard_errors(at, objective.paired, high - low, config.typical_loss)
     both = (sought[:, None] & sought).expand(count, -1, -1)
     noise, residual = (torch.zeros(both.shape).to(low).masked_scatter(both, own) for own in covariances)
     result = Reading(
@@ -128,6 +153,7 @@ def read_controls(
         noise,
         residual,
         *(low.new_tensor(own or [0.0] * len(given)) for own in (config.error_scale, config.error_floor)),
+        config.error_scale is not None,
         loss,
         flags=[],
         others=[controls[own[1:]].tolist() for own in valleys],
@@ -142,6 +168,7 @@ def read_controls(
         outside_range=is_outside(config, result.control, result.std, sought),
         ambiguous=[is_ambiguous(found.losses[own], objective.paired) for own in valleys],
         unexplained=explained > (config.explained_loss or math.inf),
+        uncalibrated=[not result.calibrated] * count,
     )
     result.flags = [[name for name, holds in conditions.items() if holds[i]] for i in range(count)]
     result.model_calls = (denoising.calls + (sampling.calls if sampling else 0)) / count
@@ -149,32 +176,67 @@ def read_controls(
     return result
 
 
+@torch.no_grad()
+def profile(model, control, target_latents, embeddings, reference=None, seed=0):
+    """The denoising loss along every number, through controls that were found.
+
+    control: (B, d). target_latents, embeddings, reference: as read_controls has them.
+    Returns: controls (B, d, n, d), their losses (B, d, n), the losses (B,) of `control` by the same draws.
+    """
+    count = PROFILE_POINTS if control.shape[1] == 1 else PROFILE_POINTS // 2
+    objective = DenoisingObjective(model, target_latents, embeddings, reference, draws=PROFILE_DRAWS, seed=seed)
+    points = control[:, None, None].repeat(1, control.shape[1], count, 1)
+    for k, (low, high) in enumerate(zip(*search_bounds(model.control_net.config))):
+        points[:, k, :, k] = torch.linspace(low, high, count).to(points)
+    targets = torch.arange(len(control), device=control.device)
+    here = objective.evaluate(control, targets).square().mean((1, 2))
+    targets = targets.repeat_interleave(control.shape[1] * count)
+    losses = objective.evaluate(points.flatten(0, 2), targets).square().mean((1, 2))
+    return points, losses.view(points.shape[:-1]), here
+
+
+def find_lower(config, control, points, losses, here):
+    """Returns: (B, d), the lowest place of a profile that lies below a control and away from it; else the control."""
+    low, high = search_bounds(config)
+    away = ((points - control[:, None, None]).abs() / (high - low).to(points) > SAME).any(-1)
+    losses = losses.masked_fill(~away, torch.inf).flatten(1)
+    lowest = points.flatten(1, 2)[range(len(control)), losses.argmin(1)]
+    return torch.where((losses.amin(1) < here)[:, None], lowest, control)
+
+
 def search_bounds(config):
     """Returns: low, high, each (d,): the trained range and MARGIN of it on either side."""
-    low, high = torch.tensor(config.control_low), torch.tensor(config.control_high)
-    margin = MARGIN * torch.where(high > low, high - low, torch.tensor(config.control_std))
+    bounds = (config.control_low, config.control_high, config.control_std)
+    low, high, std = (torch.tensor(own, dtype=torch.float64) for own in bounds)
+    margin = MARGIN * torch.where(high > low, high - low, std)
     return low - margin, high + margin
 
 
-def probe(objective, targets, low, high, sought, motion=None):
+def middle_draws(objective):
+    """Returns: (2,), the draws of opposite noise in the middle of the noise levels."""
+    middle = (objective.draws - 1) // 4 * 2
+    return torch.tensor([middle, middle + 1])
+
+
+def probe(objective, targets, low, high, sought, motion=None, probes=None):
     """Try points that fill the box between low and high evenly, (f,) each, with one draw of noise.
 
-    sought: (d,) bool, which f numbers of a control they are. motion: a MotionObjective, which is probed instead where
-    numbers move something; the others start in the middle.
+    sought: (d,) bool, which f numbers of a control they are. probes: how many; None: PROBES.
+    motion: a MotionObjective, which is probed instead where numbers move something; the others start in the middle.
     Returns: places low in the valleys that they lie in (P, f), and whose they are (P,), of targets (B,).
     """
-    middle = (objective.draws - 1) // 4 * 2  # of the noise levels
+    draws = middle_draws(objective)
     if motion is not None and motion.moving.any():
-        draws, own = torch.tensor([middle, middle + 1]), motion.moving[sought]
+        own = motion.moving[sought]
         moved, whose = match(motion, targets, low[own], high[own])
         points = ((low + high) / 2).repeat(len(moved), 1)
         points[:, own] = moved
     else:
-        draws = torch.tensor([middle])
+        draws, count = draws[:1], probes or PROBES
         if len(low) == 1:
-            points = low + (high - low) * (torch.arange(PROBES, device=low.device)[:, None] + 0.5) / PROBES
+            points = low + (high - low) * (torch.arange(count, device=low.device)[:, None] + 0.5) / count
         else:
-            points = fill_box(6 * PROBES, low, high)
+            points = fill_box(6 * count, low, high)
         residuals = objective.evaluate(points.repeat(len(targets), 1), targets.repeat_interleave(len(points)), draws)
         losses = residuals.square().mean((1, 2)).unflatten(0, (len(targets), -1))
         whose, which = find_valleys(points / (high - low), losses).nonzero(as_tuple=True)
@@ -237,7 +299,7 @@ def solve(solver, objective, control, targets, low, high, unit, **options):
         return levenberg_marquardt(objective, control, targets, low, high, **options)
     last = {}
     descend = {"sgd": sgd, "adam": adam}[solver]
-    taken = descend(
+    taken, _ = descend(
         objective, control, targets, unit, on_iteration=lambda control, _: last.update(control=control), **options
     )
     return Solution(last["control"], *objective.linearize(last["control"], targets), taken)
@@ -257,12 +319,15 @@ def rank_valleys(found, targets, width):
     return valleys
 
 
-def standard_errors(found, paired, width):
+def standard_errors(found, paired, width, typical_loss=None):
     """Estimate how unsure the controls of a Solution are.
 
-    paired: whether every two draws have opposite noise. width: (d,), of the searched range.
+    paired: whether every two draws have opposite noise. width: (d,), of the searched range. typical_loss: of validation
+    pictures; the residuals' variance is taken halfway to it, since a model that errs little on an easy picture may not
+    be trusted to see as little in it. None: their own.
     Returns: covariances of the errors, each (P, d, d): White's sandwich over draws, and the one for residuals that all
     err alike, where their number K N does not help. A control without effect on them may be anywhere in the range.
+    Source: Smyth 2004, moderated variances.
     """
     gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
     gradients = gradients.double() * width  # of controls in units of the range, which may be of very unlike sizes
@@ -273,14 +338,15 @@ def standard_errors(found, paired, width):
     noise = inverse @ scatter @ inverse
     idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
     noise = noise.masked_fill(idle[:, :, None] | idle[:, None], 0) + torch.diag_embed(idle.to(noise))
-    units = width[:, None] * width
-    return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
+    units, variance = width[:, None] * width, (loss + (loss if typical_loss is None else typical_loss)) / 2
+    return (noise * units).to(width), (variance[:, :, None] * inverse * units).to(width)
 
 
 def is_outside(config, control, std, sought):
     """sought: (d,) bool, which numbers were read.
 
-    Returns: (B,) bool, whether any of those in control (B, d) lies further beyond the trained range than it is unsure.
+    Returns: (B,) bool, whether any of those in control (B, d) lies further beyond the trained range than it is unsure,
+    and never more than OUTSIDE of it.
     """
     low, high = control.new_tensor(config.control_low), control.new_tensor(config.control_high)
     slack = torch.minimum(Z90 * std, OUTSIDE * (high - low))
@@ -300,35 +366,97 @@ def is_ambiguous(losses, paired):
 def calibrate(model, folder, dataset):
     """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
 
+    probes: how many find the valley that the truth lies in. typical_loss: the median.
     error_scale, error_floor: such that 90% of each number lie in their 90% intervals, by the rank that split conformal
     prediction takes; variances by the residuals are halfway from typical ones, for they tell the errors' only roughly.
-    explained_loss: above it, unexplained.
+    explained_loss, sampling_loss: above them, unexplained, by the denoising and by the sampling objective.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures that training did not
     see.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
     """
-    device = model.base.device
-    model.control_net.register_to_config(error_scale=None, error_floor=None, explained_loss=None)
+    config, register = model.control_net.config, model.control_net.register_to_config
+    register(**dict.fromkeys(LEARNED))
     chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
-    readings = []
-    for start in tqdm(range(0, len(chosen), BATCH), desc="calibrating"):
+    batches = []
+    for start in range(0, len(chosen), BATCH):
         batch = default_collate([dataset[i] for i in chosen[start : start + BATCH]])
-        inputs = (batch[key].to(device) for key in ("latents", "embeddings", "reference") if key in batch)
-        readings.append(read_controls(model, *inputs))
+        keys = ("latents", "embeddings", "reference", "control")
+        batches.append({key: batch[key].to(model.base.device) for key in keys if key in batch})
+    register(probes=choose_probes(model, **batches[0]))
+    readings, drawn = [], []
+    for batch in tqdm(batches, desc="calibrating"):
+        control = batch.pop("control")
+        readings.append(read_controls(model, *batch.values()))
+        drawn.append(sampling_losses(model, control, **batch))
     noise, residual = (
         torch.cat([getattr(reading, key).diagonal(dim1=1, dim2=2) for reading in readings]).cpu()
         for key in ("noise_covariance", "residual_covariance")
     )
     found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
     missing = ((found - dataset.controls[chosen]) / Z90).square() - noise
+    typical_loss = loss.median()
+    residual = residual * ((loss + typical_loss) / 2 / loss)[:, None]  # as standard_errors has it from now on
     typical = residual.median(0).values
     moderated = (residual + typical) / 2
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a control without any effect
     rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
     error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
-    error_floor = (error_scale * typical.sqrt()).tolist()
-    explained_loss = UNEXPLAINED[model.control_net.uses_reference] * loss.quantile(0.95).item()
-    calibrated = dict(error_scale=error_scale.tolist(), error_floor=error_floor, explained_loss=explained_loss)
-    model.control_net.register_to_config(**calibrated)
+    limits = (
+        UNEXPLAINED[model.control_net.uses_reference] * own.quantile(0.95).item()
+        for own in (loss, torch.cat(drawn).cpu())
+    )
+    learned = (
+        error_scale.tolist(),
+        (error_scale * typical.sqrt()).tolist(),
+        typical_loss.item(),
+        *limits,
+        config.probes,
+    )
+    register(**dict(zip(LEARNED, learned)))
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
+
+
+@torch.no_grad()
+def choose_probes(model, latents, embeddings, control, reference=None):
+    """Returns: how many probes find, of every number, the valley of the loss that the truth lies in; None: by matching.
+
+    A valley reaches from its bottom as far as the loss rises; two probes must lie in the narrowest there is.
+    latents: (B, C, h, w), pictures of which PROFILED are looked at. control: (B, d), the truth.
+    """
+    if reference is not None:
+        return None
+    latents, embeddings, control = (part[:PROFILED] for part in (latents, embeddings, control))
+    objective = DenoisingObjective(model, latents, embeddings)
+    low, high = (bound.to(control) for bound in search_bounds(model.control_net.config))
+    grid, narrowest = torch.linspace(0, 1, MOST_PROBES, device=control.device), MOST_PROBES
+    for k in range(control.shape[1]):
+        points = control[:, None].repeat(1, MOST_PROBES, 1)
+        points[:, :, k] = low[k] + (high[k] - low[k]) * grid
+        targets = torch.arange(len(control), device=control.device).repeat_interleave(MOST_PROBES)
+        losses = objective.evaluate(points.flatten(0, 1), targets, middle_draws(objective)).square().mean((1, 2))
+        for profile, truth in zip(losses.unflatten(0, (-1, MOST_PROBES)).tolist(), control[:, k].tolist()):
+            at = round((truth - low[k].item()) / (high[k] - low[k]).item() * (MOST_PROBES - 1))
+            narrowest = min(narrowest, valley_width(profile, at))
+    return min(MOST_PROBES, max(PROBES, math.ceil(2 * MOST_PROBES / narrowest)))
+
+
+def valley_width(profile, at):
+    """profile: a list of losses. Returns: how many of them are in the valley that number `at` lies in."""
+
+    def walk(i, step, sign):  # as long as the loss rises, or for -1 falls
+        while 0 <= i + step < len(profile) and sign * (profile[i + step] - profile[i]) > 0:
+            i += step
+        return i
+
+    bottom = min(walk(at, -1, -1), walk(at, 1, -1), key=profile.__getitem__)
+    return walk(bottom, 1, 1) - walk(bottom, -1, 1) + 1
+
+
+@torch.no_grad()
+def sampling_losses(model, control, latents, embeddings, reference=None):
+    """Returns: (B,) the sampling loss of targets at their true controls (B, d), of one drawing each."""
+    start = torch.zeros_like(latents) if reference is None else reference
+    how = dict(ddim_steps=CALIBRATION_STEPS, eta=model.config.sampling.eta)
+    objective = SamplingObjective(model, start, latents, embeddings, **how)
+    return objective.evaluate(control, torch.arange(len(control), device=control.device)).square().mean((1, 2))

@@ -2,25 +2,26 @@
 
 import itertools
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from cldm.objectives import DenoisingObjective, draw_noise
-from cldm.pairs import NO_CHANGE, compose
-from cldm.reading import CALIBRATION, search_bounds
+from cldm.objectives import draw_noise
+from cldm.reading import CALIBRATION
 from ldm.ddim import ddim_timesteps
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
+NO_EFFECT = 0.25  # a number that may lie further away than this share of its range is not shown
 GRID_SUBJECTS, GRID_CONTROLS, GRID_PICTURES, GRID_STEPS = 12, 5, 24, 16
 GRID_SIDE = 160  # pixels of a picture in a grid, at most
 LEAST_PSNR = 20  # dB, between pictures and what the VAE makes of them
-PROFILE_POINTS, PROFILE_DRAWS = 33, 4
 
 
 def number(values):
@@ -35,6 +36,7 @@ def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
         "control": number(result.control[0].tolist()),
         "start": number(result.start[0].tolist()),
         "loss": result.loss[0].item(),
+        "flags": result.flags[0],
         "iterations": result.iterations[0].item(),
         "seconds": result.seconds,
         "seed": seed,
@@ -82,12 +84,16 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     return figure
 
 
-def describe_reading(config, reading, back, i, row, seed):
-    """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`. back: of ways back, or None.
+def no_effect(config, reading, i):
+    """Returns: the names of the numbers of target i that its pictures do not tell."""
+    return [name for name, far in zip(config.control_names, reading.reach[i].tolist()) if far]
 
-    round_trip, by how much both ways together miss no change, has only numbers that were read on both.
-    """
-    control, std, interval90 = (getattr(reading, key)[i].tolist() for key in ("control", "std", "interval90"))
+
+def describe_reading(config, reading, i, row, seed):
+    """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
+    control = reading.control[i].tolist()
+    bars = (getattr(reading, key)[i].tolist() for key in ("std", "interval90", "covariance"))
+    std, interval90, covariance = bars if reading.calibrated else (None, None, None)
     result = {
         **({"reference": str(row.reference)} if row.reference else {}),
         "target": str(row.target),
@@ -95,10 +101,11 @@ def describe_reading(config, reading, back, i, row, seed):
         "names": list(config.control_names),
         "units": list(config.control_units),
         "control": number(control),
-        "std": number(std),
+        "std": std and number(std),
         "interval90": interval90,
-        "covariance": reading.covariance[i].tolist(),
+        "covariance": covariance,
         "flags": reading.flags[i],
+        **({"no_effect": no_effect(config, reading, i)} if "no_effect" in reading.flags[i] else {}),
         "others": reading.others[i],
         "loss": reading.loss[i].item(),
         "iterations": reading.iterations[i].item(),
@@ -106,62 +113,56 @@ def describe_reading(config, reading, back, i, row, seed):
         "seconds": reading.seconds,
         "seed": seed,
     }
-    if back is not None:
-        ways = (dict(zip(config.control_names, way.control[i].tolist())) for way in (reading, back))
-        read = dict(zip(config.control_names, torch.minimum(reading.std[i], back.std[i]) > 0))
-        trip = {name: value - NO_CHANGE.get(name, 0) for name, value in compose(*ways).items() if read[name]}
-        result |= {"back": number(back.control[i].tolist()), "round_trip": trip}
     if row.control is not None:
         result["error"] = number([found - true for found, true in zip(control, row.control)])
     return result
 
 
 @torch.no_grad()
-def draw_reading(model, reading, i, row, picture, reference, embeddings, seed):
+def draw_reading(model, reading, profiles, i, row, pictures, latents, embeddings, seed):
     """Returns: a matplotlib Figure: target i, the generation at its control, their difference; the loss over the range.
 
-    picture, reference: PIL, the target and what it is a change from, or None. embeddings: (1, 77, D), its prompt's.
+    profiles: as reading.profile has them. pictures: PIL, of the target and of what it is a change from, or None.
+    latents: (1, C, h, w) of both. embeddings: (1, 77, D), its prompt's.
     """
-    config, control, device = model.control_net.config, reading.control[i], model.base.device
-
-    def encode(picture):
-        return None if picture is None else model.base.encode(pictures_to_tensor([picture]).to(device))
-
-    latents, given = encode(picture), encode(reference)
-    objective = DenoisingObjective(model, latents, embeddings, given, draws=PROFILE_DRAWS, seed=seed)
+    config, control, (picture, reference) = model.control_net.config, reading.control[i], pictures
     timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
-    noise = draw_noise(latents.shape, GRID_STEPS + 1, seed, device)
-    start = model.base.scheduler.add_noise(latents, noise[0], timesteps[:1])
-    eta = model.config.sampling.eta
-    drawn = model.generate(start, timesteps, embeddings, control[None], reference=given, eta=eta, noise=noise[1:])
+    noise = draw_noise(latents[0].shape, GRID_STEPS + 1, seed, latents[0].device)
+    start = model.base.scheduler.add_noise(latents[0], noise[0], timesteps[:1])
+    how = dict(reference=latents[1], eta=model.config.sampling.eta, noise=noise[1:])
+    drawn = model.generate(start, timesteps, embeddings, control[None], **how)
     generated = tensor_to_pictures(model.base.decode(drawn))[0]
     difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
-    panels = {"reference": reference} if reference else {}
+    panels = {"A: reference": reference} if reference else {}
     panels |= {
-        f"target\n{row.prompt}".strip(): picture,
-        "generation at the control": generated,
-        "difference": difference,
+        textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48): picture,
+        "drawn at what was read": generated,
+        f"difference, mean {difference.mean():.1f} of 255": difference,
     }
-    figure = Figure(figsize=(max(12, 3 * len(control)), 7), layout="constrained")
-    above, below = figure.subfigures(2, 1)
-    for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
-        axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
-        axes.set_title(title, fontsize=10)
-        axes.axis("off")
-    parts = below.subplots(1, len(control), squeeze=False)[0]
-    bounds = zip(parts, config.control_names, config.control_units, *search_bounds(config))
-    count = PROFILE_POINTS if len(control) == 1 else PROFILE_POINTS // 2
-    for k, (axes, name, unit, low, high) in enumerate(bounds):
-        points = control.repeat(count, 1)
-        points[:, k] = torch.linspace(low, high, count)
-        losses = objective.evaluate(points, torch.zeros(count, dtype=torch.long, device=device)).square().mean((1, 2))
-        axes.semilogy(points[:, k].cpu(), losses.cpu(), color="tab:blue")
-        axes.axvspan(*reading.interval90[i, k].tolist(), color="tab:orange", alpha=0.4, label="90% interval")
-        axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained")
-        axes.set(xlabel=f"{name} ({unit})" if unit else name, ylabel=None if k else "denoising loss")
-        axes.set_title(f"{control[k]:+.3f} ± {reading.std[i, k]:.3f} {unit}".rstrip(), fontsize=10)
-    axes.legend()
-    figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
+    with rc_context({"text.parse_math": False}):  # names may have dollar signs
+        figure = Figure(figsize=(max(12, 3 * len(control)), 7), layout="constrained")
+        above, below = figure.subfigures(2, 1)
+        for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
+            shown = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
+            axes.set_title(title, fontsize=10)
+            axes.axis("off")
+        above.colorbar(shown, ax=axes, shrink=0.8)  # of the last, the difference
+        parts = below.subplots(1, len(control), squeeze=False)[0]
+        for k, axes in enumerate(parts):
+            name, unit = config.control_names[k], config.control_units[k]
+            points, losses = (part[i, k].cpu() for part in profiles[:2])
+            axes.semilogy(points[:, k], losses, color="tab:blue")
+            error = ""
+            if reading.calibrated:
+                error = f" ± {reading.std[i, k]:.3f}"
+                low, high = reading.interval90[i, k].tolist()
+                axes.axvspan(low, high, color="tab:orange", alpha=0.4, label="90% interval")
+            axes.axvline(control[k].item(), color="tab:red", label="read")
+            axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained range")
+            axes.set(xlim=(points[0, k], points[-1, k]), xlabel=unit, ylabel=None if k else "denoising loss")
+            axes.set_title(f"{name}\n{control[k]:+.3f}{error} {unit}".rstrip(), fontsize=10)
+        axes.legend(fontsize=8)
+        figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
     return figure
 
 

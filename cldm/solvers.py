@@ -27,14 +27,16 @@ class Solution:
 
     @property
     def gradients(self):
-        """(P, K, d), of half the weighted mean squares."""
-        return torch.einsum("pkn,pknd->pkd", self.weights * self.residuals, self.jacobian) / self.residuals.shape[2]
+        """(P, K, d), of half the weighted mean squares, in the control's precision."""
+        summed = torch.einsum("pkn,pknd->pkd", self.weights * self.residuals, self.jacobian)
+        return summed.to(self.control) / self.residuals.shape[2]
 
     @property
     def curvature(self):
         """(P, d, d), Gauss-Newton's, of half the loss."""
         weighted = self.weights[..., None] * self.jacobian
-        return torch.einsum("pknd,pkne->pde", weighted, self.jacobian) / self.residuals[0].numel()
+        summed = torch.einsum("pknd,pkne->pde", weighted, self.jacobian)
+        return summed.to(self.control) / self.residuals[0].numel()
 
 
 def levenberg_marquardt(
@@ -59,7 +61,7 @@ def levenberg_marquardt(
     if not isinstance(at, Solution):
         at = Solution(control.clone(), *objective.linearize(control, targets, draws), torch.zeros_like(targets))
     damping = torch.full_like(at.control[:, 0], damping)
-    scale = torch.full_like(damping, torch.inf) if scale is None else scale
+    scale = at.residuals.new_full(targets.shape, torch.inf) if scale is None else scale
 
     def weigh(residuals, scale):
         """Returns: loss (P,), weights (P, 1, N)."""
@@ -91,11 +93,9 @@ def levenberg_marquardt(
             weights[eager] = reached[1][lower]
             step[eager] = (longer[lower] - now.control[eager]) / width
         length = step.abs().amax(1)
-        surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian * width, step)
-        update = (
-            torch.einsum("pkn,pd->pknd", surprise, step / step.square().sum(1, keepdim=True).clamp_min(1e-12)) / width
-        )
-        jacobian = now.jacobian + update
+        surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian, (step * width).to(residuals))
+        direction = step / step.square().sum(1, keepdim=True).clamp_min(1e-12) / width
+        jacobian = now.jacobian + torch.einsum("pkn,pd->pknd", surprise, direction.to(residuals))
         better = after < before
         far = better & (length > FAR)
         if far.any():
@@ -143,7 +143,7 @@ def sgd(
     than tolerance `patience` times in a row has settled, and stays.
     on_iteration: called with control (P, d) and its residuals (P, K, N) before every step. The last ones it sees are
     the result.
-    Returns: (P,) iterations until each settled.
+    Returns: (P,) iterations until each settled, or all; (P,) bool, whether it has.
     Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
     rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
@@ -171,7 +171,7 @@ def sgd(
             break
         moved, previous = torch.where((still >= patience)[:, None], 0, -step), gradient
         control = control + moved * unit
-    return taken
+    return taken, still >= patience
 
 
 def adam(objective, control, targets, unit, *, learning_rate=0.1, iterations=100, on_iteration=None):
@@ -185,4 +185,4 @@ def adam(objective, control, targets, unit, *, learning_rate=0.1, iterations=100
             on_iteration(control, residuals)
         position.grad = gradients.mean(1) * unit
         optimizer.step()
-    return torch.full_like(targets, iterations)
+    return torch.full_like(targets, iterations), torch.zeros_like(targets, dtype=torch.bool)

@@ -28,7 +28,8 @@ def trained(make_model):
 
     def make(control_dim=1):
         model = make_model(control_dim)
-        model.control_net.register_to_config(control_low=LOW[:control_dim], control_high=HIGH[:control_dim])
+        bounds = dict(control_low=LOW[:control_dim], control_high=HIGH[:control_dim])
+        model.control_net.register_to_config(**bounds, error_scale=[0.0] * control_dim)
         return model
 
     return make
@@ -56,7 +57,7 @@ def explained(monkeypatch):
 @pytest.mark.parametrize("control_dim", [1, 2])
 @pytest.mark.parametrize("solver", ["lm", "sgd"])
 def test_finds_controls_without_a_start(trained, explained, normal, control_dim, solver):
-    model, truth = trained(control_dim), torch.tensor([[1.7, 0.3], [-1.2, 2.2]])[:, :control_dim]
+    model, truth = trained(control_dim), torch.tensor([[1.7, 0.3], [-1.2, 2.2]]).double()[:, :control_dim]
     explained(truth, noise=1e-3)
     latents, embeddings = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat"])
     found = read_controls(model, latents, embeddings, solver=solver)
@@ -67,7 +68,7 @@ def test_finds_controls_without_a_start(trained, explained, normal, control_dim,
 
 
 def test_adam_starts_where_it_is_told(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.7]])
+    model, truth = trained(), torch.tensor([[1.7]]).double()
     explained(truth)
     latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
     start = torch.tensor([[[1.0]]])
@@ -76,7 +77,7 @@ def test_adam_starts_where_it_is_told(trained, explained, normal):
 
 
 def test_alone_in_a_batch_and_again_are_the_same(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.7], [-1.2], [0.4]])
+    model, truth = trained(), torch.tensor([[1.7], [-1.2], [0.4]]).double()
     latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
     explained(truth, noise=0.0)
     together, again = (read_controls(model, latents, embeddings) for _ in range(2))
@@ -88,7 +89,7 @@ def test_alone_in_a_batch_and_again_are_the_same(trained, explained, normal):
 
 
 def test_a_target_beyond_the_range_is_flagged(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.0], [5.5], [-3.5]])
+    model, truth = trained(), torch.tensor([[1.0], [5.5], [-3.5]]).double()
     explained(truth)
     latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
     assert read_controls(model, latents, embeddings).flags == [[], ["outside_range"], ["outside_range"]]
@@ -99,7 +100,7 @@ def test_large_residuals_are_flagged(trained, explained, normal):
     model.control_net.register_to_config(explained_loss=0.5, error_scale=[0.1])
     latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
     for noise, flags in (0.5, []), (1.0, ["unexplained"]):
-        explained(torch.tensor([[1.0]]), noise)
+        explained(torch.tensor([[1.0]]).double(), noise)
         found = read_controls(model, latents, embeddings)
         assert found.loss.item() == pytest.approx(noise**2, rel=0.2)
         assert [flag for flag in found.flags[0] if flag == "unexplained"] == flags
@@ -189,7 +190,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
             return count
 
         def __getitem__(self, i):
-            return {"latents": torch.tensor(i), "embeddings": torch.tensor(0)}
+            return {"latents": torch.tensor(i), "embeddings": torch.tensor(0), "control": controls[i]}
 
     def read(model, which, embeddings):
         config = model.control_net.config
@@ -200,6 +201,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
             *(part[which] for part in covariances),
             torch.zeros(2),
             torch.zeros(2),
+            False,
             loss,
             [],
             [],
@@ -209,13 +211,16 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
         )
 
     monkeypatch.setattr(reading, "read_controls", read)
+    monkeypatch.setattr(reading, "choose_probes", lambda *_, **__: 11)
+    monkeypatch.setattr(reading, "sampling_losses", lambda model, control, **_: torch.full((len(control),), 0.5))
     calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
-    assert config.explained_loss == pytest.approx(6.0)
+    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(6.0), pytest.approx(1.5))
+    assert (config.typical_loss, config.probes) == (2.0, 11)
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
-    final = Reading(controls + error, *covariances, *calibrated, *[None] * 6)
+    final = Reading(controls + error, *covariances, *calibrated, *[None] * 7)
     inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
-    assert Reading(controls[:1], 0 * known, known, *calibrated, *[None] * 6).std[0, 0] == 0
+    assert Reading(controls[:1], 0 * known, known, *calibrated, *[None] * 7).std[0, 0] == 0
