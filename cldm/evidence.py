@@ -15,19 +15,16 @@ from torch.nn import functional as F
 
 from cldm.pairs import CHANGES, NO_CHANGE
 
-AS_GOOD = 0.03  # of the logarithm of the mean squared difference: a fit worse by less is as good
-GREY_LEVEL = 1 / 255  # differences of that size are no evidence
+AS_GOOD = 0.2  # of the logarithm of the mean squared difference: a fit worse by less is as good
+GREY_LEVEL = 2 / 255  # differences of that size are no evidence, but resampling
 REACH = 0.35, 0.5, 0.7, 1.0  # how far from what was read is looked, as shares of a number's range
-BLUR_REACH = 0.75  # of blur, whose lesser changes a mean square hardly tells apart
-REPETITIONS, REFINED = (
-    6,
-    3,
-)  # places where a picture may repeat itself that are looked at; steps of Gauss-Newton to each
-APART = 3  # pixels between them
+LEAST = {"blur": 0.75}  # of numbers whose lesser changes a mean square hardly tells apart
 BEYOND = 0.35  # of a number's range, on either side, where others may lie
+NEARLY, IMPROVED, STEPS = 3.0, 24, 2  # a fit worse by less is improved, so many at the most, by so many steps
+SMALL = 0.01  # of a range, for derivatives
+REPETITIONS, APART = 6, 3  # places where a picture repeats itself that are looked at; pixels between them
 LEAST_SHARED = 0.25  # of B that A must show after the change, for a comparison
 CHUNK = 64  # changed pictures made at once
-SHIFTS = slice(2, 4)  # of the six numbers
 
 
 def change_picture(picture, change):
@@ -57,8 +54,8 @@ def change_picture(picture, change):
 
 def misfit(reference, target, change):
     """Returns: (P,) the logarithm of the mean squared difference of a changed reference (H, H) and a target (H, H)."""
-    errors = []
-    for some in change.split(CHUNK):
+    errors = [torch.zeros(0)]
+    for some in change.split(CHUNK) if len(change) else []:
         changed, shown = change_picture(reference, some)
         squares = ((changed - target).square() * shown).sum((1, 2)) / shown.sum((1, 2)).clamp_min(1)
         errors.append(squares.masked_fill(shown.float().mean((1, 2)) < LEAST_SHARED, torch.inf))
@@ -82,84 +79,71 @@ def check_evidence(reading, pictures, names, known=()):
 def as_likely(reference, target, names, control, sought=None):
     """How far from a change that was read lie others that explain a pair of pictures as well.
 
+    Tried are places along every number, along the combinations of numbers that A's own pixels feel least, and where the
+    picture repeats itself; those that fit nearly as well are improved by Gauss-Newton steps.
     reference, target: PIL pictures of one size. names: what the numbers of `control` (d,), which was read, are called.
     sought: those of `names` that were not known; None: all.
-    Returns: (d,) distances in the numbers' units, 0 where there is nothing far away, and for names not in CHANGES.
+    Returns: (d,) the largest distances, in the numbers' units; 0 if none is far away, and for names not in CHANGES.
     """
     first, second = (torch.from_numpy(np.asarray(p.convert("L"), np.float32) / 255) for p in (reference, target))
     read, unit = dict(zip(names, control.tolist())), torch.eye(len(CHANGES), dtype=torch.float64)
     at = torch.tensor([read.get(name, none) for name, none in NO_CHANGE.items()], dtype=torch.float64)
+    at[1].clamp_(min=0.1)  # zoom, which is a ratio
     low, high = torch.tensor([bounds for _, *bounds, _ in CHANGES.values()], dtype=torch.float64).T
     width = (high - low) * torch.tensor([name in (names if sought is None else sought) for name in CHANGES])
-    low, high = torch.minimum(low, at), torch.maximum(high, at)
-    changed, shown = change_picture(first, at + 0.02 * width * torch.cat([unit, -unit]))
-    felt = rearrange(changed[: len(at)] - changed[len(at) :], "d h w -> d (h w)") * rearrange(
-        shown.all(0), "h w -> (h w)"
-    )
-    directions = torch.cat([unit, torch.linalg.eigh((felt @ felt.T).double()).eigenvectors.T])
+    _, jacobian = linearize(first, second, at[None], width)
+    directions = torch.cat([unit, torch.linalg.eigh(jacobian[0] @ jacobian[0].T).eigenvectors.T])
     directions = directions / directions.abs().amax(1, keepdim=True)
     reach = torch.tensor([sign * share for share in REACH for sign in (-1, 1)], dtype=torch.float64)
     lines = at + rearrange(reach[:, None, None] * directions * width, "r k d -> (r k) d")
-    others = torch.cat([lines, about_a_spot(second, at, reach[:, None] * width), repetitions(first, second, at)])
-    others = torch.where(width > 0, others, at)
-    others[:, -1].clamp_(min=0)  # blur
-    others = others[((others >= low - BEYOND * width) & (others <= high + BEYOND * width)).all(1)]
-    as_good = misfit(first, second, others) - misfit(first, second, at[None]) <= AS_GOOD
-    distances = ((others - at).abs() * as_good[:, None]).amax(0)
-    least = torch.tensor([BLUR_REACH if name == "blur" else REACH[0] for name in CHANGES])
-    far = dict(zip(CHANGES, (distances * (distances >= 0.99 * least * width)).tolist()))
+    others = torch.cat([lines, repetitions(first, second, at)])
+    bounds = torch.minimum(low, at) - BEYOND * width, torch.maximum(high, at) + BEYOND * width
+    bounds[0][-1].clamp_(min=0)  # blur
+
+    def fit(changes):
+        changes = torch.where(width > 0, changes, at)
+        changes = changes[((changes >= bounds[0]) & (changes <= bounds[1])).all(1)]
+        return changes, misfit(first, second, changes) - misfit(first, second, at[None])
+
+    others, worse = fit(others)
+    near = others[worse.argsort()[(worse.sort().values > AS_GOOD) & (worse.sort().values < NEARLY)][:IMPROVED]]
+    for _ in range(STEPS if len(near) else 0):
+        residuals, jacobian = linearize(first, second, near, width)
+        curvature = jacobian @ jacobian.mT
+        damping = 1e-3 * torch.diag_embed(curvature.diagonal(dim1=1, dim2=2)) + 1e-6 * torch.eye(len(at))
+        near = near + width * torch.linalg.solve(curvature + damping, torch.einsum("pdn,pn->pd", jacobian, residuals))
+        near = near.clamp(*bounds)
+    others, worse = (torch.cat(parts) for parts in zip((others, worse), fit(near)))
+    distances, least = (others - at).abs(), torch.tensor([LEAST.get(name, REACH[0]) for name in CHANGES])
+    away = ((distances >= 0.99 * least * width) & (width > 0)).any(1)
+    far = dict(zip(CHANGES, (distances * ((worse <= AS_GOOD) & away)[:, None]).amax(0).tolist()))
     return torch.tensor([far.get(name, 0.0) for name in names], dtype=torch.float64)
 
 
-def about_a_spot(target, at, steps):
-    """Rotations and zooms about what there is to see in a picture: a round thing is where it was after them.
+def linearize(reference, target, change, width):
+    """change: (P, 6). width: (6,), units of the numbers.
 
-    at: (6,), a change. steps: (P, 6), of which the first two numbers are taken, one by one. Returns: (2 P, 6) changes.
+    Returns: what a target has that the changed reference has not, (P, H H); derivatives of the latter, (P, 6, H H).
     """
-    dy, dx = torch.gradient(target)
-    energy = (dx.square() + dy.square()).double() + 1e-12
-    axis = (torch.arange(len(target)) + 0.5) / len(target) - 0.5
-    spot = torch.stack([(energy.sum(0) * axis).sum(), (energy.sum(1) * axis).sum()]) / energy.sum()
-    others = at.repeat(2, len(steps), 1)
-    others[0, :, 0] += steps[:, 0]
-    others[1, :, 1] *= (steps[:, 1]).exp()
-    for change in others.flatten(0, 1):
-        ratio, angle = change[1] / at[1], math.radians(change[0] - at[0])
-        cos, sin = ratio * math.cos(angle), ratio * math.sin(angle)
-        turn = torch.stack([torch.stack([cos, sin]), torch.stack([-sin, cos])])
-        change[SHIFTS] = spot + turn @ (at[SHIFTS] - spot)
-    return others.flatten(0, 1)
+    small = SMALL * torch.cat([torch.zeros(1, len(width)), torch.diag(width)])
+    steps = rearrange(change[:, None] + small, "p k d -> (p k) d")
+    changed, shown = (rearrange(p, "(p k) h w -> p k (h w)", k=len(small)) for p in change_picture(reference, steps))
+    shown = shown[:, :1]
+    residuals, jacobian = (target.flatten() - changed[:, :1]) * shown, (changed[:, 1:] - changed[:, :1]) * shown / SMALL
+    return residuals[:, 0].double(), jacobian.double()
 
 
 def repetitions(reference, target, at):
-    """Find where a picture repeats itself.
-
-    at: (6,), a change. Returns: (REPETITIONS, 6) changes by other shifts that may fit about as well.
-    """
+    """Returns: (REPETITIONS, 6) changes that lie from `at` (6,) by how far a picture repeats itself, to a pixel."""
     size = len(target)
     (changed,), (shown,) = change_picture(reference, at[None])
     spectra = (torch.fft.rfft2((part - part.mean()) * shown) for part in (target, changed))
-    similar = torch.fft.irfft2(
-        next(spectra) * next(spectra).conj(), s=target.shape
-    )  # by how far B lies from A, circular
+    similar = torch.fft.irfft2(next(spectra) * next(spectra).conj(), s=target.shape)  # for all shifts, circular
     near = F.max_pool2d(similar[None], 2 * APART + 1, 1, APART)[0]
     peaks = similar.masked_fill(similar < near, -torch.inf)
     peaks[:APART, :APART] = peaks[-APART:, :APART] = peaks[:APART, -APART:] = peaks[-APART:, -APART:] = -torch.inf
-    within = torch.fft.fftfreq(size).abs() <= 1.35 * CHANGES["shift x"][2]
-    peaks = peaks.masked_fill(~(within[:, None] & within), -torch.inf)
-    places = peaks.flatten().topk(REPETITIONS).indices
-    found = at.repeat(REPETITIONS, 1)
-    found[:, SHIFTS] += torch.fft.fftfreq(size, dtype=torch.float64)[torch.stack([places % size, places // size], 1)]
-    for _ in range(REFINED):
-        steps = torch.tensor([[0, 0], [1, 0], [0, 1]]) / size
-        tried = repeat(found, "p d -> (p k) d", k=3).clone()
-        tried[:, SHIFTS] += steps.repeat(REPETITIONS, 1)
-        changed, shown = change_picture(reference, tried)
-        changed, shown = (rearrange(part, "(p k) h w -> p k (h w)", k=3) for part in (changed, shown))
-        residuals = ((target.flatten() - changed[:, 0]) * shown[:, 0]).double()
-        jacobian = ((changed[:, 1:] - changed[:, :1]) * shown[:, :1]).double()
-        curvature = jacobian @ jacobian.mT + 1e-6 * torch.eye(2)
-        found[:, SHIFTS] += (
-            torch.linalg.solve(curvature, (jacobian @ residuals[:, :, None])[:, :, 0]).clamp(-2, 2) / size
-        )
-    return found
+    within = torch.fft.fftfreq(size).abs() <= (1 + BEYOND) * CHANGES["shift x"][2]
+    places = peaks.masked_fill(~(within[:, None] & within), -torch.inf).flatten().topk(REPETITIONS).indices
+    others = at.repeat(REPETITIONS, 1)
+    others[:, 2:4] += torch.fft.fftfreq(size, dtype=torch.float64)[torch.stack([places % size, places // size], 1)]
+    return others

@@ -374,7 +374,7 @@ def calibrate(model, folder, dataset):
     see.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
     """
-    config, register = model.control_net.config, model.control_net.register_to_config
+    register = model.control_net.register_to_config
     register(**dict.fromkeys(LEARNED))
     chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
     batches = []
@@ -382,7 +382,8 @@ def calibrate(model, folder, dataset):
         batch = default_collate([dataset[i] for i in chosen[start : start + BATCH]])
         keys = ("latents", "embeddings", "reference", "control")
         batches.append({key: batch[key].to(model.base.device) for key in keys if key in batch})
-    register(probes=choose_probes(model, **batches[0]))
+    probes = choose_probes(model, **batches[0])
+    register(probes=probes)
     readings, drawn = [], []
     for batch in tqdm(batches, desc="calibrating"):
         control = batch.pop("control")
@@ -410,7 +411,7 @@ def calibrate(model, folder, dataset):
         (error_scale * typical.sqrt()).tolist(),
         typical_loss.item(),
         *limits,
-        config.probes,
+        probes,
     )
     register(**dict(zip(LEARNED, learned)))
     text = model.control_net.to_json_string()

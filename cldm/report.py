@@ -85,8 +85,9 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
 
 
 def no_effect(config, reading, i):
-    """Returns: the names of the numbers of target i that its pictures do not tell."""
-    return [name for name, far in zip(config.control_names, reading.reach[i].tolist()) if far]
+    """Returns: the names of the numbers of target i that its pictures do not show."""
+    ranges = zip(config.control_names, config.control_low, config.control_high, reading.reach[i].tolist())
+    return [name for name, low, high, far in ranges if far > NO_EFFECT * (high - low)]
 
 
 def describe_reading(config, reading, i, row, seed):

@@ -45,7 +45,7 @@ def test_one_picture(arguments, tmp_path, capsys):
     assert set(SUMMARY) < set(result) and "error" not in result and result["seed"] == 3
     (low, high), control = result["interval90"][0], result["control"]
     assert low < control < high and high - low == pytest.approx(2 * 1.645 * result["std"])
-    figures = ["figure.png"] if sampling else []
+    figures = ["figure.png"]
     for figure in figures:
         with Image.open(tmp_path / "out" / figure) as picture:
             assert picture.width > picture.height > 100

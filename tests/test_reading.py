@@ -1,21 +1,28 @@
 """Reading controls: it finds them without a start, and says how sure it is."""
 
+import math
+
 import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import reading
 from cldm.model import load_model, save_model
-from cldm.objectives import DenoisingObjective
+from cldm.objectives import DenoisingObjective, Objective
 from cldm.reading import (
+    MOST_PROBES,
+    PROBES,
     Reading,
     calibrate,
+    choose_probes,
+    find_lower,
     find_valleys,
     is_ambiguous,
     is_outside,
     rank_valleys,
     read_controls,
     standard_errors,
+    valley_width,
 )
 from cldm.solvers import Solution
 
@@ -224,3 +231,89 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
     assert Reading(controls[:1], 0 * known, known, *calibrated, *[None] * 7).std[0, 0] == 0
+
+
+@pytest.fixture
+def spiral(trained, monkeypatch):
+    """A model of a number from 0 to 9 that comes round every 3, nearly; a target's first latent is its truth."""
+
+    class Spiral(Objective):
+        def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, seed=0):
+            self.model, self.draws, self.truth = model, draws, target_latents[:, 0, 0, 0].double()
+
+        def residuals(self, control, targets, draws):
+            def shown(number):
+                angle = number * 2 * math.pi / 3
+                return torch.cat([angle.cos(), angle.sin(), number / 10], -1)
+
+            noise = 0.1 * torch.randn(self.draws, 3, generator=torch.Generator().manual_seed(0))
+            return (shown(control) - shown(self.truth[targets, None, None]) + noise[draws]).float()
+
+    monkeypatch.setattr(reading, "DenoisingObjective", Spiral)
+    model = trained()
+    model.control_net.register_to_config(control_low=[0.0], control_high=[9.0])
+    return model
+
+
+def test_no_valley_is_missed_where_the_response_is_not_monotone(spiral):
+    truth = torch.linspace(0.1, 8.9, 40).double()[:, None]
+    latents, embeddings = truth.float()[:, :, None, None], torch.zeros(40, 77, 16)
+
+    def missed():
+        return ((read_controls(spiral, latents, embeddings).control - truth).abs() > 0.2).sum().item()
+
+    assert missed() > 0  # with the fewest probes
+    probes = choose_probes(spiral, latents[::7], embeddings[::7], truth[::7])
+    assert PROBES < probes <= MOST_PROBES
+    spiral.control_net.register_to_config(probes=probes)
+    assert missed() == 0
+
+
+def test_one_valley_takes_the_fewest_probes(trained, explained, normal):
+    model, truth = trained(), torch.tensor([[1.7], [-1.2]]).double()
+    explained(truth)
+    latents, embeddings = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat"])
+    assert choose_probes(model, latents, embeddings, truth) == PROBES
+
+
+@pytest.mark.parametrize("at, width", [(2, 5), (0, 5), (6, 4), (5, 4), (7, 4)])
+def test_a_valley_reaches_as_far_as_the_loss_rises(at, width):
+    assert valley_width([5, 3, 1, 2, 6, 4, 3, 7], at) == width
+
+
+def test_a_lower_place_in_the_profile_is_found(trained):
+    config = trained().control_net.config  # searched from -4.1 to 6.1
+    control = torch.tensor([[1.0], [1.0], [1.0]]).double()
+    points = torch.tensor([0.0, 1.1, 3.0]).double().expand(3, 1, 3)[..., None]
+    losses = torch.tensor([[[5.0, 1.0, 2.0]], [[5.0, 1.0, 3.5]], [[5.0, 1.0, 2.0]]])
+    lower = find_lower(config, control, points, losses, torch.tensor([3.0, 3.0, 1.5]))
+    assert lower.tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley that was found
+
+
+def test_large_numbers_keep_their_digits(trained, explained, normal):
+    """Unix times: a second is lost in single precision."""
+    model, start = trained(), 1.7e9
+    statistics = dict(control_mean=[start + 30.0], control_std=[20.0])
+    model.control_net.register_to_config(control_low=[start], control_high=[start + 60.0], **statistics)
+    truth = torch.tensor([[start + 17.25]], dtype=torch.float64)
+    explained(truth)
+    found = read_controls(model, normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"]))
+    assert found.control.item() == pytest.approx(truth.item(), abs=0.05, rel=0)
+
+
+def test_a_control_that_was_never_calibrated_says_so(trained, explained, normal):
+    model = trained()
+    model.control_net.register_to_config(error_scale=None)
+    explained(torch.tensor([[1.7]]).double())
+    found = read_controls(model, normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"]))
+    assert found.flags == [["uncalibrated"]] and not found.calibrated
+
+
+def test_an_easy_picture_is_not_trusted_more_than_the_model(trained):
+    """Residuals a hundredth of the typical ones do not make bars a tenth as wide."""
+    generator = torch.Generator().manual_seed(0)
+    residuals, jacobian = torch.randn(1, 8, 50, generator=generator), torch.ones(1, 8, 50, 1)
+    for size, bounds in (1.0, (0.9, 1.1)), (0.1, (0.65, 0.8)):
+        found = Solution(torch.zeros(1, 1), size * residuals, jacobian, None)
+        _, residual = standard_errors(found, False, torch.tensor([5.0]), typical_loss=1.0)
+        assert bounds[0] < residual.sqrt().item() < bounds[1]

@@ -1,0 +1,96 @@
+"""What pictures cannot show is not read with confidence: intervals as wide as what looks the same, and a flag."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cldm.evidence import as_likely, change_picture, check_evidence
+from cldm.pairs import CHANGES, NO_CHANGE, choose_changes, draw_pair, expose, similarity
+from cldm.reading import Reading
+from dataForTrain.make_dataset import find_pictures
+
+SIZE = 64
+NAMES = list(CHANGES)
+WIDTH = torch.tensor([high - low for _, low, high, _ in CHANGES.values()])
+
+# Grey levels by places, in widths from the middle; how they are changed; the numbers that they do not show.
+MOTION = {"rotation", "zoom", "shift x", "shift y"}
+FEATURELESS = {
+    "flat": (lambda x, y: 0 * x + 0.5, dict(rotation=5), MOTION | {"blur"}),
+    "dark": (lambda x, y: 0 * x + 0.1, dict(zoom=1.2), MOTION | {"blur"}),
+    "disc": (lambda x, y: 0.2 + 0.6 * (np.hypot(x, y) < 0.3), dict(rotation=8), {"rotation"}),
+    "rings": (lambda x, y: 0.5 + 0.3 * np.sin(60 * np.hypot(x, y)), dict(rotation=-6), {"rotation"}),
+    "ball": (lambda x, y: 0.3 + 0.5 * (np.hypot(x - 0.2, y - 0.1) < 0.1), dict(rotation=5), {"rotation"}),
+    "gradient": (lambda x, y: 0.5 + 0.6 * y, {"shift x": 0.06}, {"shift x"}),
+    "stripes": (lambda x, y: 0.5 + 0.3 * np.sin(30 * y), {"shift x": 0.05}, {"shift x"}),
+    "slanted": (lambda x, y: 0.5 + 0.3 * np.sin(12 * x + 14 * y), {"shift x": 0.02}, {"shift x", "shift y"}),
+    "waves": (lambda x, y: 0.5 + 0.3 * np.sin(50 * x) * np.sin(3 * y), {"shift x": 0.05}, {"shift x"}),
+}
+
+
+def draw(shades, **change):
+    """Returns: the PIL picture of `shades`, moved as the change says."""
+    matrix = np.linalg.inv(similarity(*((NO_CHANGE | change)[name] for name in NAMES[:4])))
+    axis = (np.arange(4 * SIZE) + 0.5) / (4 * SIZE) - 0.5
+    x, y = np.meshgrid(axis, axis)
+    x, y, _ = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y, np.ones_like(x)]))
+    levels = (255 * shades(x, y)).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels).convert("RGB").reduce(4)
+
+
+@pytest.mark.parametrize("kind", FEATURELESS)
+def test_what_a_picture_does_not_show_is_told(kind):
+    shades, change, unseen = FEATURELESS[kind]
+    read = torch.tensor([(NO_CHANGE | change)[name] for name in NAMES])
+    share = as_likely(draw(shades), draw(shades, **change), NAMES, read) / WIDTH
+    found = {name for name, far in zip(NAMES, share.tolist()) if far >= 0.35}
+    assert unseen <= found and (kind == "gradient" or found == unseen)
+
+
+def test_photographs_show_what_changed():
+    rng, files = random.Random(3), find_pictures("validation")
+    pairs = [draw_pair(rng, files, SIZE, choose_changes(None)) for _ in range(12)]
+    shares = [as_likely(a, b, NAMES, torch.tensor([change[n] for n in NAMES])) / WIDTH for a, b, change in pairs]
+    assert sum((share == 0).all().item() for share in shares) >= 10  # two are dark and blurred
+
+
+def test_only_numbers_that_were_sought_are_widened():
+    flat = draw(FEATURELESS["flat"][0])
+    names = ["rotation", "tilt", "zoom"]
+    far = as_likely(flat, flat, names, torch.tensor([1.0, 2.0, 1.0]), sought=["rotation", "tilt"])
+    assert far[0] > 10 and far[1:].tolist() == [0, 0]  # degrees
+
+
+def test_intervals_hold_all_that_looks_the_same():
+    covariance = torch.eye(2).mul(0.01).expand(2, 2, 2).double()
+    control = torch.tensor([[4.0, 0.0], [4.0, 0.0]]).double()
+    scale = torch.zeros(2).double()
+    reading = Reading(control, covariance, covariance, scale, scale, True, None, [[], ["ambiguous"]], [], None, 0, 0)
+    shades = lambda x, y: 0.5 + 0.3 * np.sin(9 * x) * np.sin(7 * y + x)  # noqa: E731
+    pictures = [(draw(shades), draw(shades)), (draw(FEATURELESS["flat"][0]),) * 2]
+    checked = check_evidence(reading, pictures, ["rotation", "shift x"])
+    assert checked.flags == [[], ["ambiguous", "no_effect"]] or checked.flags[0] == ["no_effect"]
+    low, high = checked.interval90[1, 0].tolist()
+    assert low <= -6 and high >= 10 and checked.std[0, 1] == pytest.approx(0.1)
+
+
+def test_changes_are_those_of_the_training_set():
+    """A turn, then a blur, then an exposure, in the order and the units of cldm.pairs."""
+    levels = torch.linspace(0, 1, 32).expand(32, 32)
+    change = torch.tensor([[0.0, 1.0, 0.25, 0.0, 1.0, 0.0]])
+    (changed,), (shown,) = change_picture(levels, change)
+    assert not shown[:, :8].any() and shown[:, 8:].all()
+    expected = [expose(levels[0, i].item(), 1.0) for i in range(24)]
+    assert changed[5, 8:].tolist() == pytest.approx(expected, abs=0.02)
+    spot = torch.zeros(33, 33)
+    spot[16, 26] = 1
+    turned = change_picture(spot, torch.tensor([[90.0, 1, 0, 0, 0, 0]]))[0][0]
+    assert divmod(turned.argmax().item(), 33) == (6, 16)  # counterclockwise, from the right to the top
+    blurred = change_picture(spot, torch.tensor([[0, 1, 0, 0, 0, 2.0]]))[0][0]
+    across = blurred[16, 26] / blurred[16, 24]
+    light = [((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in (blurred[16, 26], blurred[16, 24])]
+    assert across == pytest.approx(math.exp(0.5), rel=0.05) and light[0] > light[1]
