@@ -62,7 +62,7 @@ def encode(model, s, rows):
 
     targets, latents = load([row.target for row in rows])
     references, reference = load([row.reference for row in rows])
-    prompts = [recognize_prompt(row.prompt, tuple(model.control_net.config.prompts)) for row in rows]
+    prompts = [recognize_prompt(row.prompt, tuple(model.control_net.config.prompts or ())) for row in rows]
     embeddings = model.base.embed([", ".join(filter(None, [prompt, s.a_prompt])) for prompt in prompts])
     return list(zip(targets, references)), latents, reference, embeddings
 

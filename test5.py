@@ -85,7 +85,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
     with torch.no_grad():
         pictures = pictures_to_tensor([*input_pictures, *target_pictures]).to(model.base.device)
         start, target = model.base.encode(pictures).chunk(2)
-        prompt = recognize_prompt(s.prompt, tuple(model.control_net.config.prompts))
+        prompt = recognize_prompt(s.prompt, tuple(model.control_net.config.prompts or ()))
         prompt = ", ".join(filter(None, [prompt, s.a_prompt]))
         embeddings, negative = model.base.embed([prompt, s.n_prompt]).repeat_interleave(len(control), 0).chunk(2)
     with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:

@@ -30,7 +30,7 @@ BATCH = 12  # targets read together
 CALIBRATION = 36  # pictures read to learn how far to trust readings
 CALIBRATION_STEPS = 16  # of DDIM, to learn how well the model draws them
 PROFILED = 6  # pictures whose loss is looked at along every number, to learn how many probes it takes
-MOST_PROBES = 48
+MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at the most, and in the narrowest valley
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of the loss over a number's range; half the points where there are several
 LEARNED = "error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes"  # by calibrate
 
@@ -422,7 +422,7 @@ def calibrate(model, folder, dataset):
 def choose_probes(model, latents, embeddings, control, reference=None):
     """Returns: how many probes find, of every number, the valley of the loss that the truth lies in; None: by matching.
 
-    A valley reaches from its bottom as far as the loss rises; two probes must lie in the narrowest there is.
+    A valley reaches from its bottom as far as the loss rises; IN_A_VALLEY probes lie in the narrowest there is.
     latents: (B, C, h, w), pictures of which PROFILED are looked at. control: (B, d), the truth.
     """
     if reference is not None:
@@ -439,7 +439,7 @@ def choose_probes(model, latents, embeddings, control, reference=None):
         for profile, truth in zip(losses.unflatten(0, (-1, MOST_PROBES)).tolist(), control[:, k].tolist()):
             at = round((truth - low[k].item()) / (high[k] - low[k]).item() * (MOST_PROBES - 1))
             narrowest = min(narrowest, valley_width(profile, at))
-    return min(MOST_PROBES, max(PROBES, math.ceil(2 * MOST_PROBES / narrowest)))
+    return min(MOST_PROBES, max(PROBES, math.ceil(IN_A_VALLEY * MOST_PROBES / narrowest)))
 
 
 def valley_width(profile, at):

@@ -151,7 +151,7 @@ def draw_reading(model, reading, profiles, i, row, pictures, latents, embeddings
         parts = below.subplots(1, len(control), squeeze=False)[0]
         for k, axes in enumerate(parts):
             name, unit = config.control_names[k], config.control_units[k]
-            points, losses = (part[i, k].cpu() for part in profiles[:2])
+            points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
             axes.semilogy(points[:, k], losses, color="tab:blue")
             error = ""
             if reading.calibrated:

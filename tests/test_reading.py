@@ -240,14 +240,14 @@ def spiral(trained, monkeypatch):
     class Spiral(Objective):
         def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, seed=0):
             self.model, self.draws, self.truth = model, draws, target_latents[:, 0, 0, 0].double()
+            self.noise = 0.1 * torch.randn(draws, 3, generator=torch.Generator().manual_seed(0))
 
         def residuals(self, control, targets, draws):
             def shown(number):
                 angle = number * 2 * math.pi / 3
                 return torch.cat([angle.cos(), angle.sin(), number / 10], -1)
 
-            noise = 0.1 * torch.randn(self.draws, 3, generator=torch.Generator().manual_seed(0))
-            return (shown(control) - shown(self.truth[targets, None, None]) + noise[draws]).float()
+            return (shown(control) - shown(self.truth[targets, None, None]) + self.noise[draws]).float()
 
     monkeypatch.setattr(reading, "DenoisingObjective", Spiral)
     model = trained()
