@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
+from cldm.model import CALIBRATED
 from cldm.objectives import DenoisingObjective, MotionObjective, SamplingObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
 from ldm.files import find_path, write_whole
@@ -32,7 +33,6 @@ CALIBRATION_STEPS = 16  # of DDIM, to learn how well the model draws them
 PROFILED = 6  # pictures whose loss is looked at along every number, to learn how many probes it takes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at the most, and in the narrowest valley
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of the loss over a number's range; half the points where there are several
-LEARNED = "error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes"  # by calibrate
 
 SOLVERS = ("lm", "sgd", "adam")
 
@@ -375,7 +375,7 @@ def calibrate(model, folder, dataset):
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
     """
     register = model.control_net.register_to_config
-    register(**dict.fromkeys(LEARNED))
+    register(**dict.fromkeys(CALIBRATED))
     chosen = torch.linspace(0, len(dataset) - 1, min(CALIBRATION, len(dataset))).round().long().tolist()
     batches = []
     for start in range(0, len(chosen), BATCH):
@@ -413,7 +413,7 @@ def calibrate(model, folder, dataset):
         *limits,
         probes,
     )
-    register(**dict(zip(LEARNED, learned)))
+    register(**dict(zip(CALIBRATED, learned)))
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
 

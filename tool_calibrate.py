@@ -1,0 +1,51 @@
+"""Learn anew how far to trust a control's readings: error bars, flags and probes. Its weights stay as they are.
+
+    python tool_calibrate.py MODEL_PATH data_root=my_data
+    python tool_calibrate.py models/control_tiny_pair pairs=train
+
+What validation pictures there are decides: those that a training with the same settings would set aside.
+"""
+
+from ldm.settings import InputError, answer, check_numbers, run_script
+
+settings = dict(
+    data_root="dataForTrain",
+    pairs="",  # a folder of pictures, or "train", in place of data_root, for a control that was trained on pairs
+    controls=None,  # of pairs, as tutorial_train.py has them
+    seed=0,
+    device="auto",  # a GPU where there is one
+)
+if __name__ == "__main__":
+    answer(__file__, "MODEL_PATH")
+
+from cldm.dataset import ControlDataset
+from cldm.model import MOST_PROMPTS, load_model
+from cldm.pairs import FreshPairs, choose_changes
+from cldm.reading import calibrate
+from cldm.report import tell_bars
+from ldm.files import check_writable, find_path
+from tutorial_train import VALIDATION_PAIRS, read_data
+
+
+def main(s, paths):
+    check_numbers(s, int, seed=(0, 2**32 - 1))
+    folder = check_writable(find_path(paths[0]))
+    model = load_model(folder, device=s.device)
+    train, validation, controls, *_ = read_data(s)
+    config, size = model.control_net.config, model.config.image_size
+    if len(controls[0]) != model.control_net.control_dim or bool(s.pairs) and not model.control_net.uses_reference:
+        raise InputError(f"{s.pairs or s.data_root}: not what {folder} reads ({', '.join(config.control_names)})")
+    if s.pairs:
+        pairs = FreshPairs(validation or train, choose_changes(s.controls), model.base, size, s.seed + 1)
+        dataset = pairs.draw(VALIDATION_PAIRS, 0)
+    else:
+        dataset = ControlDataset(validation or train, model.base, size)
+    if config.prompts is None:
+        prompts = [""] if s.pairs else sorted({row.prompt for row in train})
+        model.control_net.register_to_config(prompts=prompts[:MOST_PROMPTS])
+    calibrate(model, folder, dataset)
+    print(tell_bars(dataset, seen=not validation))
+
+
+if __name__ == "__main__":
+    run_script(main, settings, paths=("MODEL_PATH",))
