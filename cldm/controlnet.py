@@ -223,6 +223,8 @@ def check_control(file):
         "error_floor": or_null(each(number(0), control_dim)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
+        "typical_loss": or_null(number(0)),
+        "probes": or_null(POSITIVE),
         "prompts": or_null(each(TEXT)),
     }
     check(file, config, needed | optional, needed, complete=False)

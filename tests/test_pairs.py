@@ -51,7 +51,9 @@ def paired(make_model, tmp_path):
     """The folder of a control that takes references, of two numbers."""
     model = make_model(2, "reference")
     names = dict(control_names=["rotation", "exposure"], control_units=["degrees", "stops"])
-    model.control_net.register_to_config(control_low=[-5.0, -1.0], control_high=[5.0, 1.0], **names)
+    calibrated = dict(error_scale=[0.1, 0.1], error_floor=[0.01, 0.01])
+    bounds = dict(control_low=[-5.0, -1.0], control_high=[5.0, 1.0])
+    model.control_net.register_to_config(**bounds, **names, **calibrated)
     save_model(model, tmp_path / "control")
     return tmp_path / "control"
 
