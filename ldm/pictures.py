@@ -176,7 +176,7 @@ def describe_shapes(first, second):
     """
     shares = np.array([[side / min(size) for side in size] for size in (first, second)])
     shift = np.abs(shares[0] - shares[1]).max() / 2  # of what is in the middle, in widths of the squares
-    if 2 * shift * min(*first, *second) <= 1:  # pixel
+    if 2 * shift * min(*first, *second) <= 0.51:  # pixels, as rounding a size makes
         return ""
     zoom = np.exp(np.abs(np.log(shares[:, 0] / shares[:, 1]) @ [1, -1]))
     (a, b), (c, d) = first, second
