@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cldm.model import add_control, load_base, save_model
+from cldm.model import add_control, load_base, load_model, save_model
+from cldm.training import ControlTraining
 from ldm.files import ROOT
 from ldm.settings import read_yaml, run_script, write_yaml
 from tests.original_layout import build
@@ -201,6 +203,28 @@ def small_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     return small
+
+
+def send(number, step, monkeypatch):
+    """Let this process receive a signal while a training takes its step `step`."""
+    original = ControlTraining.training_step
+
+    def training_step(self, *args):
+        if self.global_step == step - 1:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(ControlTraining, "training_step", training_step)
+
+
+def trained_state(out_dir):
+    """Returns: {name: tensor} of weights and optimiser in the checkpoint, and of the best and last weights."""
+    checkpoint = torch.load(out_dir / "resume.ckpt", weights_only=True)
+    moments = checkpoint["optimizer_states"][0]["state"]
+    state = checkpoint["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
+    for folder in (out_dir, out_dir / "last"):
+        state |= {f"{folder.name} {k}": v for k, v in load_model(folder).control_net.state_dict().items()}
+    return state | {"schedule": torch.tensor(checkpoint["lr_schedulers"][0]["_last_lr"])}
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from cldm.report import PictureLogger, tell_bars
 from cldm.training import ControlTraining, SaveBestAndLast, stoppable
 from ldm.files import lock_folder
 from ldm.settings import InputError, override, read_yaml, write_yaml
-from tests.conftest import randomize_zero_convolutions
+from tests.conftest import randomize_zero_convolutions, send, trained_state
 from tutorial_train import tell_memory
 
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
@@ -100,28 +100,6 @@ def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, ca
     assert {path.name for path in (out_dir / "pictures").iterdir()} == {"000002.png", "000004.png"}
     assert list((out_dir / "tensorboard").glob("events*"))
     assert not list(out_dir.rglob(".partial*"))
-
-
-def send(number, step, monkeypatch):
-    """Let this process receive a signal while a training takes its step `step`."""
-    original = ControlTraining.training_step
-
-    def training_step(self, *args):
-        if self.global_step == step - 1:
-            os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    monkeypatch.setattr(ControlTraining, "training_step", training_step)
-
-
-def trained_state(out_dir):
-    """Returns: {name: tensor} of weights and optimiser in the checkpoint, and of the best and last weights."""
-    checkpoint = torch.load(out_dir / "resume.ckpt", weights_only=True)
-    moments = checkpoint["optimizer_states"][0]["state"]
-    state = checkpoint["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
-    for folder in (out_dir, out_dir / "last"):
-        state |= {f"{folder.name} {k}": v for k, v in load_model(folder).control_net.state_dict().items()}
-    return state | {"schedule": torch.tensor(checkpoint["lr_schedulers"][0]["_last_lr"])}
 
 
 def test_stopped_training_goes_on_as_if_it_had_not_been(train, monkeypatch, tmp_path, capsys):
