@@ -72,13 +72,12 @@ class CoordinateHint(Hint):
         )
         phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
         features = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
-        features = features.to(control.dtype).expand(len(control), -1, height, width)
-        features = torch.cat([control, features], 1).movedim(1, 3)
+        first, *rest = self.mlp
+        weights = first.weight.split([control.shape[1], len(features)], 1)
         with torch.autocast(control.device.type, enabled=False):
-            for layer in self.mlp:  # convolutions of 1 x 1 as matrix products, which a GPU does not round to TF32
-                convolution = isinstance(layer, nn.Conv2d)
-                features = F.linear(features, layer.weight[..., 0, 0], layer.bias) if convolution else layer(features)
-        return features.movedim(3, 1)
+            number = F.linear(control[:, :, 0, 0], weights[0].flatten(1))  # no convolution: a GPU rounds those to TF32
+            hidden = F.conv2d(features.to(control.dtype)[None], weights[1], first.bias) + number[:, :, None, None]
+            return nn.Sequential(*rest)(hidden)
 
 
 class DenseHint(Hint):
