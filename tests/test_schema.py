@@ -132,6 +132,13 @@ def test_a_damaged_yaml_is_named(key, value, told, tmp_path):
         read_model_yaml(tmp_path / "model.yaml")
 
 
+def test_numbers_of_one_name_are_told_apart(tmp_path):
+    config = json.loads((ROOT / "models" / "control_views" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"control_names": ["a", "b", "a", "c"]}))
+    with pytest.raises(InputError, match='"control_names" must differ'):
+        check_control(tmp_path / "config.json")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", '{"hint": ', "\x00", "[" * 100_000, "version https://git-lfs"])
 def test_what_is_no_json_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)

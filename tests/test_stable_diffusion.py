@@ -340,6 +340,12 @@ def test_a_range_that_is_none_is_named(given, tmp_path, fails_in_one_line):
     assert "control_range: expected [low, high], two numbers" in line
 
 
+@pytest.mark.parametrize("said", ["v_prediction", "epsilon"])
+def test_what_a_base_is_told_to_predict_stays_with_its_control(base_file, tmp_path, said):
+    add(base_file[0], tmp_path / "out", prediction_type=said)
+    assert load_model(tmp_path / "out").base.scheduler.config.prediction_type == said
+
+
 def test_a_file_as_input_is_told_what_it_predicts(model, version, tmp_path, fails_in_one_line, monkeypatch):
     """Its YAML's word is of another file."""
     if version == 1:
