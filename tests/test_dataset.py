@@ -12,6 +12,7 @@ from cldm.dataset import (
     parse_control,
     read_control_names,
     read_rows,
+    recognize_prompt,
     split_rows,
 )
 from cldm.model import fit_statistics
@@ -313,3 +314,21 @@ def test_digest_is_of_rows_and_what_their_pictures_show(write_dataset, base):
     (folder / "prompt.json_1.png").write_bytes((folder / "moved.png").read_bytes())
     (folder / "prompt.json").write_text(text.replace("a square", "a circle"))
     assert digest()["rows"] != first["rows"] and digest()["pictures"] == first["pictures"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a red cup", "A red cup.", '"a red cup"', " a  red cup ", "“A Red Cup”", "'a red cup',"]
+)
+def test_a_prompt_as_people_paste_it_is_that_of_training(prompt, capsys):
+    recognize_prompt.cache_clear()
+    assert recognize_prompt(prompt, ("a cat", "a red cup")) == "a red cup"
+    assert ("as in training" in capsys.readouterr().out) == (prompt != "a red cup")
+
+
+def test_a_prompt_that_training_never_saw_is_told_once_with_the_nearest(capsys):
+    recognize_prompt.cache_clear()
+    for _ in range(2):
+        assert recognize_prompt("a read cup", ("a cat", "a red cup", "a dog", "a blue car")) == "a read cup"
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1 and "not one of the 4" in printed and "a red cup" in printed
+    assert recognize_prompt("anything", ()) == "anything" and not capsys.readouterr().out

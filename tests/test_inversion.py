@@ -1,10 +1,12 @@
 """Reading a control back: finds it, touches no weight, and a picture's result does not depend on its batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
-from cldm.inversion import invert_by_sampling
+from cldm.inversion import Inversion, flag, invert_by_sampling
 from cldm.objectives import draw_noise
 from ldm.ddim import ddim_timesteps
 
@@ -155,3 +157,26 @@ def test_no_step_is_longer_than_max_step(four, learning_rate):
     controls = torch.tensor([entry["control"] for entry in history])  # (4, B, 1)
     longest = controls.diff(dim=0).abs().amax((0, 2)) / model.control_net.config.control_std[0]
     torch.testing.assert_close(longest, torch.full((4,), 0.25))  # every target takes one such step, and no longer
+
+
+def test_what_is_wrong_with_an_inversion_is_flagged(make_model):
+    """From -1 to 1; a sampling loss of 0.1 is what validation pictures leave at the most."""
+    config = make_model().control_net.config
+    control = torch.tensor([[0.5], [1.5], [0.5], [0.5]]).double()
+    loss, settled = torch.tensor([0.05, 0.05, 0.2, 0.05]), torch.tensor([True, True, True, False])
+    found = Inversion(control, control, iterations=torch.full((4,), 9), settled=settled, loss=loss)
+    known = config | dict(control_low=[-1.0], control_high=[1.0], sampling_loss=0.1)
+    assert flag(SimpleNamespace(**known), found) == [[], ["outside_range"], ["unexplained"], ["unsettled"]]
+    uncalibrated = flag(SimpleNamespace(**known | {"sampling_loss": None}), found)
+    assert uncalibrated == [["uncalibrated"], ["outside_range", "uncalibrated"], ["uncalibrated"]] + [
+        ["unsettled", "uncalibrated"]
+    ]
+
+
+def test_too_few_iterations_are_told(make_model, normal, embeddings):
+    model, pictures = make_model(), normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    target = draw(model, pictures, embeddings[:1], torch.tensor([[2.0]]), eta=1.0)
+    for iterations, unsettled in ((2, True), (60, False)):
+        start = torch.tensor([[0.5]])
+        result = invert(model, pictures, target, embeddings[:1], start, iterations=iterations, tolerance=1e-3)
+        assert ("unsettled" in result.flags[0]) == unsettled

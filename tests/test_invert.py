@@ -1,14 +1,17 @@
 """invert.py: what it leaves, that it goes on where it was killed, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
 from PIL import Image
 
 import invert
-from cldm.model import save_model
-from ldm.settings import run_script
+from cldm.model import load_model, save_model
+from cldm.reading import read_controls
+from ldm.files import lock_folder
+from ldm.settings import InputError, run_script
 
 SUMMARY = ["target", "prompt", "names", "control", "std", "interval90", "flags", "loss", "model_calls", "seconds"]
 CALIBRATED = dict(error_scale=[0.1], error_floor=[0.01])
@@ -147,3 +150,49 @@ def test_many_at_once_equal_each_alone(arguments, targets, tmp_path):
     run(*arguments, targets, "batch_size=1")
     alone = torch.tensor([result["control"] for result in read_results(tmp_path)])
     torch.testing.assert_close(alone, together, atol=1e-3, rtol=0)
+
+
+def test_a_result_is_kept_when_its_figure_cannot_be_drawn(arguments, tmp_path, monkeypatch):
+    def fail(*_):
+        raise InputError("figure.png: cannot be written")
+
+    monkeypatch.setattr(invert, "draw_reading", fail)
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["names"] == ["control"]
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(arguments, tmp_path):
+    model = load_model(tmp_path / "control")
+    model.control_net.register_to_config(control_names=["price $\\frac"], control_units=["$"])
+    save_model(model, tmp_path / "control")
+    run(*arguments, "prompt=costs $5_")
+    assert (tmp_path / "out" / "figure.png").is_file()
+
+
+def test_what_is_not_finite_is_an_error_and_leaves_nothing(arguments, tmp_path, monkeypatch, fails_in_one_line):
+    def read(*inputs, **how):
+        reading = read_controls(*inputs, **how)
+        reading.control[:] = math.nan
+        return reading
+
+    monkeypatch.setattr(invert, "read_controls", read)
+    line = fails_in_one_line(invert.main, invert.settings, [*arguments, "figures=false"])
+    assert "not finite" in line and not any((tmp_path / "out").iterdir())
+
+
+def test_without_calibration_there_are_no_bars(arguments, tmp_path, capsys):
+    model = load_model(tmp_path / "control")
+    model.control_net.register_to_config(error_scale=None)
+    save_model(model, tmp_path / "control")
+    run(*arguments, "figures=false")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["std"] is result["interval90"] is result["covariance"] is None and "uncalibrated" in result["flags"]
+    printed = capsys.readouterr().out
+    assert "±" not in printed and "uncalibrated: this control was never calibrated" in printed
+
+
+def test_two_runs_do_not_share_a_folder(arguments, tmp_path, fails_in_one_line):
+    (tmp_path / "out").mkdir()
+    with lock_folder(tmp_path / "out"):
+        assert "another run is writing into it" in fails_in_one_line(invert.main, invert.settings, arguments)
