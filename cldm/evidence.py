@@ -88,7 +88,7 @@ def as_likely(reference, target, names, control, sought=None):
     first, second = (torch.from_numpy(np.asarray(p.convert("L"), np.float32) / 255) for p in (reference, target))
     read, unit = dict(zip(names, control.tolist())), torch.eye(len(CHANGES), dtype=torch.float64)
     at = torch.tensor([read.get(name, none) for name, none in NO_CHANGE.items()], dtype=torch.float64)
-    at[1].clamp_(min=0.1)  # zoom, which is a ratio
+    at = at.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom is a ratio
     low, high = torch.tensor([bounds for _, *bounds, _ in CHANGES.values()], dtype=torch.float64).T
     width = (high - low) * torch.tensor([name in (names if sought is None else sought) for name in CHANGES])
     _, jacobian = linearize(first, second, at[None], width)
