@@ -3,12 +3,22 @@
     python invert.py input_image_path=before.png target_image_path=after.png known=zoom=1 out_dir=OUT
     python invert.py model_path=runs/my_control target_image_path=x.png prompt="a photo of a leather bag" out_dir=OUT
     python invert.py model_path=runs/my_control targets=my_data/prompt.json out_dir=OUT
+    python invert.py model_path=runs/my_control targets="photos/*.jpg" prompt="a photo of a leather bag" out_dir=OUT
 
 Leaves OUT/result.json and OUT/figure.png of one picture; OUT/results.jsonl, a line each, of many. A run over many that
-was killed goes on when started again with the same out_dir.
+was killed goes on when started again with the same out_dir. A "source" in a prompt.json is only compared with.
 """
 
-from ldm.settings import InputError, answer, check_kinds, check_numbers, fill_settings, nearest, run_script
+from ldm.settings import (
+    InputError,
+    answer,
+    check_kinds,
+    check_numbers,
+    check_used,
+    fill_settings,
+    nearest,
+    run_script,
+)
 
 settings = dict(
     model_path="models/control_tiny_pair",  # the out_dir of a training
@@ -17,7 +27,7 @@ settings = dict(
     prompt="",  # as in training; pairs need none
     a_prompt=None,  # added to the prompt; None: as the model's YAML says
     known="",  # what need not be found: "zoom=1,exposure=0"
-    targets="",  # a prompt.json of many targets, in place of those above; a row's "source" is only compared with
+    targets="",  # many, in place of target_image_path: a folder, a glob like "photos/*.jpg", or a prompt.json
     out_dir="outputs/invert",
     draws=8,  # of noise, in pairs
     batch_size=12,  # targets read together
@@ -29,10 +39,13 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__)
 
+import glob
 import json
 import math
+import os
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -42,6 +55,7 @@ from cldm.dataset import Row, parse_control, read_rows, recognize_prompt
 from cldm.evidence import check_evidence
 from cldm.memory import Estimate
 from cldm.model import load_model
+from cldm.pairs import list_pictures
 from cldm.reading import FLAGS, find_lower, profile, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.files import digest, find_path, lock_folder, report_folder, write_whole
@@ -114,6 +128,26 @@ def parse_known(text, names):
     if len(known) == len(names):
         raise InputError(f'setting "known": all of {", ".join(names)} are given, nothing is left to read')
     return known
+
+
+def find_rows(s, uses_reference):
+    """Returns: the Rows to read: of one target, of a folder or glob of pictures, or of a prompt.json."""
+    demo = s.input_image_path == settings["input_image_path"]
+    if demo and (s.targets or s.target_image_path != settings["target_image_path"] or not uses_reference):
+        s.input_image_path = ""  # the demo's reference belongs to the demo's target
+    reference = find_path(s.input_image_path) if s.input_image_path else None
+    if not s.targets:
+        return [Row(None, find_path(s.target_image_path), s.prompt, reference)]
+    check_used(s, settings, "with targets", "target_image_path")
+    path = find_path(s.targets)
+    if path.is_dir():
+        return [Row(None, file, s.prompt, reference) for file in list_pictures(path)]
+    if files := [] if path.exists() else sorted(glob.glob(os.path.expanduser(s.targets))):
+        return [Row(None, Path(file), s.prompt, reference) for file in files]
+    check_used(
+        s, {"prompt": "", "input_image_path": ""}, "with targets, whose rows say it", "prompt", "input_image_path"
+    )
+    return read_rows(path, known=False)
 
 
 def check(s, model, rows):
@@ -247,14 +281,7 @@ def main(s):
     out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
     with lock_folder(out_dir):
         model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
-        if s.targets:
-            rows = read_rows(find_path(s.targets), known=False)
-        else:
-            demo = s.input_image_path == settings["input_image_path"]
-            if s.target_image_path != settings["target_image_path"] and demo:
-                s.input_image_path = ""  # the demo's reference belongs to the demo's target
-            reference = find_path(s.input_image_path) if s.input_image_path else None
-            rows = [Row(None, find_path(s.target_image_path), s.prompt, reference)]
+        rows = find_rows(s, model.control_net.uses_reference)
         check(s, model, rows)
         sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
         unlike = tell_fit(sizes, model.config.image_size)

@@ -222,7 +222,6 @@ def check_control(file):
         "error_floor": or_null(each(number(0), control_dim)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
-        "typical_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
         "prompts": or_null(each(TEXT)),
     }
@@ -251,7 +250,7 @@ class NumericControlNet(ControlNetModel):
     latent_size: side of the latents, needed by "dense" and "original" alone.
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. prompts: what it was
-    trained with, distinct, the most frequent first. error_scale, error_floor, typical_loss, explained_loss,
+    trained with, distinct, the most frequent first. error_scale, error_floor, explained_loss,
     sampling_loss, probes: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
     """
 
@@ -274,7 +273,6 @@ class NumericControlNet(ControlNetModel):
         error_scale: tuple[float, ...] | None = None,
         error_floor: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
-        typical_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,
         **kwargs,

@@ -41,7 +41,7 @@ from ldm.unet import decode_unet, encode_unet
 MODEL_YAML = "model.yaml"
 MOST_PROMPTS = 1000  # that a control keeps
 # What cldm.reading.calibrate puts into its config.
-CALIBRATED = ("error_scale", "error_floor", "typical_loss", "explained_loss", "sampling_loss", "probes")
+CALIBRATED = ("error_scale", "error_floor", "explained_loss", "sampling_loss", "probes")
 
 # What a base's YAML and a control's model.yaml say.
 LEARNING_RATE = or_null(POSITIVE)

@@ -145,7 +145,7 @@ def read_controls(
     loss = at.losses.mean(1)
     if reference is not None and solver == "lm":  # it may not show all that the target does
         at = levenberg_marquardt(objective, at, everything, low, high, scale=loss)
-    covariances = standard_errors(at, objective.paired, high - low, config.typical_loss)
+    covariances = standard_errors(at, objective.paired, high - low)
     both = (sought[:, None] & sought).expand(count, -1, -1)
     noise, residual = (torch.zeros(both.shape).to(low).masked_scatter(both, own) for own in covariances)
     result = Reading(
@@ -319,15 +319,12 @@ def rank_valleys(found, targets, width):
     return valleys
 
 
-def standard_errors(found, paired, width, typical_loss=None):
+def standard_errors(found, paired, width):
     """Estimate how unsure the controls of a Solution are.
 
-    paired: whether every two draws have opposite noise. width: (d,), of the searched range. typical_loss: of validation
-    pictures; the residuals' variance is taken halfway to it, since a model that errs little on an easy picture may not
-    be trusted to see as little in it. None: their own.
+    paired: whether every two draws have opposite noise. width: (d,), of the searched range.
     Returns: covariances of the errors, each (P, d, d): White's sandwich over draws, and the one for residuals that all
     err alike, where their number K N does not help. A control without effect on them may be anywhere in the range.
-    Source: Smyth 2004, moderated variances.
     """
     gradients = found.gradients.unflatten(1, (-1, 2)).mean(2) if paired else found.gradients
     gradients = gradients.double() * width  # of controls in units of the range, which may be of very unlike sizes
@@ -338,8 +335,8 @@ def standard_errors(found, paired, width, typical_loss=None):
     noise = inverse @ scatter @ inverse
     idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
     noise = noise.masked_fill(idle[:, :, None] | idle[:, None], 0) + torch.diag_embed(idle.to(noise))
-    units, variance = width[:, None] * width, (loss + (loss if typical_loss is None else typical_loss)) / 2
-    return (noise * units).to(width), (variance[:, :, None] * inverse * units).to(width)
+    units = width[:, None] * width
+    return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
 
 
 def is_outside(config, control, std, sought):
@@ -366,7 +363,7 @@ def is_ambiguous(losses, paired):
 def calibrate(model, folder, dataset):
     """Learn from pictures whose controls are known how far to trust readings; keep it in the control's folder.
 
-    probes: how many find the valley that the truth lies in. typical_loss: the median.
+    probes: how many find the valley that the truth lies in.
     error_scale, error_floor: such that 90% of each number lie in their 90% intervals, by the rank that split conformal
     prediction takes; variances by the residuals are halfway from typical ones, for they tell the errors' only roughly.
     explained_loss, sampling_loss: above them, unexplained, by the denoising and by the sampling objective.
@@ -395,8 +392,6 @@ def calibrate(model, folder, dataset):
     )
     found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
     missing = ((found - dataset.controls[chosen]) / Z90).square() - noise
-    typical_loss = loss.median()
-    residual = residual * ((loss + typical_loss) / 2 / loss)[:, None]  # as standard_errors has it from now on
     typical = residual.median(0).values
     moderated = (residual + typical) / 2
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a control without any effect
@@ -406,13 +401,7 @@ def calibrate(model, folder, dataset):
         UNEXPLAINED[model.control_net.uses_reference] * own.quantile(0.95).item()
         for own in (loss, torch.cat(drawn).cpu())
     )
-    learned = (
-        error_scale.tolist(),
-        (error_scale * typical.sqrt()).tolist(),
-        typical_loss.item(),
-        *limits,
-        probes,
-    )
+    learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
     register(**dict(zip(CALIBRATED, learned)))
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))

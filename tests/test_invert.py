@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +19,16 @@ CALIBRATED = dict(error_scale=[0.1], error_floor=[0.01])
 
 
 @pytest.fixture
-def arguments(make_model, picture, tmp_path):
+def arguments(make_model, tmp_path):
     model = make_model()
     model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0], **CALIBRATED)
     save_model(model, tmp_path / "control")
-    return [f"model_path={tmp_path / 'control'}", f"target_image_path={picture}", f"out_dir={tmp_path / 'out'}"]
+    return [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}"]
+
+
+@pytest.fixture
+def one(arguments, picture):
+    return [*arguments, f"target_image_path={picture}"]
 
 
 @pytest.fixture
@@ -42,8 +48,8 @@ def read_results(tmp_path):
     return [{k: v for k, v in result.items() if k not in ("seconds", "model_calls")} for result in results]
 
 
-def test_one_picture(arguments, tmp_path, capsys):
-    run(*arguments, "seed=3")
+def test_one_picture(one, tmp_path, capsys):
+    run(*one, "seed=3")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(SUMMARY) < set(result) and "error" not in result and result["seed"] == 3
     (low, high), control = result["interval90"][0], result["control"]
@@ -130,9 +136,9 @@ def test_bad_setting_is_named(arguments, tmp_path, fails_in_one_line, argument, 
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_a_control_that_was_never_trained_is_named(arguments, make_model, tmp_path, fails_in_one_line):
+def test_a_control_that_was_never_trained_is_named(one, make_model, tmp_path, fails_in_one_line):
     save_model(make_model(), tmp_path / "control")
-    assert "never trained" in fails_in_one_line(invert.main, invert.settings, arguments)
+    assert "never trained" in fails_in_one_line(invert.main, invert.settings, one)
 
 
 def test_a_source_of_another_length_is_named(arguments, targets, tmp_path, fails_in_one_line):
@@ -152,47 +158,67 @@ def test_many_at_once_equal_each_alone(arguments, targets, tmp_path):
     torch.testing.assert_close(alone, together, atol=1e-3, rtol=0)
 
 
-def test_a_result_is_kept_when_its_figure_cannot_be_drawn(arguments, tmp_path, monkeypatch):
+def test_a_result_is_kept_when_its_figure_cannot_be_drawn(one, tmp_path, monkeypatch):
     def fail(*_):
         raise InputError("figure.png: cannot be written")
 
     monkeypatch.setattr(invert, "draw_reading", fail)
     with pytest.raises(SystemExit):
-        run(*arguments)
+        run(*one)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["names"] == ["control"]
 
 
-def test_names_with_dollar_signs_are_drawn_as_they_are(arguments, tmp_path):
+def test_names_with_dollar_signs_are_drawn_as_they_are(one, tmp_path):
     model = load_model(tmp_path / "control")
     model.control_net.register_to_config(control_names=["price $\\frac"], control_units=["$"])
     save_model(model, tmp_path / "control")
-    run(*arguments, "prompt=costs $5_")
+    run(*one, "prompt=costs $5_")
     assert (tmp_path / "out" / "figure.png").is_file()
 
 
-def test_what_is_not_finite_is_an_error_and_leaves_nothing(arguments, tmp_path, monkeypatch, fails_in_one_line):
+def test_what_is_not_finite_is_an_error_and_leaves_nothing(one, tmp_path, monkeypatch, fails_in_one_line):
     def read(*inputs, **how):
         reading = read_controls(*inputs, **how)
         reading.control[:] = math.nan
         return reading
 
     monkeypatch.setattr(invert, "read_controls", read)
-    line = fails_in_one_line(invert.main, invert.settings, [*arguments, "figures=false"])
+    line = fails_in_one_line(invert.main, invert.settings, [*one, "figures=false"])
     assert "not finite" in line and not any((tmp_path / "out").iterdir())
 
 
-def test_without_calibration_there_are_no_bars(arguments, tmp_path, capsys):
+def test_without_calibration_there_are_no_bars(one, tmp_path, capsys):
     model = load_model(tmp_path / "control")
     model.control_net.register_to_config(error_scale=None)
     save_model(model, tmp_path / "control")
-    run(*arguments, "figures=false")
+    run(*one, "figures=false")
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["std"] is result["interval90"] is result["covariance"] is None and "uncalibrated" in result["flags"]
     printed = capsys.readouterr().out
     assert "±" not in printed and "uncalibrated: this control was never calibrated" in printed
 
 
-def test_two_runs_do_not_share_a_folder(arguments, tmp_path, fails_in_one_line):
+def test_two_runs_do_not_share_a_folder(one, tmp_path, fails_in_one_line):
     (tmp_path / "out").mkdir()
     with lock_folder(tmp_path / "out"):
-        assert "another run is writing into it" in fails_in_one_line(invert.main, invert.settings, arguments)
+        assert "another run is writing into it" in fails_in_one_line(invert.main, invert.settings, one)
+
+
+def test_targets_may_be_a_folder_or_a_glob(arguments, picture, tmp_path):
+    (tmp_path / "many").mkdir()
+    for name in ("b.png", "a.jpg"):
+        Image.open(picture).save(tmp_path / "many" / name)
+    (tmp_path / "many" / "._a.jpg").write_text("left by another system")
+    (tmp_path / "many" / "notes.txt").write_text("no picture")
+    for targets, names in ((tmp_path / "many", ["a.jpg", "b.png"]), (tmp_path / "many" / "?.png", ["b.png"])):
+        run(*arguments, f"targets={targets}", "prompt=a cup")
+        results = read_results(tmp_path)
+        assert [Path(result["target"]).name for result in results] == names
+        assert {result["prompt"] for result in results} == {"a cup"}
+        (tmp_path / "out" / "results.jsonl").unlink()
+
+
+@pytest.mark.parametrize("setting", ["prompt=a cup", "input_image_path=x.png", "target_image_path=x.png"])
+def test_what_targets_say_themselves_is_not_given_twice(arguments, targets, fails_in_one_line, setting):
+    line = fails_in_one_line(invert.main, invert.settings, [*arguments, targets, setting])
+    assert setting.partition("=")[0] in line and "has no effect with targets" in line
