@@ -181,7 +181,7 @@ def test_ambiguous_is_a_second_valley_about_as_good():
 
 def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tmp_path):
     """Of each of two numbers, the second of which is read ten times as well, whose errors residuals do not tell."""
-    save_model(trained(), tmp_path / "control")
+    save_model(trained(2), tmp_path / "control")
     generator = torch.Generator().manual_seed(0)
     count = 36
     controls = torch.randn(count, 2, generator=generator)
