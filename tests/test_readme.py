@@ -1,0 +1,44 @@
+"""What README.md says can be typed: every command names a script and settings that there are; its Python runs."""
+
+import re
+import shlex
+
+import pytest
+import torch
+
+from ldm.files import ROOT
+from ldm.settings import override, read_settings, split_arguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README, re.S | re.M)
+TYPED = [line for kind, block in BLOCKS if not kind for line in block.replace("\\\n", " ").split("\n")]
+SAID = [" ".join(code.split()) for code in re.findall(r"(?<!`)`(python [^`]+)`", README)]
+COMMANDS = sorted({line.split("  #")[0].strip() for line in TYPED + SAID if line.strip().startswith("python ")})
+PATHS = {"tool_add_control.py": 2, "tool_export_control.py": 2, "tool_calibrate.py": 1}
+PLACEHOLDERS = ("SCRIPT", "…")
+
+
+def test_commands_were_found():
+    assert len(COMMANDS) > 20 and len(SAID) > 8
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_typed(command):
+    _, script, *arguments = shlex.split(command)
+    if script in PLACEHOLDERS:
+        return
+    settings = {key: default for key, (default, *_) in read_settings(ROOT / script)[0].items()}
+    names = ["PATH"] * PATHS.get(script, 0)
+    paths, given = split_arguments([a for a in arguments if a not in PLACEHOLDERS], settings, names)
+    override(settings, given)
+    shipped = [value for value in [*paths, *(a.partition("=")[2] for a in given)] if value.startswith("models/control")]
+    assert all((ROOT / path).exists() or path.endswith("_ini") for path in shipped)
+
+
+def test_the_python_of_the_last_snippet_runs():
+    (snippet,) = (block for kind, block in BLOCKS if kind == "python" and "load_model" in block)
+    inputs = dict(latents=torch.zeros(1, 4, 32, 32), timesteps=500, control=torch.tensor([[2.0]]))
+    with torch.no_grad():
+        exec(
+            snippet.replace("model.predict", "result = model.predict"), inputs | {"embeddings": torch.zeros(1, 77, 64)}
+        )
