@@ -254,9 +254,8 @@ def read_one(model, s, row, unlike, out_dir):
         print(f"{flag}{of}: {FLAGS[flag]}")
     if name:
         save_figure(0)
-    print(
-        f"{'' if reading.flags[0] else 'no flags; '}{result['seconds']:.1f} seconds; see {out_dir}/{name or 'result.json'}"
-    )
+    said = "" if reading.flags[0] else "no flags; "
+    print(f"{said}{result['seconds']:.1f} seconds; see {out_dir}/{name or 'result.json'}")
 
 
 def read_many(model, s, rows, unlike, out_dir):
