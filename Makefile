@@ -6,7 +6,7 @@ demo: .venv/installed  ## read the change between two pictures with the shipped 
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

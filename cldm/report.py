@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from cldm.objectives import draw_noise
@@ -52,8 +52,10 @@ def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
 def draw_inversion(config, result, input_picture, first, last, target_picture):
     """Returns: a matplotlib Figure: the pictures above, loss and control over the iterations below."""
 
+    names, units = (list(map(plain, texts)) for texts in (config.control_names, config.control_units))
+
     def describe(control):
-        values = zip(config.control_names, control.tolist(), config.control_units)
+        values = zip(names, control.tolist(), units)
         return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for name, value, unit in values)
 
     difference = np.abs(np.asarray(last, float) - np.asarray(target_picture, float)).mean(2)
@@ -74,7 +76,7 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     iterations = range(1, len(result.history) + 1)
     loss_axes.semilogy(iterations, [entry["loss"][0] for entry in result.history], color="tab:red")
     loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
-    for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+    for i, (name, unit) in enumerate(zip(names, units)):
         values = [entry["control"][0][i] for entry in result.history]
         control_axes.plot(iterations, values, label=f"{name} ({unit})" if unit else name)
     control_axes.set(xlabel="iteration", ylabel="control")
@@ -136,35 +138,39 @@ def draw_reading(model, reading, profiles, i, row, pictures, latents, embeddings
     difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
     panels = {"A: reference": reference} if reference else {}
     panels |= {
-        textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48): picture,
+        plain(textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48)): picture,
         "drawn at what was read": generated,
         f"difference, mean {difference.mean():.1f} of 255": difference,
     }
-    with rc_context({"text.parse_math": False}):  # names may have dollar signs
-        figure = Figure(figsize=(max(12, 3 * len(control)), 7), layout="constrained")
-        above, below = figure.subfigures(2, 1)
-        for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
-            shown = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
-            axes.set_title(title, fontsize=10)
-            axes.axis("off")
-        above.colorbar(shown, ax=axes, shrink=0.8)  # of the last, the difference
-        parts = below.subplots(1, len(control), squeeze=False)[0]
-        for k, axes in enumerate(parts):
-            name, unit = config.control_names[k], config.control_units[k]
-            points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
-            axes.semilogy(points[:, k], losses, color="tab:blue")
-            error = ""
-            if reading.calibrated:
-                error = f" ± {reading.std[i, k]:.3f}"
-                low, high = reading.interval90[i, k].tolist()
-                axes.axvspan(low, high, color="tab:orange", alpha=0.4, label="90% interval")
-            axes.axvline(control[k].item(), color="tab:red", label="read")
-            axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained range")
-            axes.set(xlim=(points[0, k], points[-1, k]), xlabel=unit, ylabel=None if k else "denoising loss")
-            axes.set_title(f"{name}\n{control[k]:+.3f}{error} {unit}".rstrip(), fontsize=10)
-        axes.legend(fontsize=8)
-        figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
+    figure = Figure(figsize=(max(12, 2.6 * len(control)), 7), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
+        shown = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
+        axes.set_title(title, fontsize=10)
+        axes.axis("off")
+    above.colorbar(shown, ax=axes, shrink=0.8)  # of the last, the difference
+    for k, axes in enumerate(below.subplots(1, len(control), squeeze=False)[0]):
+        name, unit = plain(config.control_names[k]), plain(config.control_units[k])
+        points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
+        axes.plot(points[:, k], losses, color="tab:blue", label="denoising loss")
+        error = ""
+        if reading.calibrated:
+            error = f" ± {reading.std[i, k]:.3f}"
+            axes.axvspan(*reading.interval90[i, k].tolist(), color="tab:orange", alpha=0.4, label="90% interval")
+        axes.axvline(control[k].item(), color="tab:red", label="read")
+        axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained range")
+        axes.set(xlim=(points[0, k], points[-1, k]), xlabel=unit, ylim=(0, None))
+        axes.set_title(f"{name}\n{control[k]:+.3f}{error} {unit}".rstrip(), fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(labelsize=8)
+    below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
     return figure
+
+
+def plain(text):
+    """Returns: a text in which matplotlib finds no formula."""
+    return text.replace("$", r"\$")
 
 
 def describe_data(controls, names, units, prompts, drawn):
