@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from contextlib import contextmanager
 
 import numpy as np
@@ -80,6 +81,12 @@ def build_scheduler():
         clip_sample=False,
         set_alpha_to_one=True,
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreground():
+    """Ctrl-C as a terminal has it: shells let what runs in the background ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

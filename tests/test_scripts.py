@@ -249,7 +249,7 @@ def test_inference_leaves_a_report_and_a_figure(script, control, arguments, out_
     warm = ["warm_steps=2"] if script is test5_s1 else []
     run_script(script.main, script.settings, [*arguments, *warm, f"control={control}", "seed=5", "scale=2"])
     report = json.loads((out_dir / "result.json").read_text())
-    assert sorted(report) == sorted(["control", "start", "loss", "iterations", "seconds", "seed", "history"])
+    assert sorted(report) == sorted(["control", "start", "loss", "flags", "iterations", "seconds", "seed", "history"])
     assert report["start"] == (control if len(control) > 1 else control[0])
     assert type(report["control"]) is type(report["start"]) and report["control"] != report["start"]
     assert (report["iterations"], report["seed"], len(report["history"])) == (2, 5, 2)
