@@ -15,6 +15,7 @@ import invert
 import test5
 import test5_s1
 import tool_add_control
+import tool_calibrate
 import tool_export_control
 import tool_train_base
 import tutorial_train
@@ -27,7 +28,8 @@ from ldm.settings import read_settings, read_yaml, run_script, write_yaml
 MODULES = {
     f"{module.__name__.replace('.', '/')}.py": module
     for module in (
-        *(test5, test5_s1, invert, tutorial_train, tool_add_control, tool_export_control, tool_train_base),
+        *(test5, test5_s1, invert, tutorial_train),
+        *(tool_add_control, tool_calibrate, tool_export_control, tool_train_base),
         *(make_dataset, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion),
     )
 }
@@ -475,3 +477,21 @@ def test_scripts_work_from_any_folder(arguments, out_dir, tmp_path, monkeypatch)
     assert all(str(tmp_path) not in argument for argument in relative)
     run_script(test5.main, test5.settings, relative)
     assert (out_dir / "result.json").is_file() and Path.cwd() == tmp_path
+
+
+def test_a_control_is_calibrated_anew(control_folder, write_dataset, capsys, fails_in_one_line):
+    model = load_model(control_folder)
+    model.control_net.register_to_config(control_low=[0.0], control_high=[7.0])
+    save_model(model, control_folder)
+    weights = (control_folder / WEIGHTS).read_bytes()
+    data = f"data_root={write_dataset(range(8))}"
+    run_script(tool_calibrate.main, tool_calibrate.settings, [str(control_folder), data], paths=("MODEL_PATH",))
+    config = load_model(control_folder).control_net.config
+    assert (
+        len(config.error_scale) == 1 and config.explained_loss > 0 and config.sampling_loss > 0 and config.probes >= 8
+    )
+    assert list(config.prompts) == ["a square"] and (control_folder / WEIGHTS).read_bytes() == weights
+    assert "error bars come from 1 validation picture(s)" in capsys.readouterr().out
+    write_dataset([[1, 2], [3, 4]])
+    line = fails_in_one_line(lambda s: tool_calibrate.main(s, [str(control_folder)]), tool_calibrate.settings, [data])
+    assert "not what" in line and "reads (control)" in line
