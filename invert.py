@@ -55,7 +55,7 @@ from cldm.dataset import Row, parse_control, read_rows, recognize_prompt
 from cldm.evidence import check_evidence
 from cldm.memory import Estimate
 from cldm.model import load_model
-from cldm.pairs import list_pictures
+from cldm.pairs import SUFFIXES, list_pictures
 from cldm.reading import FLAGS, find_lower, profile, read_controls
 from cldm.report import describe_reading, draw_reading
 from ldm.files import digest, find_path, lock_folder, report_folder, write_whole
@@ -93,16 +93,17 @@ def read_rows_at_once(model, s, rows, unlike, out_dir, figures):
     reading = read_controls(model, *inputs, **how)
     if figures:
         profiles = profile(model, reading.control, *inputs, seed=s.seed)
-        lower = find_lower(model.control_net.config, reading.control, *profiles)
+        sought = torch.tensor([name not in s.known for name in model.control_net.config.control_names])
+        lower = find_lower(model.control_net.config, reading.control, *profiles, sought.to(latents.device))
         if (lower != reading.control).any():  # a valley that no probe met
-            reading = read_controls(model, *inputs, start=torch.stack([reading.control, lower], 1), **how)
+            reading = read_controls(model, *inputs, start=places(reading, lower), **how)
             profiles = profile(model, reading.control, *inputs, seed=s.seed)
     for i, row in enumerate(rows):
         if not reading.control[i].isfinite().all():
             raise InputError(f"{row.target}: what was read is not finite ({reading.control[i].tolist()})")
         reading.flags[i] += ["unlike_shapes"] * unlike[i]
     if reference is not None:
-        reading = check_evidence(reading, pictures, model.control_net.config.control_names, s.known)
+        reading = check_evidence(reading, pictures, model.control_net.config, s.known)
     reading.seconds = (time.perf_counter() - began) / len(rows)
 
     def save_figure(i):
@@ -112,6 +113,14 @@ def read_rows_at_once(model, s, rows, unlike, out_dir, figures):
         write_whole(out_dir / figures[i], partial(figure.savefig, format="png", dpi=100))
 
     return reading, save_figure
+
+
+def places(reading, lower):
+    """Returns: (B, S, d), all the places that a Reading knows of, and `lower` (B, d), to start from again."""
+    most = max(map(len, reading.others))
+    others = [own + control[None].expand(most - len(own), -1).tolist() for own, control in zip(reading.others, lower)]
+    others = lower.new_tensor(others).view(len(lower), most, lower.shape[1])
+    return torch.cat([reading.control[:, None], lower[:, None], others], 1)
 
 
 def parse_known(text, names):
@@ -137,6 +146,8 @@ def find_rows(s, uses_reference):
         s.input_image_path = ""  # the demo's reference belongs to the demo's target
     reference = find_path(s.input_image_path) if s.input_image_path else None
     if not s.targets:
+        if s.input_image_path and not demo and s.target_image_path == settings["target_image_path"]:
+            raise InputError("input_image_path: picture A alone; give picture B too, target_image_path")
         return [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check_used(s, settings, "with targets", "target_image_path")
     path = find_path(s.targets)
@@ -144,6 +155,11 @@ def find_rows(s, uses_reference):
         return [Row(None, file, s.prompt, reference) for file in list_pictures(path)]
     if files := [] if path.exists() else sorted(glob.glob(os.path.expanduser(s.targets))):
         return [Row(None, Path(file), s.prompt, reference) for file in files]
+    if not path.exists() or path.suffix.lower() in SUFFIXES:
+        found = (
+            "a picture, which target_image_path takes" if path.exists() else "not there, nor does a picture match it"
+        )
+        raise InputError(f"targets {s.targets}: {found}; expected a folder, a glob or a prompt.json")
     check_used(
         s, {"prompt": "", "input_image_path": ""}, "with targets, whose rows say it", "prompt", "input_image_path"
     )
@@ -190,7 +206,11 @@ def tell_memory(s, model, targets):
 def resume(out_dir, s, rows, model):
     """Returns: the lines of out_dir/results.jsonl that a killed run of the same model, settings and pictures left."""
     own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures", "save_memory", "device")}
-    own["sha256"] = digest([find_path(s.model_path), find_path(model.config.base)])
+    folder = find_path(s.model_path)
+    files = [
+        file for file in folder.iterdir() if file.suffix in (".json", ".yaml", ".safetensors") or file.name == "unet"
+    ]
+    own["sha256"] = digest([*sorted(files), find_path(model.config.base)])
     own = json.dumps(own, indent=1)
     file, settings_file = out_dir / "results.jsonl", out_dir / "settings.yaml"
     if not file.exists():
@@ -200,8 +220,9 @@ def resume(out_dir, s, rows, model):
     try:
         lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
         results = [json.loads(line) for line in lines]
-        done = [(result["target"], result["prompt"]) for result in results]
-        same = settings_file.read_text() == own and done == [(str(r.target), r.prompt) for r in rows[: len(lines)]]
+        done = [(result["target"], result["prompt"], result.get("source")) for result in results]
+        asked = [(str(r.target), r.prompt, r.control and list(r.control)) for r in rows[: len(lines)]]
+        same = settings_file.read_text() == own and done == asked
         changed = [row.target for row, result in zip(rows, results) if result["sha256"] != digest_pictures(row)]
     except (OSError, ValueError, LookupError, TypeError):
         same, changed = False, []
@@ -209,7 +230,7 @@ def resume(out_dir, s, rows, model):
         raise InputError(f"{file}: results of another model, other targets or settings; {remedy}")
     if changed:
         raise InputError(f"{file}: was read from another picture than {changed[0]} is now; {remedy}")
-    print(f"going on after {len(lines)} of {len(rows)} targets")
+    print(f"going on after {len(lines)} of {len(rows)} targets" + (", figures from there on" if s.figures else ""))
     return lines
 
 

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from cldm.dataset import ControlDataset
 from cldm.model import MOST_PROMPTS, load_model
 from cldm.pairs import FreshPairs, choose_changes
-from cldm.reading import calibrate
+from cldm.reading import calibrate, search_bounds
 from cldm.report import tell_bars
 from ldm.files import check_writable, find_path
 from tutorial_train import VALIDATION_PAIRS, read_data
@@ -31,10 +31,16 @@ def main(s, paths):
     check_numbers(s, int, seed=(0, 2**32 - 1))
     folder = check_writable(find_path(paths[0]))
     model = load_model(folder, device=s.device)
-    train, validation, controls, *_ = read_data(s)
+    train, validation, controls, names, _ = read_data(s)
     config, size = model.control_net.config, model.config.image_size
-    if len(controls[0]) != model.control_net.control_dim or bool(s.pairs) and not model.control_net.uses_reference:
-        raise InputError(f"{s.pairs or s.data_root}: not what {folder} reads ({', '.join(config.control_names)})")
+    ranges = list(zip(*search_bounds(config)))
+    fits = names is None or list(names) == list(config.control_names)
+    fits = fits and len(controls[0]) == len(ranges) and bool(s.pairs) <= model.control_net.uses_reference
+    if not fits or any(not low <= value <= high for own in controls for value, (low, high) in zip(own, ranges)):
+        raise InputError(
+            f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(config.control_names)} from "
+            f"{list(config.control_low)} to {list(config.control_high)}; of pairs, controls= says names and ranges"
+        )
     if s.pairs:
         pairs = FreshPairs(validation or train, choose_changes(s.controls), model.base, size, s.seed + 1)
         dataset = pairs.draw(VALIDATION_PAIRS, 0)

@@ -204,6 +204,7 @@ def train_control(s, out_dir, stop):
     config = model.control_net.config
     print(f"{len(train)} training and {len(validation)} validation {'photographs' if s.pairs else 'pictures'}")
     print(*describe_data(controls, config.control_names, config.control_units, prompts, bool(s.pairs)), sep="\n")
+    held_out = bool(validation)
     train, validation, digests = make_datasets(s, model, train, validation)
     print(f"results go to {out_dir}")
 
@@ -256,7 +257,7 @@ def train_control(s, out_dir, stop):
         module.zero_grad()
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
         calibrate(trained, out_dir, validation or train)
-        print(tell_bars(validation or train, seen=not validation))
+        print(tell_bars(validation or train, seen=not held_out))
     print(f"the control: {out_dir} (give it to test5.py as model_path={Path(s.out_dir)})")
 
 

@@ -271,7 +271,8 @@ def main(s):
     check_numbers(s, int, max_steps=(1, math.inf), between=(1, 1000))
     out_dir = report_folder(s.out_dir, "results.json", "interval90", "unseen", "readings")
     data_root, model_path = Path(s.data_root), Path(s.model_path)
-    if not (model_path / "config.json").exists():
+    trained = model_path / "config.json"
+    if not trained.exists() or '"error_scale": [' not in trained.read_text():  # a training that was killed goes on
         if not (data_root / "prompt.json").exists():
             draw_dataset(data_root, {name: range(HIGHEST + 1) for name in THINGS})
         arguments = [f"data_root={data_root}", f"out_dir={model_path}", f"max_steps={s.max_steps}"]

@@ -17,7 +17,8 @@ from cldm.pairs import CHANGES, NO_CHANGE
 
 AS_GOOD = 0.2  # of the logarithm of the mean squared difference: a fit worse by less is as good
 GREY_LEVEL = 2 / 255  # differences of that size are no evidence, but resampling
-REACH = 0.35, 0.5, 0.7, 1.0  # how far from what was read is looked, as shares of a number's range
+REACH = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # how far from what was read is looked, as shares of a number's range
+NO_EFFECT = 0.3  # of a range: a number that may lie further away is not shown at all
 LEAST = {"blur": 0.75}  # of numbers whose lesser changes a mean square hardly tells apart
 BEYOND = 0.35  # of a number's range, on either side, where others may lie
 NEARLY, IMPROVED, STEPS = 3.0, 24, 2  # a fit worse by less is improved, so many at the most, by so many steps
@@ -62,35 +63,38 @@ def misfit(reference, target, change):
     return (torch.cat(errors) + GREY_LEVEL**2).log()
 
 
-def check_evidence(reading, pictures, names, known=()):
+def check_evidence(reading, pictures, config, known=()):
     """Widen the intervals of a Reading to what the pictures themselves can tell, and flag it.
 
-    pictures: B pairs of PIL pictures, target and reference. names: of the d numbers. known: of those that were given.
+    pictures: B pairs of PIL pictures, target and reference. config: of the control. known: names of numbers given.
     Returns: a Reading, `reach` and the flag "no_effect" added.
     """
-    sought = [name for name in names if name not in known]
+    ranges = dict(zip(config.control_names, zip(config.control_low, config.control_high)))
     reach = torch.zeros_like(reading.control)
     for i, (target, reference) in enumerate(pictures):
-        reach[i] = as_likely(reference, target, names, reading.control[i], sought)
-    flags = [own + ["no_effect"] * bool(far.any()) for own, far in zip(reading.flags, reach)]
+        reach[i] = as_likely(reference, target, ranges, reading.control[i], known)
+    width = reach.new_tensor(config.control_high) - reach.new_tensor(config.control_low)
+    flags = [own + ["no_effect"] * bool(far.any()) for own, far in zip(reading.flags, reach > NO_EFFECT * width)]
     return replace(reading, reach=reach, flags=flags)
 
 
-def as_likely(reference, target, names, control, sought=None):
+def as_likely(reference, target, ranges, control, known=()):
     """How far from a change that was read lie others that explain a pair of pictures as well.
 
     Tried are places along every number, along the combinations of numbers that A's own pixels feel least, and where the
     picture repeats itself; those that fit nearly as well are improved by Gauss-Newton steps.
-    reference, target: PIL pictures of one size. names: what the numbers of `control` (d,), which was read, are called.
-    sought: those of `names` that were not known; None: all.
+    reference, target: PIL pictures of one size. ranges: {name: (low, high)} of the numbers of `control` (d,), which was
+    read. known: names of those that were given.
     Returns: (d,) the largest distances, in the numbers' units; 0 if none is far away, and for names not in CHANGES.
     """
     first, second = (torch.from_numpy(np.asarray(p.convert("L"), np.float32) / 255) for p in (reference, target))
-    read, unit = dict(zip(names, control.tolist())), torch.eye(len(CHANGES), dtype=torch.float64)
+    read, unit = dict(zip(ranges, control.tolist())), torch.eye(len(CHANGES), dtype=torch.float64)
     at = torch.tensor([read.get(name, none) for name, none in NO_CHANGE.items()], dtype=torch.float64)
     at = at.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom is a ratio
-    low, high = torch.tensor([bounds for _, *bounds, _ in CHANGES.values()], dtype=torch.float64).T
-    width = (high - low) * torch.tensor([name in (names if sought is None else sought) for name in CHANGES])
+    free = {name: bounds for name, bounds in ranges.items() if name not in known}
+    bounds = [free.get(name, (none, none)) for name, none in NO_CHANGE.items()]
+    low, high = torch.tensor(bounds, dtype=torch.float64).T
+    width = high - low
     _, jacobian = linearize(first, second, at[None], width)
     directions = torch.cat([unit, torch.linalg.eigh(jacobian[0] @ jacobian[0].T).eigenvectors.T])
     directions = directions / directions.abs().amax(1, keepdim=True)
@@ -117,7 +121,7 @@ def as_likely(reference, target, names, control, sought=None):
     distances, least = (others - at).abs(), torch.tensor([LEAST.get(name, REACH[0]) for name in CHANGES])
     away = ((distances >= 0.99 * least * width) & (width > 0)).any(1)
     far = dict(zip(CHANGES, (distances * ((worse <= AS_GOOD) & away)[:, None]).amax(0).tolist()))
-    return torch.tensor([far.get(name, 0.0) for name in names], dtype=torch.float64)
+    return torch.tensor([far.get(name, 0.0) for name in ranges], dtype=torch.float64)
 
 
 def linearize(reference, target, change, width):

@@ -12,6 +12,7 @@ from cldm.model import CALIBRATED
 from cldm.objectives import DenoisingObjective, MotionObjective, SamplingObjective
 from cldm.solvers import Solution, adam, levenberg_marquardt, sgd
 from ldm.files import find_path, write_whole
+from ldm.settings import InputError
 
 MARGIN = 0.35  # how far beyond the trained range is searched, as a share of it
 PROBES = 8  # points tried for one number, with one draw of noise, at least; for several, six times as many
@@ -33,8 +34,6 @@ CALIBRATION_STEPS = 16  # of DDIM, to learn how well the model draws them
 PROFILED = 6  # pictures whose loss is looked at along every number, to learn how many probes it takes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at the most, and in the narrowest valley
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of the loss over a number's range; half the points where there are several
-
-SOLVERS = ("lm", "sgd", "adam")
 
 
 @dataclass
@@ -195,17 +194,25 @@ def profile(model, control, target_latents, embeddings, reference=None, seed=0):
     return points, losses.view(points.shape[:-1]), here
 
 
-def find_lower(config, control, points, losses, here):
-    """Returns: (B, d), the lowest place of a profile that lies below a control and away from it; else the control."""
+def find_lower(config, control, points, losses, here, sought):
+    """sought: (d,) bool, along which numbers a profile counts.
+
+    Returns: (B, d), the lowest place of a profile that lies below a control and away from it; else the control.
+    """
     low, high = search_bounds(config)
     away = ((points - control[:, None, None]).abs() / (high - low).to(points) > SAME).any(-1)
-    losses = losses.masked_fill(~away, torch.inf).flatten(1)
+    losses = losses.masked_fill(~(away & sought[:, None]), torch.inf).flatten(1)
     lowest = points.flatten(1, 2)[range(len(control)), losses.argmin(1)]
     return torch.where((losses.amin(1) < here)[:, None], lowest, control)
 
 
 def search_bounds(config):
-    """Returns: low, high, each (d,): the trained range and MARGIN of it on either side."""
+    """Returns: low, high, each (d,): the trained range and MARGIN of it on either side.
+
+    Raises: InputError if there is none.
+    """
+    if config.control_low is None:
+        raise InputError("this control was never trained, so its range is not known: run tutorial_train.py")
     bounds = (config.control_low, config.control_high, config.control_std)
     low, high, std = (torch.tensor(own, dtype=torch.float64) for own in bounds)
     margin = MARGIN * torch.where(high > low, high - low, std)
@@ -294,7 +301,7 @@ def find_valleys(points, losses):
 
 
 def solve(solver, objective, control, targets, low, high, unit, **options):
-    """Run a solver of SOLVERS from control (P, d), each for one of the targets (P,). Returns: Solution."""
+    """Run a solver, lm, sgd or adam, from control (P, d), each for one of the targets (P,). Returns: Solution."""
     if solver == "lm":
         return levenberg_marquardt(objective, control, targets, low, high, **options)
     last = {}

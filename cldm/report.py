@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
+from cldm.evidence import NO_EFFECT
 from cldm.objectives import draw_noise
 from cldm.reading import CALIBRATION
 from ldm.ddim import ddim_timesteps
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
-NO_EFFECT = 0.25  # a number that may lie further away than this share of its range is not shown
 GRID_SUBJECTS, GRID_CONTROLS, GRID_PICTURES, GRID_STEPS = 12, 5, 24, 16
 GRID_SIDE = 160  # pixels of a picture in a grid, at most
 LEAST_PSNR = 20  # dB, between pictures and what the VAE makes of them
@@ -117,6 +117,7 @@ def describe_reading(config, reading, i, row, seed):
         "seed": seed,
     }
     if row.control is not None:
+        result["source"] = list(row.control)
         result["error"] = number([found - true for found, true in zip(control, row.control)])
     return result
 

@@ -98,13 +98,14 @@ def test_a_killed_run_goes_on(arguments, targets, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "draws=4", "prompts", "no settings", "weights", "picture", "binary", "a key"]
+    "change", ["seed=1", "draws=4", "prompts", "sources", "no settings", "weights", "picture", "binary", "a key"]
 )
 def test_results_of_another_run_are_kept(arguments, targets, picture, tmp_path, fails_in_one_line, change):
     run(*arguments, targets)
     if change == "weights":  # in a folder of the control
-        (tmp_path / "control" / "more").mkdir()
-        (tmp_path / "control" / "more" / "weights").write_text("other")
+        model = load_model(tmp_path / "control")
+        model.control_net.conv_in.bias.data += 1
+        save_model(model, tmp_path / "control")
     if change == "picture":
         Image.open(picture).rotate(90).save(picture)
     if change == "binary":
@@ -114,9 +115,11 @@ def test_results_of_another_run_are_kept(arguments, targets, picture, tmp_path, 
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     if change == "no settings":
         (tmp_path / "out" / "settings.yaml").unlink()
+    file = tmp_path / "targets.json"
     if change == "prompts":
-        file = tmp_path / "targets.json"
         file.write_text(file.read_text().replace("a cup 2", "a cat"))
+    if change == "sources":
+        file.write_text(file.read_text().replace('"source": 1', '"source": 9'))
     line = fails_in_one_line(invert.main, invert.settings, [*arguments, targets, *([change] if "=" in change else [])])
     assert "results.jsonl" in line and (tmp_path / "out" / "results.jsonl").read_bytes() == before
 
@@ -196,6 +199,34 @@ def test_without_calibration_there_are_no_bars(one, tmp_path, capsys):
     assert result["std"] is result["interval90"] is result["covariance"] is None and "uncalibrated" in result["flags"]
     printed = capsys.readouterr().out
     assert "±" not in printed and "uncalibrated: this control was never calibrated" in printed
+
+
+@pytest.mark.parametrize(
+    "targets, message",
+    [("*.jpg", "not there, nor does a picture match it"), ("picture.png", "a picture, which target_image_path takes")],
+)
+def test_targets_that_are_none_are_named(one, arguments, tmp_path, fails_in_one_line, targets, message):
+    line = fails_in_one_line(
+        invert.main, invert.settings, [*arguments, f"targets={tmp_path / targets}", "prompt=a cup"]
+    )
+    assert message in line
+
+
+def test_a_lower_place_is_read_again_and_nothing_known_is_lost(one, tmp_path, monkeypatch):
+    starts = []
+
+    def read(*inputs, start=None, **how):
+        starts.append(start)
+        reading = read_controls(*inputs, start=start, **how)
+        reading.others = [[[0.25]]]
+        return reading
+
+    monkeypatch.setattr(invert, "read_controls", read)
+    monkeypatch.setattr(invert, "find_lower", lambda config, control, *_: control + 0.5)
+    run(*one)
+    assert starts[0] is None and starts[1].shape == (1, 3, 1)
+    control, lower, other = starts[1].flatten().tolist()
+    assert lower == pytest.approx(control + 0.5) and other == 0.25
 
 
 def test_two_runs_do_not_share_a_folder(one, tmp_path, fails_in_one_line):

@@ -286,8 +286,9 @@ def test_a_lower_place_in_the_profile_is_found(trained):
     control = torch.tensor([[1.0], [1.0], [1.0]]).double()
     points = torch.tensor([0.0, 1.1, 3.0]).double().expand(3, 1, 3)[..., None]
     losses = torch.tensor([[[5.0, 1.0, 2.0]], [[5.0, 1.0, 3.5]], [[5.0, 1.0, 2.0]]])
-    lower = find_lower(config, control, points, losses, torch.tensor([3.0, 3.0, 1.5]))
-    assert lower.tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley that was found
+    found = (config, control, points, losses, torch.tensor([3.0, 3.0, 1.5]))
+    assert find_lower(*found, torch.tensor([True])).tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley found
+    assert find_lower(*found, torch.tensor([False])).tolist() == control.tolist()
 
 
 def test_large_numbers_keep_their_digits(trained, explained, normal):
