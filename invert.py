@@ -156,9 +156,8 @@ def find_rows(s, uses_reference):
     if files := [] if path.exists() else sorted(glob.glob(os.path.expanduser(s.targets))):
         return [Row(None, Path(file), s.prompt, reference) for file in files]
     if not path.exists() or path.suffix.lower() in SUFFIXES:
-        found = (
-            "a picture, which target_image_path takes" if path.exists() else "not there, nor does a picture match it"
-        )
+        there = path.exists()
+        found = "a picture, which target_image_path takes" if there else "not there, nor does a picture match it"
         raise InputError(f"targets {s.targets}: {found}; expected a folder, a glob or a prompt.json")
     check_used(
         s, {"prompt": "", "input_image_path": ""}, "with targets, whose rows say it", "prompt", "input_image_path"
@@ -207,9 +206,8 @@ def resume(out_dir, s, rows, model):
     """Returns: the lines of out_dir/results.jsonl that a killed run of the same model, settings and pictures left."""
     own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures", "save_memory", "device")}
     folder = find_path(s.model_path)
-    files = [
-        file for file in folder.iterdir() if file.suffix in (".json", ".yaml", ".safetensors") or file.name == "unet"
-    ]
+    kinds = (".json", ".yaml", ".safetensors")
+    files = [file for file in folder.iterdir() if file.suffix in kinds or file.name == "unet"]
     own["sha256"] = digest([*sorted(files), find_path(model.config.base)])
     own = json.dumps(own, indent=1)
     file, settings_file = out_dir / "results.jsonl", out_dir / "settings.yaml"

@@ -494,4 +494,4 @@ def test_a_control_is_calibrated_anew(control_folder, write_dataset, capsys, fai
     assert "error bars come from 1 validation picture(s)" in capsys.readouterr().out
     write_dataset([[1, 2], [3, 4]])
     line = fails_in_one_line(lambda s: tool_calibrate.main(s, [str(control_folder)]), tool_calibrate.settings, [data])
-    assert "not what" in line and "reads (control)" in line
+    assert "not what" in line and "reads, control from [0.0] to [7.0]" in line
