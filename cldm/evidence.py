@@ -18,7 +18,7 @@ from cldm.pairs import CHANGES, NO_CHANGE
 AS_GOOD = 0.2  # of the logarithm of the mean squared difference: a fit worse by less is as good
 GREY_LEVEL = 2 / 255  # differences of that size are no evidence, but resampling
 REACH = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # how far from what was read is looked, as shares of a number's range
-NO_EFFECT = 0.3  # of a range: a number that may lie further away is not shown at all
+NOT_SHOWN = 0.3  # of a range: a number that may lie further away is not shown at all
 LEAST = {"blur": 0.75}  # of numbers whose lesser changes a mean square hardly tells apart
 BEYOND = 0.35  # of a number's range, on either side, where others may lie
 NEARLY, IMPROVED, STEPS = 3.0, 24, 2  # a fit worse by less is improved, so many at the most, by so many steps
@@ -74,7 +74,7 @@ def check_evidence(reading, pictures, config, known=()):
     for i, (target, reference) in enumerate(pictures):
         reach[i] = as_likely(reference, target, ranges, reading.control[i], known)
     width = reach.new_tensor(config.control_high) - reach.new_tensor(config.control_low)
-    flags = [own + ["no_effect"] * bool(far.any()) for own, far in zip(reading.flags, reach > NO_EFFECT * width)]
+    flags = [own + ["no_effect"] * bool(far.any()) for own, far in zip(reading.flags, reach > NOT_SHOWN * width)]
     return replace(reading, reach=reach, flags=flags)
 
 

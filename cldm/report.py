@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
-from cldm.evidence import NO_EFFECT
+from cldm.evidence import NOT_SHOWN
 from cldm.objectives import draw_noise
 from cldm.reading import CALIBRATION
 from ldm.ddim import ddim_timesteps
@@ -89,7 +89,7 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
 def no_effect(config, reading, i):
     """Returns: the names of the numbers of target i that its pictures do not show."""
     ranges = zip(config.control_names, config.control_low, config.control_high, reading.reach[i].tolist())
-    return [name for name, low, high, far in ranges if far > NO_EFFECT * (high - low)]
+    return [name for name, low, high, far in ranges if far > NOT_SHOWN * (high - low)]
 
 
 def describe_reading(config, reading, i, row, seed):
