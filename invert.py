@@ -53,7 +53,6 @@ from tqdm import tqdm
 
 from cldm.dataset import Row, parse_control, read_rows, recognize_prompt
 from cldm.evidence import check_evidence
-from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.pairs import SUFFIXES, list_pictures
 from cldm.reading import FLAGS, find_lower, profile, read_controls
@@ -192,16 +191,6 @@ def check(s, model, rows):
             raise InputError(f"{s.targets}, {row.target}: the model takes {expected}, got {row.control}")
 
 
-def tell_memory(s, model, targets):
-    """Print what reading some targets at once will need, and what would help if there is less."""
-    estimate = Estimate(model)
-    remedies = {
-        "save_memory=true": lambda: estimate.reading(targets, s.draws, True),
-        "save_memory=true batch_size=1": lambda: estimate.reading(1, s.draws, True),
-    }
-    estimate.announce(estimate.reading(targets, s.draws, s.save_memory), remedies)
-
-
 def resume(out_dir, s, rows, model):
     """Returns: the lines of out_dir/results.jsonl that a killed run of the same model, settings and pictures left."""
     own = {key: s[key] for key in s if key not in ("out_dir", "batch_size", "figures", "save_memory", "device")}
@@ -305,7 +294,6 @@ def main(s):
         check(s, model, rows)
         sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
         unlike = tell_fit(sizes, model.config.image_size)
-        tell_memory(s, model, min(s.batch_size, len(rows)))
         if s.targets:
             read_many(model, s, rows, unlike, out_dir)
         else:

@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 from cldm.dataset import parse_control, recognize_prompt
 from cldm.inversion import invert_by_sampling
-from cldm.memory import Estimate
 from cldm.model import load_model
 from cldm.reading import FLAGS
 from cldm.report import save_inversion
@@ -54,21 +53,6 @@ def complete(s, model, script):
     check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1))
     check_numbers(s, learning_rate=(1e-6, math.inf), scale=(0, math.inf), strength=(0, math.inf))
-
-
-def tell_memory(s, model):
-    """Print what an inversion will need, and what would help if there is less."""
-    estimate = Estimate(model)
-    steps = max(s.ddim_steps, s.get("warm_steps") or 0)
-
-    def need(num_samples, save_memory):
-        return estimate.sampling(num_samples, steps, s.scale != 1, save_memory)
-
-    remedies = {
-        "save_memory=true": lambda: need(s.num_samples, True),
-        "save_memory=true num_samples=1": lambda: need(1, True),
-    }
-    estimate.announce(need(s.num_samples, s.save_memory), remedies)
 
 
 def infer(model, s, input_pictures, target_pictures, control, script="test5"):
@@ -132,7 +116,6 @@ def main(s, script="test5"):
     if (model.config.sampling.scale if s.scale is None else s.scale) == 1:
         check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
     complete(s, model, script)
-    tell_memory(s, model)
     result = infer(model, s, pictures[:1], pictures[1:], control, script)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config

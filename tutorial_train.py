@@ -55,7 +55,6 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from cldm.dataset import ControlDataset, TrainingOrder, read_control_names, split_rows
-from cldm.memory import Estimate, checkpointing
 from cldm.model import add_control, control_folder, fit_statistics, load_base, load_model
 from cldm.pairs import CHANGES, FreshPairs, check_photos, choose_changes, draw_change
 from cldm.reading import calibrate
@@ -66,6 +65,7 @@ from cldm.training import (
     ControlTraining,
     Progress,
     SaveBestAndLast,
+    checkpointing,
     digest_weights,
     find_checkpoint,
     stoppable,
@@ -162,17 +162,6 @@ def describe_run(s, model, precision, digests):
     }
 
 
-def tell_memory(s, model, trainer):
-    """Print what the training will need on one device, and what would help if there is less."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(trainer.precision)
-    estimate = Estimate(model, trainer.strategy.root_device)
-    remedies = {
-        "save_memory=true": lambda: estimate.training(s.batch_size, dtype, True),
-        "save_memory=true batch_size=1": lambda: estimate.training(1, dtype, True),
-    }
-    estimate.announce(estimate.training(s.batch_size, dtype, s.save_memory), remedies)
-
-
 def main(s):
     whole = (1, math.inf)
     check_numbers(s, int, batch_size=whole, max_steps=whole, logger_freq=whole, seed=(0, 2**32 - 1))
@@ -245,7 +234,6 @@ def train_control(s, out_dir, stop):
     resume_file, step = find_checkpoint(out_dir, module)
     order = TrainingOrder(None if s.pairs else len(train), s.max_steps * s.batch_size, s.seed)
     order.first, order.rank, order.processes = step * s.batch_size, trainer.global_rank, trainer.world_size
-    tell_memory(s, module.model, trainer)
     validation_batches = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
         batches = DataLoader(train, s.batch_size, sampler=order)

@@ -41,10 +41,9 @@ import invert
 import test5_s1
 import tool_add_control
 import tutorial_train
-from cldm.memory import GIB, checkpointing
 from cldm.model import load_model
 from cldm.objectives import SamplingObjective
-from cldm.training import ControlTraining
+from cldm.training import ControlTraining, checkpointing
 from ldm.base import LatentDiffusion
 from ldm.files import ROOT, output_folder, report_folder, write_whole
 from tests.original_layout import original_weights
@@ -151,7 +150,7 @@ def measure(function, arguments, limit):
     process.start()
     peak, watched = 0, psutil.Process(process.pid)
     while process.is_alive() and peak <= limit:
-        peak = max(peak, watched.memory_info().rss / GIB)
+        peak = max(peak, watched.memory_info().rss / 2**30)
         process.join(0.05)
     process.kill()
     return (receiver.recv() if receiver.poll() else None), peak

@@ -25,6 +25,17 @@ TOLD_EVERY = 30  # seconds between lines on how far training is, where nobody wa
 FLAT = 0.02  # a change of val_loss by less than this share of it is none
 
 
+@contextmanager
+def checkpointing(model, enabled):
+    """While open, and if enabled, gradients through a ControlLDM recompute activations block by block."""
+    networks = (model.base.unet, model.control_net) if enabled else ()
+    for network in networks:
+        network.enable_gradient_checkpointing()
+    yield
+    for network in networks:
+        network.disable_gradient_checkpointing()
+
+
 class ControlTraining(pl.LightningModule):
     """The denoising loss of a ControlLDM, its base frozen (sd_locked) or with the UNet's decoder trained too.
 

@@ -94,6 +94,11 @@ def write_yaml(values, path):
     Path(path).write_text(yaml.dump(Settings(values), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
 
 
+# How torch says, on a GPU and on a CPU, that memory ran out; and the settings that need least of it.
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
+LEAST_MEMORY = {"save_memory": "true", "batch_size": 1, "num_samples": 1, "draws": 4}
+
+
 def nearest(name, names):
     """Returns: ' (did you mean "x"?)' for the closest of `names`, or a list of them when none is close."""
     close = difflib.get_close_matches(name, names, 1)
@@ -309,3 +314,8 @@ def run_script(main, settings, arguments=None, *, paths=(), resume=""):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
             raise
         _fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror})")
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        less = [f"{key}={least}" for key, least in LEAST_MEMORY.items() if key in settings]
+        _fail(f"out of memory; the least is needed with {' '.join(less) or 'smaller pictures'}")

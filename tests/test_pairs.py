@@ -279,7 +279,6 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
 @pytest.fixture
 def train(base_yaml, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pairs."""
-    monkeypatch.setattr(tutorial_train, "tell_memory", lambda *_: None)
     monkeypatch.setattr("cldm.report.GRID_STEPS", 2)
     write_yaml(read_yaml(base_yaml) | {"reference": True}, tmp_path / "pair.yaml")
 
@@ -298,7 +297,6 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     monkeypatch.setattr("cldm.pairs.POOL", 4)
     monkeypatch.setattr(tutorial_train, "VALIDATION_PAIRS", 6)
     monkeypatch.setattr("cldm.reading.CALIBRATION", 2)
-    monkeypatch.setattr(invert, "tell_memory", lambda *_: None)
     controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
     with monkeypatch.context() as patched:
         patched.setattr(tutorial_train, "calibrate", lambda *_: None)

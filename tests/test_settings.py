@@ -306,6 +306,22 @@ class TestRunScript:
 
         assert fails_in_one_line(main, {}, []) == "error: a.txt: cannot be written (No space left on device)"
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 16 bytes."),
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 16 bytes."),
+            MemoryError(),
+        ],
+    )
+    def test_what_does_not_fit_into_memory_is_one_line_with_its_remedy(self, error, fails_in_one_line):
+        def main(s):
+            raise error
+
+        line = fails_in_one_line(main, dict(save_memory=False, draws=8, seed=0), [])
+        assert line.startswith("error: out of memory") and "save_memory=true draws=4" in line
+
     @pytest.mark.parametrize("encoding", ["ascii", "cp866", "utf-8"])
     def test_any_console_can_show_what_is_printed(self, monkeypatch, encoding):
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
