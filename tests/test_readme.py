@@ -1,4 +1,4 @@
-"""What README.md says can be typed: every command names a script and settings that there are; its Python runs."""
+"""What the documents say can be typed: commands name scripts and settings, links lead somewhere, Python runs."""
 
 import re
 import shlex
@@ -9,10 +9,11 @@ import torch
 from ldm.files import ROOT
 from ldm.settings import override, read_settings, split_arguments
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^ *```(\w*)\n(.*?)^ *```", README, re.S | re.M)
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
+TEXTS = {file: file.read_text(encoding="utf-8") for file in FILES}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.S | re.M)]
 TYPED = [line for kind, block in BLOCKS if not kind for line in block.replace("\\\n", " ").split("\n")]
-SAID = [" ".join(code.split()) for code in re.findall(r"(?<!`)`(python [^`]+)`", README)]
+SAID = [" ".join(code.split()) for text in TEXTS.values() for code in re.findall(r"(?<!`)`(python [^`]+)`", text)]
 COMMANDS = sorted({line.split("  #")[0].strip() for line in TYPED + SAID if line.strip().startswith("python ")})
 PATHS = {"tool_add_control.py": 2, "tool_export_control.py": 2, "tool_calibrate.py": 1}
 PLACEHOLDERS = ("SCRIPT", "…")
@@ -31,11 +32,31 @@ def test_a_command_can_be_typed(command):
     names = ["PATH"] * PATHS.get(script, 0)
     paths, given = split_arguments([a for a in arguments if a not in PLACEHOLDERS], settings, names)
     override(settings, given)
-    shipped = [value for value in [*paths, *(a.partition("=")[2] for a in given)] if value.startswith("models/control")]
+    shipped = [value for value in [*paths, *(a.partition("=")[2] for a in given)] if value.startswith("models/")]
     assert all((ROOT / path).exists() or path.endswith("_ini") for path in shipped)
 
 
-def test_the_python_of_the_last_snippet_runs():
+def anchors(text):
+    """Returns: the names under which headings can be linked to."""
+    return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(file):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[file]):
+        path, _, anchor = link.partition("#")
+        if not link.startswith("http"):
+            target = (file.parent / path).resolve() if path else file
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_is_short():
+    text = TEXTS[ROOT / "README.md"]
+    assert len(text.encode()) <= 10_000 and text.count("\n") <= 180
+
+
+def test_the_python_of_the_readme_runs():
     (snippet,) = (block for kind, block in BLOCKS if kind == "python" and "load_model" in block)
     inputs = dict(latents=torch.zeros(1, 4, 32, 32), timesteps=500, control=torch.tensor([[2.0]]))
     with torch.no_grad():
