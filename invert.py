@@ -56,7 +56,7 @@ from cldm.evidence import check_evidence
 from cldm.model import load_model
 from cldm.pairs import SUFFIXES, list_pictures
 from cldm.reading import FLAGS, find_lower, profile, read_controls
-from cldm.report import describe_reading, draw_reading
+from cldm.report import describe_reading, draw_pictures, draw_reading
 from ldm.files import digest, find_path, lock_folder, report_folder, write_whole
 from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
 
@@ -107,8 +107,9 @@ def read_rows_at_once(model, s, rows, unlike, out_dir, figures):
 
     def save_figure(i):
         one = slice(i, i + 1)
-        shown = (latents[one], None if reference is None else reference[one]), embeddings[one]
-        figure = draw_reading(model, reading, profiles, i, rows[i], pictures[i], *shown, s.seed)
+        given = latents[one], embeddings[one], reading.control[one], None if reference is None else reference[one]
+        shown = *pictures[i], *draw_pictures(model, *given, s.seed)
+        figure = draw_reading(model.control_net.config, reading, i, profiles, rows[i], shown)
         write_whole(out_dir / figures[i], partial(figure.savefig, format="png", dpi=100))
 
     return reading, save_figure

@@ -19,10 +19,10 @@ if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
 from cldm.dataset import ControlDataset
+from cldm.logger import tell_bars
 from cldm.model import MOST_PROMPTS, load_model
 from cldm.pairs import FreshPairs, choose_changes
 from cldm.reading import calibrate, search_bounds
-from cldm.report import tell_bars
 from ldm.files import check_writable, find_path
 from tutorial_train import VALIDATION_PAIRS, read_data
 

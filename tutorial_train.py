@@ -55,15 +55,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from cldm.dataset import ControlDataset, TrainingOrder, read_control_names, split_rows
+from cldm.logger import PictureLogger, Progress, describe_data, tell_bars
 from cldm.model import add_control, control_folder, fit_statistics, load_base, load_model
 from cldm.pairs import CHANGES, FreshPairs, check_photos, choose_changes, draw_change
 from cldm.reading import calibrate
-from cldm.report import PictureLogger, describe_data, tell_bars
 from cldm.training import (
     PRECISIONS,
     RESUME_FILE,
     ControlTraining,
-    Progress,
     SaveBestAndLast,
     checkpointing,
     digest_weights,

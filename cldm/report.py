@@ -1,27 +1,21 @@
-"""What people look at: grids of pictures during training, result.json and figure.png of an inversion."""
+"""What inference leaves: result.json, lines of results.jsonl, and figure.png."""
 
-import itertools
 import json
 import textwrap
 from pathlib import Path
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
 
 from cldm.evidence import NOT_SHOWN
 from cldm.objectives import draw_noise
-from cldm.reading import CALIBRATION
 from ldm.ddim import ddim_timesteps
 from ldm.files import write_whole
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
+from ldm.pictures import tensor_to_pictures
 
-GRID_SUBJECTS, GRID_CONTROLS, GRID_PICTURES, GRID_STEPS = 12, 5, 24, 16
-GRID_SIDE = 160  # pixels of a picture in a grid, at most
-LEAST_PSNR = 20  # dB, between pictures and what the VAE makes of them
+DRAWN_STEPS = 16  # of DDIM, for pictures that are only looked at
 
 
 def number(values):
@@ -29,9 +23,40 @@ def number(values):
     return values[0] if len(values) == 1 else values
 
 
+def plain(text):
+    """Returns: the text, escaped so that matplotlib reads no formula in it."""
+    return text.replace("$", r"\$")
+
+
+@torch.no_grad()
+def draw_pictures(model, start, embeddings, control, reference=None, seed=0):
+    """Generate pictures to look at, all from the same noise.
+
+    start, reference: (B, C, h, w) latents. embeddings: (B, 77, D). control: (B, d). Returns: list of B PIL pictures.
+    """
+    timesteps = ddim_timesteps(model.base.scheduler, DRAWN_STEPS)
+    first, *noise = draw_noise(start.shape, DRAWN_STEPS + 1, seed, start.device)
+    noisy = model.base.scheduler.add_noise(start, first.expand_as(start), timesteps[:1])
+    drawn = model.generate(noisy, timesteps, embeddings, control, reference=reference, eta=1.0, noise=noise)
+    return tensor_to_pictures(model.base.decode(drawn))
+
+
+def show_panels(figure, panels):
+    """Show {title: PIL picture or (H, W) array} side by side. Returns: the last one's matplotlib image and axes."""
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items()):
+        image = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
+        axes.set_title(plain(title), fontsize=10)
+        axes.axis("off")
+    return image, axes
+
+
+def difference(first, second):
+    """Returns: the mean absolute difference of two PIL pictures over their channels, (H, W)."""
+    return np.abs(np.asarray(first, float) - np.asarray(second, float)).mean(2)
+
+
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
     """Write result.json and figure.png of the inversion of one target (B = 1) to the folder out_dir."""
-
     report = {
         "control": number(result.control[0].tolist()),
         "start": number(result.start[0].tolist()),
@@ -50,35 +75,30 @@ def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
 
 
 def draw_inversion(config, result, input_picture, first, last, target_picture):
-    """Returns: a matplotlib Figure: the pictures above, loss and control over the iterations below."""
-
-    names, units = (list(map(plain, texts)) for texts in (config.control_names, config.control_units))
+    """Returns: a matplotlib Figure, the pictures above, loss and control over the iterations below."""
+    numbers = list(zip(config.control_names, config.control_units))
 
     def describe(control):
-        values = zip(names, control.tolist(), units)
-        return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for name, value, unit in values)
+        return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for (name, unit), value in zip(numbers, control))
 
-    difference = np.abs(np.asarray(last, float) - np.asarray(target_picture, float)).mean(2)
+    missed = difference(last, target_picture)
     figure = Figure(figsize=(13, 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     panels = {
         "input": input_picture,
-        f"first generation\n{describe(result.start[0])}": first,
-        f"final generation\n{describe(result.control[0])}": last,
+        f"first generation\n{describe(result.start[0].tolist())}": first,
+        f"final generation\n{describe(result.control[0].tolist())}": last,
         "target": target_picture,
-        f"final − target\nmean {difference.mean():.1f} of 255": difference,
+        f"final − target\nmean {missed.mean():.1f} of 255": missed,
     }
-    for axes, (title, picture) in zip(above.subplots(1, len(panels)), panels.items()):
-        axes.imshow(picture, cmap="magma", vmin=0, vmax=255)
-        axes.set_title(title, fontsize=10)
-        axes.axis("off")
+    show_panels(above, panels)
     loss_axes, control_axes = below.subplots(1, 2)
     iterations = range(1, len(result.history) + 1)
     loss_axes.semilogy(iterations, [entry["loss"][0] for entry in result.history], color="tab:red")
     loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
-    for i, (name, unit) in enumerate(zip(names, units)):
+    for i, (name, unit) in enumerate(numbers):
         values = [entry["control"][0][i] for entry in result.history]
-        control_axes.plot(iterations, values, label=f"{name} ({unit})" if unit else name)
+        control_axes.plot(iterations, values, label=plain(f"{name} ({unit})" if unit else name))
     control_axes.set(xlabel="iteration", ylabel="control")
     control_axes.legend()
     for axes in (loss_axes, control_axes):
@@ -122,34 +142,24 @@ def describe_reading(config, reading, i, row, seed):
     return result
 
 
-@torch.no_grad()
-def draw_reading(model, reading, profiles, i, row, pictures, latents, embeddings, seed):
-    """Returns: a matplotlib Figure: target i, the generation at its control, their difference; the loss over the range.
+def draw_reading(config, reading, i, profiles, row, pictures):
+    """Returns: a matplotlib Figure, the pictures of target i above, the loss over every number's range below.
 
-    profiles: as reading.profile has them. pictures: PIL, of the target and of what it is a change from, or None.
-    latents: (1, C, h, w) of both. embeddings: (1, 77, D), its prompt's.
+    profiles: as reading.profile returns them. pictures: PIL, the target, its reference or None, and what the model
+    draws at the control that was read.
     """
-    config, control, (picture, reference) = model.control_net.config, reading.control[i], pictures
-    timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
-    noise = draw_noise(latents[0].shape, GRID_STEPS + 1, seed, latents[0].device)
-    start = model.base.scheduler.add_noise(latents[0], noise[0], timesteps[:1])
-    how = dict(reference=latents[1], eta=model.config.sampling.eta, noise=noise[1:])
-    drawn = model.generate(start, timesteps, embeddings, control[None], **how)
-    generated = tensor_to_pictures(model.base.decode(drawn))[0]
-    difference = np.abs(np.asarray(generated, float) - np.asarray(picture, float)).mean(2)
+    control, (target, reference, generated) = reading.control[i], pictures
+    missed = difference(generated, target)
     panels = {"A: reference": reference} if reference else {}
     panels |= {
-        plain(textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48)): picture,
+        textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48): target,
         "drawn at what was read": generated,
-        f"difference, mean {difference.mean():.1f} of 255": difference,
+        f"difference, mean {missed.mean():.1f} of 255": missed,
     }
     figure = Figure(figsize=(max(12, 2.6 * len(control)), 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    for axes, (title, panel) in zip(above.subplots(1, len(panels)), panels.items()):
-        shown = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
-        axes.set_title(title, fontsize=10)
-        axes.axis("off")
-    above.colorbar(shown, ax=axes, shrink=0.8)  # of the last, the difference
+    image, axes = show_panels(above, panels)
+    above.colorbar(image, ax=axes, shrink=0.8)  # of the difference
     for k, axes in enumerate(below.subplots(1, len(control), squeeze=False)[0]):
         name, unit = plain(config.control_names[k]), plain(config.control_units[k])
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
@@ -167,137 +177,3 @@ def draw_reading(model, reading, profiles, i, row, pictures, latents, embeddings
     below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
     return figure
-
-
-def plain(text):
-    """Returns: a text in which matplotlib finds no formula."""
-    return text.replace("$", r"\$")
-
-
-def describe_data(controls, names, units, prompts, drawn):
-    """Returns: lines that tell what a control is trained on.
-
-    controls: (N, d) numbers. names, units: d texts. prompts: of all rows. drawn: whether controls are drawn at random.
-    """
-    lines = []
-    for name, unit, values in zip(names, units, zip(*controls)):
-        lines.append(f"{name}: {min(values):.10g} to {max(values):.10g} {unit}".rstrip())
-        lines[-1] += ", drawn at random" if drawn else f", {len({*values})} values"
-    texts = sorted(set(prompts))
-    if texts != [""]:
-        shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
-        lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")
-    return lines
-
-
-def tell_bars(dataset, seen):
-    """Returns: a line on what error bars were learned from. seen: whether it is what the control was trained on."""
-    count = min(CALIBRATION, len(dataset))
-    values = min(count, len(set(map(tuple, dataset.controls.tolist()))))
-    text = (
-        f"error bars come from {count} {'training' if seen else 'validation'} picture(s) of {values} different value(s)"
-    )
-    if seen:
-        return f"{text}: they are too narrow for new pictures; a validation.json would tell"
-    few = count < 10 or values < 3
-    return text + (
-        ": too few to rely on; 10 pictures of 3 values in validation.json, or more rows, would do" if few else ""
-    )
-
-
-class PictureLogger(pl.Callback):
-    """Every `every` steps, a row for every subject: targets, what the VAE makes of them, generations at their numbers.
-
-    To TensorBoard and a PNG in `folder`. batch: pictures drawn at once.
-    """
-
-    def __init__(self, dataset, folder, every, batch):
-        self.folder, self.every, self.batch = folder, every, batch
-        self.rows = [[dataset.rows[i] for i in own] for own in self.pick(dataset)]
-        items = [dataset[i] for own in self.pick(dataset) for i in own]
-        self.items = torch.utils.data.default_collate(items)
-
-    @staticmethod
-    def pick(dataset):
-        """Returns: for each of at most GRID_SUBJECTS prompts, indices of rows spread over its controls."""
-        subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
-        most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
-        picked = []
-        for subject in subjects:
-            own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
-            own.sort(key=lambda i: dataset.rows[i].control)
-            chosen = np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)
-            picked.append([own[i] for i in chosen])
-        return picked
-
-    @torch.no_grad()
-    def on_train_start(self, trainer, module):
-        if not trainer.is_global_zero:
-            return
-        base, latents = module.model.base, self.items["latents"]
-        size = latents.shape[-1] * base.downsampling
-        self.targets = [fit_picture(load_picture(row.target), size) for row in itertools.chain(*self.rows)]
-        decoded = torch.cat([base.decode(part.to(module.device)).cpu() for part in latents.split(self.batch)])
-        errors = (pictures_to_tensor(self.targets) - decoded.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
-        self.decoded, self.psnr = tensor_to_pictures(decoded), -10 * errors.clamp_min(1e-10).log10()
-        middle = self.psnr.median().item()
-        print(f"the base's own reconstruction of the pictures: {middle:.1f} dB (median of {len(self.psnr)})")
-        if middle < LEAST_PSNR:
-            print(
-                f"warning: below {LEAST_PSNR} dB the base hardly shows such pictures, and what it does not show is not "
-                "learned: see pictures/, and train another base (tool_train_base.py) or take a larger one"
-            )
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        step = trainer.global_step
-        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
-            return
-        drawn = []
-        for start in range(0, len(self.targets), self.batch):
-            drawn += self.draw(module.model, {k: v[start : start + self.batch] for k, v in self.items.items()})
-        picture = self.compose(module.model.control_net.config, drawn)
-        self.folder.mkdir(exist_ok=True)
-        write_whole(self.folder / f"{step:06d}.png", lambda file: picture.save(file, "png"))
-        if trainer.logger:
-            trainer.logger.experiment.add_image("target, VAE, generation", np.asarray(picture), step, dataformats="HWC")
-
-    @staticmethod
-    def draw(model, items):
-        """Returns: list of PIL pictures, generations at the items' controls, all from the same noise."""
-        device = model.base.device
-        latents, embeddings, control = (items[k].to(device) for k in ("latents", "embeddings", "control"))
-        timesteps = ddim_timesteps(model.base.scheduler, GRID_STEPS)
-        noise = draw_noise(latents.shape, GRID_STEPS + 1, 0, device)
-        start = model.base.scheduler.add_noise(torch.zeros_like(latents), noise[0].expand_as(latents), timesteps[:1])
-        eta = model.config.sampling.eta
-        reference = items["reference"].to(device) if "reference" in items else None
-        drawn = model.generate(start, timesteps, embeddings, control, reference=reference, eta=eta, noise=noise[1:])
-        return tensor_to_pictures(model.base.decode(drawn))
-
-    def compose(self, config, drawn):
-        """Returns: the PIL picture of all subjects, with their prompts and the numbers asked for."""
-        side, line = min(GRID_SIDE, self.targets[0].width), 14
-        ready, rows = zip(self.targets, self.decoded, drawn, self.psnr.tolist()), []
-        for own in self.rows:
-            cells = []
-            for row, (target, decoded, generated, psnr) in zip(own, ready):
-                panels = {"reference": fit_picture(load_picture(row.reference), side)} if row.reference else {}
-                panels |= {"target": target, f"VAE, {psnr:.0f} dB": decoded, "drawn": generated}
-                cell = Image.new("RGB", (len(panels) * side + 8, side + 2 * line + 4), "white")
-                values = zip(config.control_names, row.control, config.control_units)
-                text = ", ".join(f"{name} {value:.6g} {unit}".rstrip() for name, value, unit in values)
-                ImageDraw.Draw(cell).text((0, 0), text, "black")
-                for k, (name, panel) in enumerate(panels.items()):
-                    ImageDraw.Draw(cell).text((k * side, line), name, "gray")
-                    cell.paste(fit_picture(panel, side), (k * side, 2 * line))
-                cells.append(cell)
-            strip = Image.new("RGB", (sum(cell.width for cell in cells), cells[0].height + line), "white")
-            ImageDraw.Draw(strip).text((0, 0), own[0].prompt, "black")
-            for k, cell in enumerate(cells):
-                strip.paste(cell, (k * cell.width, line))
-            rows.append(strip)
-        whole = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
-        for k, row in enumerate(rows):
-            whole.paste(row, (0, k * row.height))
-        return whole

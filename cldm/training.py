@@ -4,8 +4,6 @@ import hashlib
 import math
 import signal
 import sys
-import time
-from collections import deque
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
@@ -21,7 +19,6 @@ from ldm.settings import InputError
 RESUME_FILE = "resume.ckpt"
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # the others would round the controls, or the noise levels
 VALIDATION_TIMESTEPS = 4  # noise levels that a validation picture is judged at, always the same
-TOLD_EVERY = 30  # seconds between lines on how far training is, where nobody watches
 FLAT = 0.02  # a change of val_loss by less than this share of it is none
 
 
@@ -304,30 +301,3 @@ class SaveBestAndLast(pl.Callback):
         if last < (1 - FLAT) * min(loss for _, loss in self.history[:-1]):
             return f"{text}it was still falling: more steps would help (max_steps)"
         return f"{text}it has levelled off"
-
-
-class Progress(pl.Callback):
-    """Tells on stdout how far training is: in place where someone watches, else a line every TOLD_EVERY seconds."""
-
-    def on_train_start(self, trainer, module):
-        self.began = self.told = time.monotonic()
-        self.first, self.losses = trainer.global_step, deque(maxlen=100)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
-        self.losses.append(module.loss)
-        now, watched = time.monotonic(), trainer.is_global_zero and sys.stdout.isatty()
-        last = trainer.global_step == trainer.max_steps and not trainer.val_dataloaders
-        if last or now - self.told > (1 if watched else TOLD_EVERY):
-            self.told = now
-            self.tell(trainer, end="\r" if watched else "\n")
-
-    def on_validation_end(self, trainer, module):
-        loss = trainer.callback_metrics["val_loss"].item()
-        self.tell(trainer, f", val_loss {loss:.4f}")
-
-    def tell(self, trainer, more="", end="\n"):
-        step, steps = trainer.global_step, trainer.max_steps
-        loss = torch.stack([*self.losses]).mean()
-        left = (time.monotonic() - self.began) / max(1, step - self.first) * (steps - step)
-        left = f", {left / 60:.0f} min left" if left > 90 else f", {left:.0f} s left"
-        print(f"step {step} of {steps}, loss {loss:.4f}{more}{left}".ljust(79), end=end, flush=True)

@@ -279,7 +279,7 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
 @pytest.fixture
 def train(base_yaml, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pairs."""
-    monkeypatch.setattr("cldm.report.GRID_STEPS", 2)
+    monkeypatch.setattr("cldm.report.DRAWN_STEPS", 2)
     write_yaml(read_yaml(base_yaml) | {"reference": True}, tmp_path / "pair.yaml")
 
     def run(*arguments):
