@@ -15,7 +15,6 @@ from ldm.settings import (
     check_kinds,
     check_numbers,
     check_used,
-    fill_settings,
     nearest,
     run_script,
 )
@@ -25,7 +24,7 @@ settings = dict(
     input_image_path="dataForTrain/demo/resultData/00000_reference.png",  # picture A, where the control is a change
     target_image_path="dataForTrain/demo/resultData/00000_target.png",  # picture B, or the only one
     prompt="",  # as in training; pairs need none
-    a_prompt=None,  # added to the prompt; None: as the model's YAML says
+    a_prompt=None,  # added to the prompt; None: as the base's YAML says
     known="",  # what need not be found: "zoom=1,exposure=0"
     targets="",  # many, in place of target_image_path: a folder, a glob like "photos/*.jpg", or a prompt.json
     out_dir="outputs/invert",
@@ -75,8 +74,9 @@ def encode(model, s, rows):
 
     targets, latents = load([row.target for row in rows])
     references, reference = load([row.reference for row in rows])
+    added = model.config.a_prompt if s.a_prompt is None else s.a_prompt
     prompts = [recognize_prompt(row.prompt, tuple(model.control_net.config.prompts or ())) for row in rows]
-    embeddings = model.base.embed([", ".join(filter(None, [prompt, s.a_prompt])) for prompt in prompts])
+    embeddings = model.base.embed([", ".join(filter(None, [prompt, added])) for prompt in prompts])
     return list(zip(targets, references)), latents, reference, embeddings
 
 
@@ -166,8 +166,7 @@ def find_rows(s, uses_reference):
 
 
 def check(s, model, rows):
-    """Fill in what the model's YAML says. Raises: InputError for a setting that cannot be."""
-    fill_settings(s, model.config)
+    """Raises: InputError for a setting that cannot be."""
     check_kinds(s, str, "a_prompt")
     check_kinds(s, bool, "figures")
     check_numbers(s, int, draws=(4, 1000), batch_size=(1, math.inf), seed=(0, 2**63 - 1))

@@ -4,24 +4,24 @@ Edit the settings and run `python test5.py`, or give them as key=value. Every we
 moves. Leaves result.json and figure.png in out_dir.
 """
 
-from ldm.settings import InputError, answer, check_kinds, check_numbers, check_used, fill_settings, run_script
+from ldm.settings import InputError, answer, check_kinds, check_numbers, check_used, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
     input_image_path="dataForTrain/resultData/astronaut_-4.png",
     target_image_path="dataForTrain/resultData/astronaut_+2.png",
     prompt="a photo of an astronaut in an orange suit",
-    a_prompt=None,  # added to the prompt; None, here and below: as the model's YAML says
-    n_prompt=None,  # what guidance leads away from
+    a_prompt=None,  # added to the prompt; None: as the base's YAML says
+    n_prompt=None,  # what guidance leads away from; None: as the base's YAML says
     control=[-4.0],  # where to start, in the dataset's units: one number, or as many as the model has
     ddim_steps=32,
-    num_samples=None,  # pictures drawn in every iteration, each from noise of its own; their losses are averaged
+    num_samples=4,  # pictures drawn in every iteration, each from noise of its own; their losses are averaged
     strength=1.0,  # factor on what the ControlNet adds
-    scale=None,  # of the guidance; 1: none
+    scale=1.0,  # of the guidance; 1: none
     seed=0,
-    eta=None,  # 0: deterministic DDIM; 1: fresh noise at every step
+    eta=1.0,  # 0: deterministic DDIM; 1: fresh noise at every step
     denoise_strength=1.0,  # how much of the input picture is noised away before it is drawn anew; 1: all
-    learning_rate=None,  # of plain SGD; None: as the YAML says, there null: found from the first gradient
+    learning_rate=None,  # of plain SGD; None: found from the first gradient
     iterations=100,  # at the most; ends earlier when the control has settled
     guess_mode=False,  # True: the control acts less the further out, and not on the negative prompt
     save_memory=False,  # True: the chain's activations are computed twice and not kept
@@ -45,9 +45,10 @@ from ldm.files import find_path, report_folder
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
 
 
-def complete(s, model, script):
-    """Fill in what the model's own settings say where `s` says None. Raises: InputError for what cannot be."""
-    fill_settings(s, model.config, model.config.sampling, model.config[script])
+def complete(s, model):
+    """Fill in the prompts that the base's YAML adds where `s` says None. Raises: InputError for what cannot be."""
+    for key in ("a_prompt", "n_prompt"):
+        s[key] = model.config[key] if s[key] is None else s[key]
     check_kinds(s, str, "a_prompt", "n_prompt")
     check_numbers(s, int, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
@@ -55,13 +56,13 @@ def complete(s, model, script):
     check_numbers(s, learning_rate=(1e-6, math.inf), scale=(0, math.inf), strength=(0, math.inf))
 
 
-def infer(model, s, input_pictures, target_pictures, control, script="test5"):
-    """Invert B targets (PIL pictures) of one prompt as the settings `s` say; None there is the model's own setting.
+def infer(model, s, input_pictures, target_pictures, control):
+    """Invert B targets (PIL pictures) of one prompt as the settings `s` say.
 
     control: (B, d), where to start.
     Returns: Inversion.
     """
-    complete(s, model, script)
+    complete(s, model)
     names = model.control_net.config.control_names
     if control.shape[1] != len(names):
         expected = f"{len(names)} number(s) ({', '.join(names)})"
@@ -102,7 +103,7 @@ def infer(model, s, input_pictures, target_pictures, control, script="test5"):
         )
 
 
-def main(s, script="test5"):
+def main(s):
     out_dir = report_folder(s.out_dir, "result.json", "history", "figure.png")
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     try:
@@ -113,10 +114,10 @@ def main(s, script="test5"):
     pictures = [load_picture(find_path(path)) for path in paths]
     tell_fit([[picture.size] for picture in pictures], model.config.image_size)
     pictures = [fit_picture(picture, model.config.image_size) for picture in pictures]
-    if (model.config.sampling.scale if s.scale is None else s.scale) == 1:
+    if s.scale == 1:
         check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
-    complete(s, model, script)
-    result = infer(model, s, pictures[:1], pictures[1:], control, script)
+    complete(s, model)
+    result = infer(model, s, pictures[:1], pictures[1:], control)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config
     for name, unit, value in zip(config.control_names, config.control_units, result.control[0].tolist()):

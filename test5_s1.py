@@ -9,18 +9,14 @@ if __name__ == "__main__":
     answer(__file__)
 
 import test5
+from test5 import main
 
 settings = dict(
     test5.settings,
     warm_steps=10,  # DDIM steps of every iteration but the first
-    warm_denoise_strength=None,  # how much of the previous result is noised away; None: as the model's YAML says
+    warm_denoise_strength=0.9,  # how much of the previous result is noised away
     out_dir="outputs/test5_s1",
 )
-
-
-def main(s):
-    test5.main(s, script="test5_s1")
-
 
 if __name__ == "__main__":
     run_script(main, settings)

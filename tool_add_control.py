@@ -12,7 +12,8 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 
 settings = dict(
     control_dim=1,  # how many numbers
-    hint="dense",  # dense (one resolution), coordinate (any), or original (dense, as the original computes it)
+    hint="dense",  # dense (one resolution), coordinate (any), original (dense, as the original computes
+    # it) or reference (the control is a change from a reference picture)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
     overwrite=False,  # True: a control that lies in OUTPUT is replaced
@@ -24,7 +25,8 @@ if __name__ == "__main__":
 
 import math
 
-from cldm.model import add_control, control_folder, import_control, load_base, save_model
+from cldm.conversion import add_control, import_control
+from cldm.model import control_folder, load_base, save_model
 from ldm.checkpoints import find_control, read_weights
 from ldm.files import find_path
 
@@ -57,8 +59,6 @@ def main(s, paths):
         raise InputError(f"{file}: holds a ControlNet on pictures; encoder={file} starts from its encoder")
     else:
         check_used(s, settings, "without a trained control in INPUT", "control_range")
-        if config.get("reference"):
-            check_used(s, settings, "with `reference: true` in the YAML, which has a hint of its own", "hint")
         model = add_control(base, config, control_dim=s.control_dim, hint=s.hint, encoder=s.encoder)
     save_model(model, output)
     weights = sum(p.numel() for p in model.control_net.parameters())

@@ -18,9 +18,10 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
+from cldm.conversion import MOST_PROMPTS
 from cldm.dataset import ControlDataset
 from cldm.logger import tell_bars
-from cldm.model import MOST_PROMPTS, load_model
+from cldm.model import load_model
 from cldm.pairs import FreshPairs, choose_changes
 from cldm.reading import calibrate, search_bounds
 from ldm.files import check_writable, find_path

@@ -16,7 +16,8 @@ PATHS = ("MODEL_PATH", "FILE.safetensors")
 if __name__ == "__main__":
     answer(__file__, *PATHS)
 
-from cldm.model import export_control, load_model
+from cldm.conversion import export_control
+from cldm.model import load_model
 from ldm.files import find_path, fresh_file
 
 

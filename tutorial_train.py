@@ -3,10 +3,9 @@
 The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder in diffusers' layout or a single file.
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
 "prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. With
-"reference": "y.png" in every row, source is the change from that picture to the target, and the base's YAML has
-`reference: true`; pairs=FOLDER cuts such pairs from any pictures. Everything of a run goes to out_dir, which is then
-the model_path of test5.py, test5_s1.py and invert.py. A run that was killed goes on when started again with the same
-out_dir.
+"reference": "y.png" in every row, source is the change from that picture to the target; pairs=FOLDER cuts such pairs
+from any pictures. Everything of a run goes to out_dir, which is then the model_path of test5.py, test5_s1.py and
+invert.py. A run that was killed goes on when started again with the same out_dir.
 """
 
 from ldm.settings import InputError, answer, check_numbers, check_used, run_script
@@ -16,7 +15,7 @@ settings = dict(
     data_root="dataForTrain",
     pairs="",  # a folder of pictures, or "train": pairs are cut from them while training, in place of data_root
     controls=None,  # of pairs: ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"], some; None: all
-    base="models/tiny.yaml",  # the frozen base; models/tiny_pair.yaml for pairs
+    base="models/tiny.yaml",  # the frozen base
     resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
     hint="dense",  # of a fresh control: dense (as the original: one resolution) or coordinate (any)
     out_dir="runs/control_tiny",
@@ -54,9 +53,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import ControlDataset, TrainingOrder, read_control_names, split_rows
 from cldm.logger import PictureLogger, Progress, describe_data, tell_bars
-from cldm.model import add_control, control_folder, fit_statistics, load_base, load_model
+from cldm.model import control_folder, load_base, load_model
 from cldm.pairs import CHANGES, FreshPairs, check_photos, choose_changes, draw_change
 from cldm.reading import calibrate
 from cldm.training import (
@@ -111,9 +111,9 @@ def make_model(s, controls, names, units, prompts, references):
             print(f"base {s.base} is not used: resume_path has its own, {model.config.base}")
     else:
         base, config = load_base(s.base)
-        if config.get("reference"):
-            check_used(s, settings, "with `reference: true` in the base's YAML, which has a hint of its own", "hint")
-        model = add_control(base, config, control_dim=numbers, hint=s.hint)
+        if references:
+            check_used(s, settings, "with references, which have a hint of their own", "hint")
+        model = add_control(base, config, control_dim=numbers, hint="reference" if references else s.hint)
     data = s.pairs or s.data_root
     if model.control_net.control_dim != numbers:
         raise InputError(
@@ -121,13 +121,9 @@ def make_model(s, controls, names, units, prompts, references):
             f"{numbers}; make one with tool_add_control.py control_dim={numbers}"
         )
     if model.control_net.uses_reference != references:
-        has, base = ("references", "tiny_pair") if references else ("no references", "tiny")
-        where = f"resume_path {s.resume_path}" if s.resume_path else f"base {s.base}"
-        raise InputError(
-            f"{data} has {has}, unlike {where}: give base=models/{base}.yaml, or a base with reference: "
-            f"{str(references).lower()} in its YAML"
-        )
-    model.config.only_mid_control = s.only_mid_control
+        has = "has references" if references else "has no references"
+        raise InputError(f"{data} {has}, unlike the data of resume_path {s.resume_path}; train a fresh control")
+    model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, controls, names, units, prompts)
     return model
 

@@ -81,7 +81,7 @@ def descend(script, model, targets, **overrides):
     for target in targets:
         own = Settings({**script.settings, **overrides, "prompt": target.prompt})
         start = torch.tensor([[target.start]])
-        result = test5.infer(model, own, [target.picture], [target.picture], start, script.__name__)
+        result = test5.infer(model, own, [target.picture], [target.picture], start)
         found.append(result.control.item())
         calls, seconds = calls + result.model_calls, seconds + result.seconds
     return found, calls, seconds
@@ -101,8 +101,7 @@ def read(model, targets, batch_size=BATCH, sampling_steps=None, starts=None, **o
             embeddings = model.base.embed([target.prompt for target in some])
         sampling = start = None
         if sampling_steps:
-            own = model.config.sampling
-            how = dict(draws=own.num_samples, ddim_steps=sampling_steps, eta=own.eta)
+            how = dict(draws=4, ddim_steps=sampling_steps, eta=1.0)
             sampling = SamplingObjective(model, latents, latents, embeddings, **how)
         if starts:
             low, high = (bound.item() for bound in search_bounds(model.control_net.config))

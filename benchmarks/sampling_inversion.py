@@ -53,7 +53,7 @@ def main(s):
             pictures = [[render_framed(photo, size, angle) for angle in each] for each in (starts, angles)]
             for script, module in {"test5": test5, "test5_s1": test5_s1}.items():
                 own = Settings({**module.settings, "prompt": photo.prompt})
-                result = test5.infer(model, own, *pictures, torch.tensor(starts)[:, None], script)
+                result = test5.infer(model, own, *pictures, torch.tensor(starts)[:, None])
                 found = result.control[:, 0].tolist()
                 errors[script] += [abs(a - b) for a, b in zip(found, angles)]
                 iterations[script] += result.iterations.tolist()

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 from torch.nn import functional as F
 
-from ldm.schema import POSITIVE, TEXT, check, each, number, one_of, or_null, read_json
+from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
 
 # and their hidden widths
@@ -224,6 +224,7 @@ def check_control(file):
         "sampling_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
         "prompts": or_null(each(TEXT)),
+        "only_mid_control": FLAG,
     }
     check(file, config, needed | optional, needed, complete=False)
     low, high = config.get("control_low"), config.get("control_high")
@@ -251,7 +252,8 @@ class NumericControlNet(ControlNetModel):
     control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
     control is normalised. control_low, control_high: the trained range, None before training. prompts: what it was
     trained with, distinct, the most frequent first. error_scale, error_floor, explained_loss,
-    sampling_loss, probes: what cldm.reading.calibrate found, None before. The rest are ControlNetModel's own.
+    sampling_loss, probes: what cldm.reading.calibrate found, None before.
+    only_mid_control: act on the UNet's middle alone. The rest are ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]
@@ -275,6 +277,7 @@ class NumericControlNet(ControlNetModel):
         explained_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,
+        only_mid_control: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)

@@ -49,7 +49,7 @@ class ControlTraining(pl.LightningModule):
         self.strict_loading = False  # checkpoints hold only what is trained
         self.compared = False  # whether validation has told how much the base alone would lose
         model.control_net.requires_grad_(True)
-        model.control_net.controlnet_down_blocks.requires_grad_(not model.config.only_mid_control)
+        model.control_net.controlnet_down_blocks.requires_grad_(not model.control_net.config.only_mid_control)
         if not sd_locked:
             model.own_unet = True
             model.base.unet.float()  # what is trained, in full precision

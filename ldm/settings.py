@@ -178,13 +178,6 @@ def check_used(settings, defaults, why, *keys):
             raise InputError(f'setting "{key}": has no effect {why}; leave it out')
 
 
-def fill_settings(settings, *defaults):
-    """Give the settings that are None what `defaults` say of them, mappings of which the last counts most."""
-    for key, value in {key: value for own in defaults for key, value in own.items()}.items():
-        if key in settings and settings[key] is None:
-            settings[key] = value
-
-
 def read_settings(file):
     """Read a script's `settings = dict(…)` from its source, without running it.
 

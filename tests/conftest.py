@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cldm.model import add_control, load_base, load_model, save_model
+from cldm.conversion import add_control
+from cldm.model import load_base, load_model, save_model
 from cldm.training import ControlTraining
 from ldm.files import ROOT
 from ldm.settings import read_yaml, run_script, write_yaml

@@ -6,7 +6,8 @@ from conftest import CHANNELS, LATENT_SIZE
 
 import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
-from cldm.model import fit_statistics, load_base, load_model, save_model
+from cldm.conversion import fit_statistics
+from cldm.model import load_base, load_model, save_model
 from ldm.settings import InputError, override, read_yaml, write_yaml
 from ldm.unet import decode_unet, encode_unet
 
@@ -118,9 +119,9 @@ def test_strength_scales_what_is_added(make_model, base, inputs):
 def test_only_mid_control_leaves_the_skip_connections_alone(make_model, inputs):
     model = make_model()
     everywhere = predict(model, inputs, [[3.0], [3.0]])
-    model.config.only_mid_control = True
+    model.control_net.register_to_config(only_mid_control=True)
     only_mid = predict(model, inputs, [[3.0], [3.0]])
-    model.config.only_mid_control = False
+    model.control_net.register_to_config(only_mid_control=False)
     for parameter in model.control_net.controlnet_down_blocks.parameters():
         parameter.zero_()
     assert torch.equal(only_mid, predict(model, inputs, [[3.0], [3.0]]))

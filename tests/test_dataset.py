@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from cldm.conversion import fit_statistics
 from cldm.dataset import (
     ControlDataset,
     TrainingOrder,
@@ -15,7 +16,6 @@ from cldm.dataset import (
     recognize_prompt,
     split_rows,
 )
-from cldm.model import fit_statistics
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.settings import InputError
 

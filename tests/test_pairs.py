@@ -33,7 +33,7 @@ from cldm.pairs import (
 from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.files import find_path
-from ldm.settings import InputError, override, read_yaml, run_script, write_yaml
+from ldm.settings import InputError, override, run_script
 
 
 @pytest.fixture
@@ -280,10 +280,9 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
 def train(base_yaml, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pairs."""
     monkeypatch.setattr("cldm.report.DRAWN_STEPS", 2)
-    write_yaml(read_yaml(base_yaml) | {"reference": True}, tmp_path / "pair.yaml")
 
     def run(*arguments):
-        own = [f"base={tmp_path / 'pair.yaml'}", f"out_dir={tmp_path / 'out'}", "batch_size=2", "max_steps=4"]
+        own = [f"base={base_yaml}", f"out_dir={tmp_path / 'out'}", "batch_size=2", "max_steps=4"]
         own += ["logger_freq=2", "precision=32-true", "accelerator=cpu", "devices=1"]
         s = override(tutorial_train.settings, [*own, *arguments])
         tutorial_train.main(s)
@@ -336,10 +335,13 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     assert len(json.loads((tmp_path / "test5" / "result.json").read_text())["control"]) == 2
 
 
-def test_a_base_that_knows_no_references_refuses_pairs(photos, base_yaml, tmp_path, fails_in_one_line):
-    arguments = [f"base={base_yaml}", f"pairs={photos}", f"out_dir={tmp_path / 'out'}"]
-    line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
-    assert "base=models/tiny_pair.yaml" in line and "reference: true" in line
+def test_pairs_that_cannot_be_cut_are_named(photos, base_yaml, control_folder, tmp_path, fails_in_one_line):
+    arguments = [f"pairs={photos}", f"out_dir={tmp_path / 'out'}"]
+    more = [f"resume_path={control_folder}", "controls=[rotation]"]
+    line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*arguments, *more])
+    assert "has references, unlike" in line
+    line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*arguments, "hint=coordinate"])
+    assert 'setting "hint": has no effect with references' in line
     empty = tmp_path / "empty"
     empty.mkdir()
     arguments = [f"base={base_yaml}", f"pairs={empty}", f"out_dir={tmp_path / 'out'}"]

@@ -70,5 +70,5 @@ def test_warm_started_descent_arrives(shipped):
     """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
     s = Settings({**test5_s1.settings, "num_samples": 2})
     start, target = (render_framed(TRAIN["astronaut"], shipped.config.image_size, angle) for angle in (-4, 2))
-    result = test5.infer(shipped, s, [start], [target], torch.tensor([[-4.0]]), "test5_s1")
+    result = test5.infer(shipped, s, [start], [target], torch.tensor([[-4.0]]))
     assert result.control.item() == pytest.approx(2, abs=0.3) and result.iterations.item() < 20

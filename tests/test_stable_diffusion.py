@@ -17,7 +17,8 @@ import tool_add_control
 import tool_export_control
 import tutorial_train
 from cldm.controlnet import NumericControlNet
-from cldm.model import add_control, fit_statistics, load_base, load_model, save_model
+from cldm.conversion import add_control, fit_statistics
+from cldm.model import load_base, load_model, save_model
 from cldm.objectives import SamplingObjective
 from ldm.base import LatentDiffusion
 from ldm.checkpoints import original_key, read_weights

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import tutorial_train
+from cldm.conversion import fit_statistics
 from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, tell_bars
-from cldm.model import fit_statistics, load_model, save_model
+from cldm.model import load_model, save_model
 from cldm.reading import calibrate
 from cldm.training import ControlTraining, SaveBestAndLast, stoppable
 from ldm.files import ROOT, lock_folder
@@ -93,7 +94,7 @@ def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, ca
         assert model.control_net.controlnet_mid_block.weight.any()  # it learned
         assert not any(parameter.any() for parameter in model.control_net.controlnet_down_blocks.parameters())
         assert not (folder / "unet").exists()
-        assert read_yaml(folder / "model.yaml").only_mid_control is True
+        assert config.only_mid_control is True
         assert list(config.prompts) == ["a square"]
         assert (config.error_scale is None) == (folder.name == "last")
     assert {path.name for path in (out_dir / "pictures").iterdir()} == {"000002.png", "000004.png"}
@@ -359,7 +360,7 @@ def module_and_batch(make_model, write_dataset):
     def make(only_mid_control=False, **options):
         model, (rows, _) = make_model(fresh=True), split_rows(write_dataset([-2, -1, 1, 2], size=32))
         fit_statistics(model.control_net, [row.control for row in rows], ["a"], [""])
-        model.config.only_mid_control = only_mid_control
+        model.control_net.register_to_config(only_mid_control=only_mid_control)
         module = ControlTraining(model, **{**dict(learning_rate=1e-2, steps=30), **options})
         return module, torch.utils.data.default_collate(list(ControlDataset(rows, model.base, 32)))
 
