@@ -1,8 +1,8 @@
-"""What two pictures can tell of the change between them, by what the change does to pixels; no model is asked.
+"""What two pictures show of the change between them, judged pixel by pixel, without the model.
 
-A model's own derivative is no evidence: even on a blank wall it prefers one shift to another. Here picture A is changed
-by numbers away from those that were read, and compared with picture B. Numbers at which it fits B as well are as likely
-as those that were read, and the interval must hold them.
+The model's own derivative is no evidence: even on a blank wall it prefers one shift to another. Here picture A is
+changed by other numbers than those that were read. Where the result fits picture B just as well, those numbers are as
+likely, and the interval is widened until it holds them.
 """
 
 import math
@@ -10,144 +10,192 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import einsum, rearrange, repeat
 from torch.nn import functional as F
 
 from cldm.pairs import CHANGES, NO_CHANGE
 
-AS_GOOD = 0.2  # of the logarithm of the mean squared difference: a fit worse by less is as good
-GREY_LEVEL = 2 / 255  # differences of that size are no evidence, but resampling
-REACH = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # how far from what was read is looked, as shares of a number's range
-NOT_SHOWN = 0.3  # of a range: a number that may lie further away is not shown at all
-LEAST = {"blur": 0.75}  # of numbers whose lesser changes a mean square hardly tells apart
-BEYOND = 0.35  # of a number's range, on either side, where others may lie
-NEARLY, IMPROVED, STEPS = 3.0, 24, 2  # a fit worse by less is improved, so many at the most, by so many steps
-SMALL = 0.01  # of a range, for derivatives
-REPETITIONS, APART = 6, 3  # places where a picture repeats itself that are looked at; pixels between them
-LEAST_SHARED = 0.25  # of B that A must show after the change, for a comparison
-CHUNK = 64  # changed pictures made at once
-
-
-def change_picture(picture, change):
-    """Apply changes to a grey picture, as cldm.pairs does to photographs.
-
-    picture: (H, H), from 0 to 1. change: (P, 6), the numbers of CHANGES, in its order.
-    Returns: (P, H, H) changed pictures; (P, H, H) bool, what of them the picture shows.
-    """
-    rotation, zoom, shift_x, shift_y, exposure, blur = change.double().T
-    size, angle = len(picture), rotation.deg2rad()
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    linear = rearrange(torch.stack([cos, sin, -sin, cos]), "(i j) p -> p i j", i=2)  # as pairs.similarity
-    axis = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5  # widths from the middle
-    there = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)  # (H, H, 2), x and y
-    moved = there - rearrange(torch.stack([shift_x, shift_y], 1), "p i -> p 1 1 i")
-    here = torch.einsum("pij,phwj->phwi", torch.linalg.inv(linear), moved).float()
-    pictures = repeat(picture, "h w -> p 1 h w", p=len(change))
-    changed = F.grid_sample(pictures, 2 * here, padding_mode="border", align_corners=False)[:, 0]
-    frequencies = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square()
-    gaussian = torch.exp(-2 * (math.pi * blur.float()[:, None, None]).square() * frequencies)
-    changed = torch.fft.irfft2(torch.fft.rfft2(changed) * gaussian, s=(size, size)).clamp(0, 1)
-    light = torch.where(changed <= 0.04045, changed / 12.92, ((changed + 0.055) / 1.055) ** 2.4)
-    light = (light * 2 ** exposure.float()[:, None, None]).clamp_max(1)
-    changed = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    return changed, (here.abs() <= 0.5).all(-1)
-
-
-def misfit(reference, target, change):
-    """Returns: (P,) the logarithm of the mean squared difference of a changed reference (H, H) and a target (H, H)."""
-    errors = [torch.zeros(0)]
-    for some in change.split(CHUNK) if len(change) else []:
-        changed, shown = change_picture(reference, some)
-        squares = ((changed - target).square() * shown).sum((1, 2)) / shown.sum((1, 2)).clamp_min(1)
-        errors.append(squares.masked_fill(shown.float().mean((1, 2)) < LEAST_SHARED, torch.inf))
-    return (torch.cat(errors) + GREY_LEVEL**2).log()
+AS_GOOD = 0.2  # fits are as good as each other if their log mean squared errors differ by less
+GREY_LEVEL = 2 / 255  # root mean squared error that resampling alone leaves
+CLIPPED = 254, 0.05  # brightest level that still means itself; share of clipped light that makes a pixel uncertain
+STEPS = 0.1, 0.2, 0.35, 0.5, 0.7, 1.0  # how far from the reading others are tried, as shares of a number's range
+BEYOND = 0.35  # they may lie this share of the range outside it
+LEAST = {"blur": 0.75}  # nearer ones do not count (elsewhere STEPS[0]): blur hardly changes a mean squared error
+NOT_SHOWN = 0.3  # of its range: a number that may be further away is not shown at all
+NEARLY, REFINED, ITERATIONS = 3.0, 24, 2  # fits worse by less are refined: how many at most, by how many iterations
+DIFFERENCE = 0.01  # of a range, for derivatives
+REPETITIONS, APART = 6, 3  # places where a picture repeats itself, and pixels between them
+LEAST_SHARED = 0.25  # of B that the changed A must cover for a comparison
+CHUNK = 2**20  # pixels changed at once
 
 
 def check_evidence(reading, pictures, config, known=()):
-    """Widen the intervals of a Reading to what the pictures themselves can tell, and flag it.
+    """Widen the intervals of a Reading to what the pictures themselves show, and flag what they do not.
 
-    pictures: B pairs of PIL pictures, target and reference. config: of the control. known: names of numbers given.
-    Returns: a Reading, `reach` and the flag "no_effect" added.
+    pictures: B pairs of PIL pictures, target and reference. config: of the control. known: names of given numbers.
+    Returns: a Reading with `reach` and, where due, the flag "no_effect".
     """
     ranges = dict(zip(config.control_names, zip(config.control_low, config.control_high)))
     reach = torch.zeros_like(reading.control)
     for i, (target, reference) in enumerate(pictures):
-        reach[i] = as_likely(reference, target, ranges, reading.control[i], known)
-    width = reach.new_tensor(config.control_high) - reach.new_tensor(config.control_low)
-    flags = [own + ["no_effect"] * bool(far.any()) for own, far in zip(reading.flags, reach > NOT_SHOWN * width)]
+        reach[i] = find_reach(reference, target, ranges, reading.control[i], known)
+    unseen = [unseen_numbers(config, *of_one) for of_one in zip(reading.control, reach)]
+    flags = [own + ["no_effect"] * bool(names) for own, names in zip(reading.flags, unseen)]
     return replace(reading, reach=reach, flags=flags)
 
 
-def as_likely(reference, target, ranges, control, known=()):
-    """How far from a change that was read lie others that explain a pair of pictures as well.
+def unseen_numbers(config, control, reach):
+    """Name the numbers that pictures do not show: they may lie far away; a blur, hard to tell anyway, anywhere at all.
 
-    Tried are places along every number, along the combinations of numbers that A's own pixels feel least, and where the
-    picture repeats itself; those that fit nearly as well are improved by Gauss-Newton steps.
-    reference, target: PIL pictures of one size. ranges: {name: (low, high)} of the numbers of `control` (d,), which was
-    read. known: names of those that were given.
-    Returns: (d,) the largest distances, in the numbers' units; 0 if none is far away, and for names not in CHANGES.
+    control, reach: (d,), of one reading. Returns: a list of names.
     """
-    first, second = (torch.from_numpy(np.asarray(p.convert("L"), np.float32) / 255) for p in (reference, target))
-    read, unit = dict(zip(ranges, control.tolist())), torch.eye(len(CHANGES), dtype=torch.float64)
-    at = torch.tensor([read.get(name, none) for name, none in NO_CHANGE.items()], dtype=torch.float64)
-    at = at.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom is a ratio
-    free = {name: bounds for name, bounds in ranges.items() if name not in known}
-    bounds = [free.get(name, (none, none)) for name, none in NO_CHANGE.items()]
-    low, high = torch.tensor(bounds, dtype=torch.float64).T
-    width = high - low
-    _, jacobian = linearize(first, second, at[None], width)
-    directions = torch.cat([unit, torch.linalg.eigh(jacobian[0] @ jacobian[0].T).eigenvectors.T])
+    names = []
+    rows = zip(config.control_names, config.control_low, config.control_high, control.tolist(), reach.tolist())
+    for name, low, high, number, far in rows:
+        anywhere = number - far <= low and number + far >= high
+        if anywhere if name in LEAST else far > NOT_SHOWN * (high - low):
+            names.append(name)
+    return names
+
+
+def find_reach(reference, target, ranges, control, known=()):
+    """How far from a reading lie other numbers that explain a pair of pictures as well.
+
+    Others are tried along each number, along the combinations of numbers that change A's pixels least, and where the
+    picture repeats itself; what fits nearly as well is refined by Gauss-Newton first.
+    reference, target: PIL pictures of one size. ranges: {name: (low, high)}. control: (d,), as read. known: names of
+    given numbers, which stay.
+    Returns: (d,) the largest distances, in the numbers' units; 0 where none is far, and for names not in CHANGES.
+    """
+    a, b = grey_levels(reference), grey_levels(target)[0]
+    sought = {name: bounds for name, bounds in ranges.items() if name not in known}
+    low, high = torch.tensor([sought.get(name, (none, none)) for name, none in NO_CHANGE.items()]).double().T
+    numbers = NO_CHANGE | dict(zip(ranges, control.tolist()))
+    read = torch.tensor([numbers[name] for name in NO_CHANGE]).double()
+    at = read.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom and blur
+    width, least, most = high - low, torch.minimum(low, at), torch.maximum(high, at)
+    least, most = least - BEYOND * width, most + BEYOND * width
+    least[5].clamp_(min=0)
+
+    others = torch.cat([trial_changes(a, b, at, width), repetitions(a, b, at)])
+    others = torch.where(width > 0, others, at).clamp(least, most)
+    here = log_error(a, b, at[None])
+    worse = log_error(a, b, others) - here
+    order = worse.argsort()
+    close = order[(worse[order] > AS_GOOD) & (worse[order] < NEARLY)][:REFINED]
+    refined = refine(a, b, others[close], width).clamp(least, most)
+    others, worse = torch.cat([others, refined]), torch.cat([worse, log_error(a, b, refined) - here])
+
+    distances = (others - read).abs()
+    nearest = width * torch.tensor([LEAST.get(name, STEPS[0]) for name in CHANGES])
+    counts = (worse <= AS_GOOD) & ((distances >= 0.99 * nearest) & (width > 0)).any(1)
+    reach = dict(zip(CHANGES, (distances * counts[:, None]).amax(0).tolist()))
+    return torch.tensor([reach.get(name, 0.0) for name in ranges], dtype=torch.float64)
+
+
+def grey_levels(picture):
+    """Returns: (2, H, H) a picture's grey levels, from 0 to 1, and where any of its channels is clipped, 0 or 1."""
+    pixels = np.asarray(picture.convert("RGB"))
+    grey = np.asarray(picture.convert("L"), np.float32) / 255
+    return torch.from_numpy(np.stack([grey, (pixels.max(2) >= CLIPPED[0]).astype(np.float32)]))
+
+
+def change_picture(picture, change):
+    """Change a grey picture as cldm.pairs changes photographs.
+
+    picture: (2, H, H), as grey_levels has it. change: (P, 6), the numbers of CHANGES in their order.
+    Returns: grey levels (P, H, H); where the picture shows them and where its light is clipped, (P, H, H) bool each.
+    """
+    rotation, zoom, shift_x, shift_y, exposure, blur = change.T
+    size, angle = picture.shape[-1], rotation.deg2rad()
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    linear = rearrange([cos, sin, -sin, cos], "(i j) p -> p i j", i=2)  # as cldm.pairs.similarity
+    axis = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5  # widths from the middle
+    there = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
+    there = rearrange(there, "h w i -> 1 h w i") - rearrange([shift_x, shift_y], "i p -> p 1 1 i")
+    here = einsum(torch.linalg.inv(linear).float(), there.float(), "p i j, p h w j -> p h w i")
+    pictures = repeat(picture, "c h w -> p c h w", p=len(change))
+    changed = F.grid_sample(pictures, 2 * here, padding_mode="border", align_corners=False)
+    squared = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square()  # of cycles a pixel
+    gaussian = torch.exp(-2 * (math.pi * rearrange(blur.float(), "p -> p 1 1 1")).square() * squared)
+    levels, clipped = torch.fft.irfft2(torch.fft.rfft2(changed) * gaussian, s=(size, size)).unbind(1)
+    levels = levels.clamp(0, 1)
+    light = torch.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    light = (light * 2 ** rearrange(exposure.float(), "p -> p 1 1")).clamp_max(1)
+    levels = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return levels, (here.abs() <= 0.5).all(-1), clipped > CLIPPED[1]
+
+
+def compare(reference, target, change):
+    """Returns: target less changed reference, and what counts of it, (P, H, H) each.
+
+    Light that is clipped in A may have been brighter than it shows: there B is not too bright for any exposure.
+    """
+    levels, shown, clipped = change_picture(reference, change)
+    residuals = target - levels
+    return residuals.masked_fill(~shown | clipped & (residuals > 0), 0), shown
+
+
+def split(changes, size, each=1):
+    """Returns: changes (P, 6) in chunks of which `each` pictures of size x size a change can be made at once."""
+    return changes.split(max(1, CHUNK // (each * size**2)))
+
+
+def log_error(reference, target, change):
+    """Returns: (P,) the log mean squared error of changed references; infinity where they cover too little of B."""
+    errors = [torch.zeros(0)]
+    for some in split(change, len(target)) if len(change) else ():
+        residuals, shown = compare(reference, target, some)
+        mean = residuals.square().sum((1, 2)) / shown.sum((1, 2)).clamp_min(1)
+        errors.append(mean.masked_fill(shown.float().mean((1, 2)) < LEAST_SHARED, torch.inf))
+    return (torch.cat(errors) + GREY_LEVEL**2).log()
+
+
+def normal_equations(reference, target, change, width):
+    """change: (P, 6). width: (6,), the numbers' units. Returns: J^T J (P, 6, 6) and J^T r (P, 6) of the residuals."""
+    steps = DIFFERENCE * torch.cat([torch.zeros(1, len(width)), torch.diag(width)])
+    matrices, vectors = [], []
+    for some in split(change, len(target), each=len(steps)):
+        moved = rearrange(some[:, None] + steps, "p k d -> (p k) d")
+        residuals, shown = (
+            rearrange(part, "(p k) h w -> p k (h w)", p=len(some)) for part in compare(reference, target, moved)
+        )
+        residuals = (residuals * shown[:, :1]).double()
+        residuals, jacobian = residuals[:, 0], (residuals[:, 1:] - residuals[:, :1]) / DIFFERENCE
+        matrices.append(einsum(jacobian, jacobian, "p i n, p j n -> p i j"))
+        vectors.append(einsum(jacobian, residuals, "p i n, p n -> p i"))
+    return torch.cat(matrices), torch.cat(vectors)
+
+
+def refine(reference, target, change, width):
+    """Returns: change (P, 6) after ITERATIONS of damped Gauss-Newton."""
+    for _ in range(ITERATIONS if len(change) else 0):
+        matrix, vector = normal_equations(reference, target, change, width)
+        damping = 1e-3 * torch.diag_embed(matrix.diagonal(dim1=1, dim2=2)) + 1e-6 * torch.eye(len(width))
+        change = change - width * torch.linalg.solve(matrix + damping, vector)
+    return change
+
+
+def trial_changes(reference, target, at, width):
+    """Returns: (P, 6) changes away from `at` (6,), along every number and along the eigenvectors of J^T J."""
+    matrix, _ = normal_equations(reference, target, at[None], width)
+    directions = torch.cat([torch.eye(len(at)).double(), torch.linalg.eigh(matrix[0]).eigenvectors.T])
     directions = directions / directions.abs().amax(1, keepdim=True)
-    reach = torch.tensor([sign * share for share in REACH for sign in (-1, 1)], dtype=torch.float64)
-    lines = at + rearrange(reach[:, None, None] * directions * width, "r k d -> (r k) d")
-    others = torch.cat([lines, repetitions(first, second, at)])
-    bounds = torch.minimum(low, at) - BEYOND * width, torch.maximum(high, at) + BEYOND * width
-    bounds[0][-1].clamp_(min=0)  # blur
-
-    def fit(changes):
-        changes = torch.where(width > 0, changes, at)
-        changes = changes[((changes >= bounds[0]) & (changes <= bounds[1])).all(1)]
-        return changes, misfit(first, second, changes) - misfit(first, second, at[None])
-
-    others, worse = fit(others)
-    near = others[worse.argsort()[(worse.sort().values > AS_GOOD) & (worse.sort().values < NEARLY)][:IMPROVED]]
-    for _ in range(STEPS if len(near) else 0):
-        residuals, jacobian = linearize(first, second, near, width)
-        curvature = jacobian @ jacobian.mT
-        damping = 1e-3 * torch.diag_embed(curvature.diagonal(dim1=1, dim2=2)) + 1e-6 * torch.eye(len(at))
-        near = near + width * torch.linalg.solve(curvature + damping, torch.einsum("pdn,pn->pd", jacobian, residuals))
-        near = near.clamp(*bounds)
-    others, worse = (torch.cat(parts) for parts in zip((others, worse), fit(near)))
-    distances, least = (others - at).abs(), torch.tensor([LEAST.get(name, REACH[0]) for name in CHANGES])
-    away = ((distances >= 0.99 * least * width) & (width > 0)).any(1)
-    far = dict(zip(CHANGES, (distances * ((worse <= AS_GOOD) & away)[:, None]).amax(0).tolist()))
-    return torch.tensor([far.get(name, 0.0) for name in ranges], dtype=torch.float64)
-
-
-def linearize(reference, target, change, width):
-    """change: (P, 6). width: (6,), units of the numbers.
-
-    Returns: what a target has that the changed reference has not, (P, H H); derivatives of the latter, (P, 6, H H).
-    """
-    small = SMALL * torch.cat([torch.zeros(1, len(width)), torch.diag(width)])
-    steps = rearrange(change[:, None] + small, "p k d -> (p k) d")
-    changed, shown = (rearrange(p, "(p k) h w -> p k (h w)", k=len(small)) for p in change_picture(reference, steps))
-    shown = shown[:, :1]
-    residuals, jacobian = (target.flatten() - changed[:, :1]) * shown, (changed[:, 1:] - changed[:, :1]) * shown / SMALL
-    return residuals[:, 0].double(), jacobian.double()
+    steps = torch.tensor([sign * step for step in STEPS for sign in (-1, 1)]).double()
+    return at + width * einsum(steps, directions, "s, k d -> s k d").flatten(0, 1)
 
 
 def repetitions(reference, target, at):
-    """Returns: (REPETITIONS, 6) changes that lie from `at` (6,) by how far a picture repeats itself, to a pixel."""
+    """Returns: (REPETITIONS, 6) changes that lie from `at` (6,) by how far the picture repeats itself, to a pixel."""
     size = len(target)
-    (changed,), (shown,) = change_picture(reference, at[None])
-    spectra = (torch.fft.rfft2((part - part.mean()) * shown) for part in (target, changed))
-    similar = torch.fft.irfft2(next(spectra) * next(spectra).conj(), s=target.shape)  # for all shifts, circular
-    near = F.max_pool2d(similar[None], 2 * APART + 1, 1, APART)[0]
-    peaks = similar.masked_fill(similar < near, -torch.inf)
-    peaks[:APART, :APART] = peaks[-APART:, :APART] = peaks[:APART, -APART:] = peaks[-APART:, -APART:] = -torch.inf
-    within = torch.fft.fftfreq(size).abs() <= (1 + BEYOND) * CHANGES["shift x"][2]
-    places = peaks.masked_fill(~(within[:, None] & within), -torch.inf).flatten().topk(REPETITIONS).indices
+    (changed,), (shown,), _ = change_picture(reference, at[None])
+    first, second = (torch.fft.rfft2((part - part.mean()) * shown) for part in (target, changed))
+    similar = torch.fft.irfft2(first * second.conj(), s=target.shape)  # cross-correlation at all circular shifts
+    peaks = similar.masked_fill(similar < F.max_pool2d(similar[None], 2 * APART + 1, 1, APART)[0], -torch.inf)
+    shifts = torch.fft.fftfreq(size, dtype=torch.float64)
+    near, within = shifts.abs() <= APART / size, shifts.abs() <= (1 + BEYOND) * CHANGES["shift x"][2]
+    peaks = peaks.masked_fill(near[:, None] & near | ~(within[:, None] & within), -torch.inf)
+    places = peaks.flatten().topk(REPETITIONS).indices
     others = at.repeat(REPETITIONS, 1)
-    others[:, 2:4] += torch.fft.fftfreq(size, dtype=torch.float64)[torch.stack([places % size, places // size], 1)]
+    others[:, 2:4] += shifts[torch.stack([places % size, places // size], 1)]
     return others

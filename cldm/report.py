@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cldm.evidence import NOT_SHOWN
+from cldm.evidence import unseen_numbers
 from cldm.objectives import draw_noise
 from ldm.ddim import ddim_timesteps
 from ldm.files import write_whole
@@ -106,17 +106,12 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     return figure
 
 
-def no_effect(config, reading, i):
-    """Returns: the names of the numbers of target i that its pictures do not show."""
-    ranges = zip(config.control_names, config.control_low, config.control_high, reading.reach[i].tolist())
-    return [name for name, low, high, far in ranges if far > NOT_SHOWN * (high - low)]
-
-
 def describe_reading(config, reading, i, row, seed):
     """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
     control = reading.control[i].tolist()
     bars = (getattr(reading, key)[i].tolist() for key in ("std", "interval90", "covariance"))
     std, interval90, covariance = bars if reading.calibrated else (None, None, None)
+    unseen = unseen_numbers(config, reading.control[i], reading.reach[i]) if "no_effect" in reading.flags[i] else []
     result = {
         **({"reference": str(row.reference)} if row.reference else {}),
         "target": str(row.target),
@@ -128,7 +123,7 @@ def describe_reading(config, reading, i, row, seed):
         "interval90": interval90,
         "covariance": covariance,
         "flags": reading.flags[i],
-        **({"no_effect": no_effect(config, reading, i)} if "no_effect" in reading.flags[i] else {}),
+        **({"no_effect": unseen} if unseen else {}),
         "others": reading.others[i],
         "loss": reading.loss[i].item(),
         "iterations": reading.iterations[i].item(),

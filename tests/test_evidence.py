@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cldm.evidence import as_likely, change_picture, check_evidence
+from cldm.evidence import change_picture, check_evidence, find_reach, unseen_numbers
 from cldm.pairs import CHANGES, NO_CHANGE, choose_changes, draw_pair, expose, similarity
 from cldm.reading import Reading
 from dataForTrain.make_dataset import find_pictures
@@ -17,6 +17,8 @@ from dataForTrain.make_dataset import find_pictures
 SIZE = 64
 NAMES = list(CHANGES)
 RANGES = {name: (low, high) for name, (_, low, high, _) in CHANGES.items()}
+LOW, HIGH = zip(*RANGES.values())
+CONFIG = SimpleNamespace(control_names=NAMES, control_low=LOW, control_high=HIGH)
 WIDTH = torch.tensor([high - low for low, high in RANGES.values()])
 
 # Grey levels by places, in widths from the middle; how they are changed; the numbers that they do not show.
@@ -48,22 +50,30 @@ def draw(shades, **change):
 def test_what_a_picture_does_not_show_is_told(kind):
     shades, change, unseen = FEATURELESS[kind]
     read = torch.tensor([(NO_CHANGE | change)[name] for name in NAMES]) - torch.tensor([0, 0, 0, 0, 0, 0.1])
-    share = as_likely(draw(shades), draw(shades, **change), RANGES, read) / WIDTH
-    found = {name for name, far in zip(NAMES, share.tolist()) if far >= 0.35}
+    found = set(unseen_numbers(CONFIG, read, find_reach(draw(shades), draw(shades, **change), RANGES, read)))
     assert unseen <= found and (kind == "gradient" or found == unseen)
 
 
 def test_photographs_show_what_changed():
     rng, files = random.Random(3), find_pictures("validation")
     pairs = [draw_pair(rng, files, SIZE, choose_changes(None)) for _ in range(12)]
-    shares = [as_likely(a, b, RANGES, torch.tensor([change[n] for n in NAMES])) / WIDTH for a, b, change in pairs]
+    shares = [find_reach(a, b, RANGES, torch.tensor([change[n] for n in NAMES])) / WIDTH for a, b, change in pairs]
     assert sum((share < 0.3).all().item() for share in shares) >= 10  # two are dark and blurred
+
+
+def test_clipped_light_may_have_been_brighter():
+    white, grey = (draw(lambda x, y, low=low: low + 0.6 * (np.hypot(x - 0.1, y) < 0.3)) for low in (1.0, 0.4))
+    dimmed = grey.point([round(255 * expose(value / 255, -0.8)) if value < 255 else 250 for value in range(256)] * 3)
+    read, exposure = torch.tensor(list(NO_CHANGE.values())), NAMES.index("exposure")
+    assert find_reach(white, white, RANGES, read)[exposure] >= 1  # stops
+    assert find_reach(grey, grey, RANGES, read)[exposure] == 0
+    assert find_reach(grey, dimmed, RANGES, read)[exposure] >= 0.7
 
 
 def test_only_numbers_that_were_sought_are_widened():
     flat = draw(FEATURELESS["flat"][0])
     ranges = {"rotation": (-10, 10), "tilt": (0, 5), "zoom": (0.8, 1.25)}
-    far = as_likely(flat, flat, ranges, torch.tensor([1.0, 2.0, 1.0]), known=["zoom"])
+    far = find_reach(flat, flat, ranges, torch.tensor([1.0, 2.0, 1.0]), known=["zoom"])
     assert far[0] > 10 and far[1:].tolist() == [0, 0]  # degrees
 
 
@@ -82,15 +92,15 @@ def test_intervals_hold_all_that_looks_the_same():
 
 
 def test_changes_are_those_of_the_training_set():
-    """A turn, then a blur, then an exposure, in the order and the units of cldm.pairs."""
-    levels = torch.linspace(0, 1, 32).expand(32, 32)
+    """Rotation, then blur, then exposure, in the order and the units of cldm.pairs."""
+    levels = torch.linspace(0, 1, 32).expand(2, 32, 32)
     change = torch.tensor([[0.0, 1.0, 0.25, 0.0, 1.0, 0.0]])
-    (changed,), (shown,) = change_picture(levels, change)
+    (changed,), (shown,), _ = change_picture(levels, change)
     assert not shown[:, :8].any() and shown[:, 8:].all()
-    expected = [expose(levels[0, i].item(), 1.0) for i in range(24)]
+    expected = [expose(levels[0, 0, i].item(), 1.0) for i in range(24)]
     assert changed[5, 8:].tolist() == pytest.approx(expected, abs=0.02)
-    spot = torch.zeros(33, 33)
-    spot[16, 26] = 1
+    spot = torch.zeros(2, 33, 33)
+    spot[:, 16, 26] = 1
     turned = change_picture(spot, torch.tensor([[90.0, 1, 0, 0, 0, 0]]))[0][0]
     assert divmod(turned.argmax().item(), 33) == (6, 16)  # counterclockwise, from the right to the top
     blurred = change_picture(spot, torch.tensor([[0, 1, 0, 0, 0, 2.0]]))[0][0]
