@@ -18,11 +18,12 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
+from cldm.changes import choose_changes
 from cldm.conversion import MOST_PROMPTS
 from cldm.dataset import ControlDataset
 from cldm.logger import tell_bars
 from cldm.model import load_model
-from cldm.pairs import FreshPairs, choose_changes
+from cldm.pairs import FreshPairs
 from cldm.reading import calibrate, search_bounds
 from ldm.files import check_writable, find_path
 from tutorial_train import VALIDATION_PAIRS, read_data

@@ -53,11 +53,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from cldm.changes import CHANGES, choose_changes, draw_change
 from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import ControlDataset, TrainingOrder, read_control_names, split_rows
 from cldm.logger import PictureLogger, Progress, describe_data, tell_bars
 from cldm.model import control_folder, load_base, load_model
-from cldm.pairs import CHANGES, FreshPairs, check_photos, choose_changes, draw_change
+from cldm.pairs import FreshPairs, check_photos
 from cldm.reading import calibrate
 from cldm.training import (
     PRECISIONS,

@@ -44,8 +44,9 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 import invert
+from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, draw_change, expose_picture, inverse, similarity
 from cldm.dataset import read_rows
-from cldm.pairs import CHANGES, MOTIONS, NO_CHANGE, cut, draw_change, draw_pair, expose, inverse, similarity
+from cldm.pairs import cut, draw_pair
 from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed
 from ldm.files import ROOT, report_folder, write_whole
 from ldm.pictures import check_picture
@@ -114,7 +115,7 @@ def contrast(share):
 
 
 def stops(number):
-    return lambda p: p.point([round(255 * expose(value / 255, number)) for value in range(256)] * 3)
+    return lambda p: expose_picture(p, number)
 
 
 def noise(rng, sigma):

@@ -47,20 +47,9 @@ from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
+from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, choose_changes, compose, decompose, similarity
 from cldm.model import load_model
-from cldm.pairs import (
-    CHANGES,
-    MOTIONS,
-    NO_CHANGE,
-    POOL,
-    choose_changes,
-    compose,
-    decompose,
-    draw_pair,
-    draw_views,
-    open_photo,
-    similarity,
-)
+from cldm.pairs import POOL, draw_pair, draw_views, open_photo
 from cldm.reading import BATCH, read_controls
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import report_folder, write_whole

@@ -13,7 +13,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch.nn import functional as F
 
-from cldm.pairs import CHANGES, NO_CHANGE
+from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
 
 AS_GOOD = 0.2  # fits are as good as each other if their log mean squared errors differ by less
 GREY_LEVEL = 2 / 255  # root mean squared error that resampling alone leaves
@@ -106,23 +106,18 @@ def change_picture(picture, change):
     picture: (2, H, H), as grey_levels has it. change: (P, 6), the numbers of CHANGES in their order.
     Returns: grey levels (P, H, H); where the picture shows them and where its light is clipped, (P, H, H) bool each.
     """
-    rotation, zoom, shift_x, shift_y, exposure, blur = change.T
-    size, angle = picture.shape[-1], rotation.deg2rad()
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    linear = rearrange([cos, sin, -sin, cos], "(i j) p -> p i j", i=2)  # as cldm.pairs.similarity
+    *motion, exposure, blur = change.T
+    size, motion = picture.shape[-1], torch.from_numpy(similarity(*(numbers.numpy() for numbers in motion)))
     axis = (torch.arange(size, dtype=torch.float64) + 0.5) / size - 0.5  # widths from the middle
     there = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)
-    there = rearrange(there, "h w i -> 1 h w i") - rearrange([shift_x, shift_y], "i p -> p 1 1 i")
-    here = einsum(torch.linalg.inv(linear).float(), there.float(), "p i j, p h w j -> p h w i")
+    there = rearrange(there, "h w i -> 1 h w i") - rearrange(motion[:, :2, 2], "p i -> p 1 1 i")
+    here = einsum(torch.linalg.inv(motion[:, :2, :2]).float(), there.float(), "p i j, p h w j -> p h w i")
     pictures = repeat(picture, "c h w -> p c h w", p=len(change))
     changed = F.grid_sample(pictures, 2 * here, padding_mode="border", align_corners=False)
     squared = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size).square()  # of cycles a pixel
     gaussian = torch.exp(-2 * (math.pi * rearrange(blur.float(), "p -> p 1 1 1")).square() * squared)
     levels, clipped = torch.fft.irfft2(torch.fft.rfft2(changed) * gaussian, s=(size, size)).unbind(1)
-    levels = levels.clamp(0, 1)
-    light = torch.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
-    light = (light * 2 ** rearrange(exposure.float(), "p -> p 1 1")).clamp_max(1)
-    levels = torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    levels = expose(levels.clamp(0, 1), rearrange(exposure.float(), "p -> p 1 1"))
     return levels, (here.abs() <= 0.5).all(-1), clipped > CLIPPED[1]
 
 

@@ -38,8 +38,9 @@ from importlib.util import find_spec
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from cldm.changes import CHANGES, choose_changes, expose_picture
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE, parse_control
-from cldm.pairs import CHANGES, choose_changes, draw_pair, expose, list_pictures, open_photo
+from cldm.pairs import draw_pair, list_pictures, open_photo
 from ldm.files import find_path, fresh_folder, whole_folder
 
 PICTURES = "resultData"
@@ -142,7 +143,7 @@ def render_framed(photo, size, angle_deg=0.0, zoom=1.0, exposure=0.0, blur=0.0):
     if blur:
         picture = picture.filter(ImageFilter.GaussianBlur(blur))
     if exposure:
-        picture = picture.point([round(255 * expose(value / 255, exposure)) for value in range(256)] * 3)
+        picture = expose_picture(picture, exposure)
     return picture
 
 

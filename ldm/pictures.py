@@ -5,11 +5,13 @@ import os
 import re
 import stat
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from tqdm import tqdm
 
 from ldm.files import reason
 from ldm.settings import InputError
@@ -31,15 +33,26 @@ def load_picture(path, profiled=True):
     """
     if isinstance(path, Image.Image):
         return _to_rgb(path, profiled)
-    with _open(path) as picture:
+    with warnings.catch_warnings(action="ignore"), _open(path) as picture:  # Pillow's, of many pixels or odd EXIF
         return _to_rgb(picture, profiled)
 
 
 def check_picture(path):
-    """Look, cheaply, whether load_picture can read a file.
+    """Find out cheaply whether load_picture can read a file.
 
     Returns: (width, height) that it will have. Raises: InputError as load_picture does.
     """
+    with warnings.catch_warnings(action="ignore"):
+        return _measure(path)
+
+
+def check_pictures(paths):
+    """Check many files as check_picture does, in threads. Returns: a list of their (width, height)."""
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # filters are the process's
+        return list(tqdm(pool.map(_measure, paths), "looking at pictures", len(paths), delay=1))
+
+
+def _measure(path):
     with _open(path) as picture:
         _check_kind(picture)
         if picture.format == "TIFF" or picture.mode == "F":
@@ -59,7 +72,7 @@ def _open(path):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # a pipe would wait for ever
             raise InputError(f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'}, expected a picture")
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:  # of many pixels, of odd EXIF
+        with Image.open(path) as picture:
             opened = True
             yield picture
     except InputError as error:

@@ -15,21 +15,12 @@ from torch.nn import functional as F
 import invert
 import test5
 import tutorial_train
+from cldm.changes import NO_CHANGE, choose_changes, compose, inverse
 from cldm.controlnet import ReferenceHint, sample_bilinear
 from cldm.dataset import read_rows, split_rows
 from cldm.model import load_model, save_model
 from cldm.objectives import MotionObjective
-from cldm.pairs import (
-    NO_CHANGE,
-    FreshPairs,
-    check_photos,
-    choose_changes,
-    compose,
-    draw_pair,
-    draw_views,
-    inverse,
-    list_pictures,
-)
+from cldm.pairs import FreshPairs, check_photos, draw_pair, draw_views, list_pictures
 from cldm.reading import match
 from dataForTrain import make_dataset
 from ldm.files import find_path

@@ -2,6 +2,7 @@
 
 import os
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.pictures import check_picture, describe_fit, describe_shapes, load_picture
+from ldm.pictures import check_picture, check_pictures, describe_fit, describe_shapes, load_picture
 from ldm.settings import InputError
 
 GREYS = np.array([[0, 17, 34, 51], [119, 136, 204, 255]], np.uint8)
@@ -290,6 +291,16 @@ def test_large_pictures_are_read_without_a_word(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
     GREY.save(tmp_path / "a.png")
     assert check_picture(tmp_path / "a.png") == (2, 2) and load_picture(tmp_path / "a.png").size == (2, 2)
+
+
+def test_many_pictures_are_checked_at_once(tmp_path):
+    """In threads, which share the process's filters of warnings: those are as they were."""
+    before, files = list(warnings.filters), [tmp_path / f"{size}.png" for size in range(1, 30)]
+    for size, file in enumerate(files, 1):
+        Image.new("L", (size, 2)).save(file)
+    assert check_pictures(files) == [(size, 2) for size in range(1, 30)] and warnings.filters == before
+    with pytest.raises(InputError, match="none.png: no such file"):
+        check_pictures([*files, tmp_path / "none.png"])
 
 
 def test_previews_and_thumbnails_are_no_pages(tmp_path):

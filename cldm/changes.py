@@ -1,0 +1,109 @@
+"""What a change does to a picture: its numbers, their geometry and light, how they are drawn, inverted and composed."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from ldm.settings import InputError
+
+# unit, range, and the number that changes nothing
+CHANGES = {
+    "rotation": ("degrees", -10.0, 10.0, 0.0),  # counterclockwise, about the middle
+    "zoom": ("ratio", 0.8, 1.25, 1.0),  # above 1, larger
+    "shift x": ("widths", -0.1, 0.1, 0.0),  # to the right, after rotation and zoom
+    "shift y": ("widths", -0.1, 0.1, 0.0),  # down
+    "exposure": ("stops", -1.0, 1.0, 0.0),  # of linear light
+    "blur": ("pixels", 0.0, 2.0, 0.0),  # standard deviation of a Gaussian, after the zoom
+}
+NO_CHANGE = {name: none for name, (*_, none) in CHANGES.items()}
+MOTIONS = ("rotation", "zoom", "shift x", "shift y")
+
+
+def choose_changes(controls):
+    """controls: a list of names in CHANGES, or {name: [low, high]}; None: all. Returns: {name: (low, high)}.
+
+    Raises: InputError for an unknown name or impossible bounds.
+    """
+    controls = list(CHANGES) if controls is None else controls
+    listed = isinstance(controls, (Sequence, Mapping)) and not isinstance(controls, str)
+    if not listed or not controls or any(name not in CHANGES for name in controls):
+        raise InputError(f"controls: expected some of {', '.join(CHANGES)}, got {controls}")
+    ranges = {name: bounds for name, (_, *bounds, _) in CHANGES.items() if name in controls}
+    if not isinstance(controls, Mapping):
+        return ranges
+    for name in ranges:
+        try:
+            low, high = map(float, controls[name])
+        except (TypeError, ValueError):
+            low = high = math.nan
+        least = {"zoom": 1e-3, "blur": 0}.get(name, -math.inf)
+        if not least <= low <= high < math.inf or low == -math.inf:
+            raise InputError(f"controls: {name} needs [low, high], got {controls[name]}")
+        ranges[name] = [low, high]
+    return ranges
+
+
+def draw_change(rng, ranges):
+    """Returns: {name: number} of all CHANGES, those in `ranges` drawn uniformly, zoom in its logarithm."""
+    change = dict(NO_CHANGE)
+    for name, (low, high) in ranges.items():
+        uniform = name != "zoom"
+        change[name] = rng.uniform(low, high) if uniform else math.exp(rng.uniform(math.log(low), math.log(high)))
+    return change
+
+
+def similarity(rotation, zoom, shift_x, shift_y):
+    """The motion of a change; arguments: numbers, or (P,) arrays.
+
+    Returns: (3, 3) or (P, 3, 3), from a position in a picture, in widths from its middle, to where the change moves it.
+    """
+    angle = np.radians(rotation)
+    cos, sin, zero = zoom * np.cos(angle), zoom * np.sin(angle), np.zeros_like(angle)
+    matrix = np.stack([cos, sin, shift_x + zero, -sin, cos, shift_y + zero, zero, zero, zero + 1])
+    return rearrange(matrix, "(i j) ... -> ... i j", i=3)
+
+
+def expose(values, stops):
+    """Multiply light by 2^stops.
+
+    values: tensor, in sRGB, from 0 to 1. stops: a number, or a tensor that broadcasts. Returns: likewise, clipped.
+    Source: IEC 61966-2-1, the transfer function of sRGB.
+    """
+    light = torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    light = (light * 2**stops).clamp_max(1)
+    return torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def expose_picture(picture, stops):
+    """Returns: the RGB PIL picture with its light multiplied by 2^stops."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    return picture.point((255 * expose(levels, stops)).round().int().tolist() * 3)
+
+
+def compose(first, second):
+    """first, second: {name: number}, changes. Returns: likewise, the change that both make, one after the other.
+
+    Numbers that are not in CHANGES add up.
+    """
+    given = [{name: change.get(name, none) for name, none in NO_CHANGE.items()} for change in (first, second)]
+    matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
+    whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
+    whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
+    return {name: whole[name] for name in first}
+
+
+def inverse(change):
+    """change: {name: number}. Returns: likewise, the change back, which blurs nothing."""
+    given = {name: change.get(name, none) for name, none in NO_CHANGE.items()}
+    back = {name: -value for name, value in change.items()} | {"blur": 0.0}
+    back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
+    return {name: back[name] for name in change}
+
+
+def decompose(matrix):
+    """matrix: as similarity returns it. Returns: {name: number} of MOTIONS."""
+    rotation, zoom = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])), float(np.linalg.det(matrix)) ** 0.5
+    return dict(zip(MOTIONS, (rotation, zoom, float(matrix[0, 2]), float(matrix[1, 2]))))
