@@ -56,7 +56,7 @@ from cldm.model import load_model
 from cldm.pairs import SUFFIXES, list_pictures
 from cldm.reading import FLAGS, find_lower, profile, read_controls
 from cldm.report import describe_reading, draw_pictures, draw_reading
-from ldm.files import digest, find_path, lock_folder, report_folder, write_whole
+from ldm.files import digest, find_path, report_folder, write_whole
 from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
 
 
@@ -288,16 +288,15 @@ def read_many(model, s, rows, unlike, out_dir):
 def main(s):
     many = ("settings.yaml", "sha256", "results.jsonl", *(["?????_*.png"] if s.figures else []))
     out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
-    with lock_folder(out_dir):
-        model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
-        rows = find_rows(s, model.control_net.uses_reference)
-        check(s, model, rows)
-        sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
-        unlike = tell_fit(sizes, model.config.image_size)
-        if s.targets:
-            read_many(model, s, rows, unlike, out_dir)
-        else:
-            read_one(model, s, rows[0], unlike[0], out_dir)
+    model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
+    rows = find_rows(s, model.control_net.uses_reference)
+    check(s, model, rows)
+    sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
+    unlike = tell_fit(sizes, model.config.image_size)
+    if s.targets:
+        read_many(model, s, rows, unlike, out_dir)
+    else:
+        read_one(model, s, rows[0], unlike[0], out_dir)
 
 
 if __name__ == "__main__":

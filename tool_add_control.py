@@ -12,8 +12,7 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 
 settings = dict(
     control_dim=1,  # how many numbers
-    hint="dense",  # dense (one resolution), coordinate (any), original (dense, as the original computes
-    # it) or reference (the control is a change from a reference picture)
+    hint="dense",  # dense (one resolution), coordinate (any), original, or reference (a change from a picture)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
     overwrite=False,  # True: a control that lies in OUTPUT is replaced

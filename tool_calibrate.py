@@ -25,14 +25,14 @@ from cldm.logger import tell_bars
 from cldm.model import load_model
 from cldm.pairs import FreshPairs
 from cldm.reading import calibrate, search_bounds
-from ldm.files import check_writable, find_path
+from ldm.files import find_path, output_folder
 from tutorial_train import VALIDATION_PAIRS, read_data
 
 
 def main(s, paths):
     check_numbers(s, int, seed=(0, 2**32 - 1))
-    folder = check_writable(find_path(paths[0]))
-    model = load_model(folder, device=s.device)
+    model = load_model(paths[0], device=s.device)
+    folder = output_folder(find_path(paths[0]))
     train, validation, controls, names, _ = read_data(s)
     config, size = model.control_net.config, model.config.image_size
     ranges = list(zip(*search_bounds(config)))

@@ -43,7 +43,7 @@ import logging
 import math
 import random
 import warnings
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -71,7 +71,7 @@ from cldm.training import (
     stoppable,
 )
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import find_path, lock_folder, output_folder
+from ldm.files import check_writable, find_path, output_folder
 
 VALIDATION_PAIRS = 144
 STATISTICS = 10_000  # random changes, for the spread of each
@@ -173,9 +173,9 @@ def main(s):
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers: both are meant so
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(s.seed, verbose=False)
-    out_dir = output_folder(s.out_dir)
-    alone = lock_folder(out_dir) if rank_zero_only.rank == 0 else redirect_stdout(None)
-    with stoppable() as stop, alone:  # of several processes, the first locks and tells
+    first = rank_zero_only.rank == 0  # of several processes, it holds the folder and tells
+    out_dir = (output_folder if first else check_writable)(s.out_dir)
+    with stoppable() as stop, nullcontext() if first else redirect_stdout(None):
         if not (out_dir / RESUME_FILE).exists():
             own = ["tensorboard", "pictures"] if (out_dir / "tensorboard").exists() else []  # of a run killed early
             control_folder(out_dir, s.overwrite, own=own, inputs=[find_path(s.pairs or s.data_root)])

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ldm.pictures import check_picture, describe_fit, fit_picture, load_picture, pictures_to_tensor
+from ldm.schema import TEXT, check, each
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
@@ -166,11 +167,11 @@ def read_control_names(data_root, control_dim):
     if not file.exists():
         return None, None
     config = read_yaml(file)
-    found = [config.get(key) for key in ("names", "units")]
-    names, units = ([str(text or "") for text in part] if isinstance(part, list) else [] for part in found)
-    if not len(set(names)) == len(units) == control_dim:
-        raise InputError(f"{file}: expected {control_dim} different names, and units, got {names} and {units}")
-    return names, units
+    texts = each(TEXT, control_dim)
+    check(file, config, {"names": texts, "units": texts}, ("names", "units"), complete=False)
+    if len(set(config.names)) < control_dim:
+        raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
+    return config.names, config.units
 
 
 def is_unicode(text):

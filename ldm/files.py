@@ -12,28 +12,27 @@ from safetensors import SafetensorError
 from ldm.settings import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
-UMASK = os.umask(0)  # to be read it has to be set
+UMASK = os.umask(0)  # reading it takes setting it
 os.umask(UMASK)
+HELD = {}  # folders that this process holds: (device, inode) -> their open descriptor
 
 
 def reason(error):
     """Returns: why a file could not be read or written, in a few words."""
-    first = f"{str(error).strip() or type(error).__name__}".splitlines()[0]
-    return getattr(error, "strerror", None) or first  # Pillow's, safetensors' and torch's errors have no strerror
+    lines = f"{error}".strip().splitlines() or [type(error).__name__]
+    return getattr(error, "strerror", None) or lines[0]  # errors of Pillow, safetensors and torch have no strerror
 
 
 def find_path(path):
-    """Returns: `path` as it is if that exists, else below the repository if that does, so that defaults work anywhere.
+    """Returns: `path` if it exists, else the same below the repository if that does, so that defaults work anywhere.
 
     `~` is the home folder. Raises: InputError if the path cannot be followed: too long, no permission.
     """
     path = Path(os.path.expanduser(path))
     for place in (path, ROOT / path):
         try:
-            place.stat()
-            return place
-        except (FileNotFoundError, NotADirectoryError):
-            continue
+            if place.exists():
+                return place
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     return path
@@ -63,10 +62,25 @@ def check_writable(path):
 
 
 def output_folder(path):
-    """Make a folder to write into. Returns: its Path. Raises: InputError if it cannot be written."""
+    """Make a folder to write into, and hold it for this process alone until the process ends.
+
+    Returns: its Path. Raises: InputError if it cannot be written, or another process holds it.
+    """
     path = check_writable(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+    status = os.fstat(folder)
+    if HELD.setdefault((status.st_dev, status.st_ino), folder) != folder:
+        os.close(folder)  # it is held already
+        return path
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(HELD.pop((status.st_dev, status.st_ino)))
+        raise InputError(f"{path}: another run is writing into it; wait, or choose another") from None
+    except OSError:  # a file system without locks
+        pass
     return path
 
 
@@ -91,7 +105,7 @@ def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=()):
 
 
 def fresh_file(path, overwrite=False, *, inputs=()):
-    """Check, before any work, a file that is to be written: as fresh_folder. inputs: folders of which it is no file."""
+    """Check, before any work, a file that is to be written: as fresh_folder. inputs: folders with what is read."""
     path = Path(os.path.expanduser(path))
     check_writable(path.parent)
     with writing(path):
@@ -149,7 +163,8 @@ def write_whole(path, write):
 def whole_folder(path, removes=()):
     """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then both are swapped.
 
-    Of what was in it, what has the same names goes, and `removes`, but only when all of the new is in place.
+    Items of the same names are replaced, and those that `removes` names are removed, only once all the new ones are
+    written. Everything else stays.
     """
     path = check_writable(path)
     made = not path.exists()
@@ -163,11 +178,10 @@ def whole_folder(path, removes=()):
                 yield new
                 _settle(new)
                 _swap(path, new, old, removes)
-    except BaseException:
+    finally:
         if made:
-            with suppress(OSError):
+            with suppress(OSError):  # it is not empty
                 path.rmdir()
-        raise
 
 
 def _swap(path, new, old, removes):
@@ -195,22 +209,3 @@ def digest(paths):
             with open(file, "rb") as opened:
                 total.update(hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()
-
-
-@contextmanager
-def lock_folder(path):
-    """Hold a folder for this process alone, until the block ends or the process does.
-
-    Raises: InputError if another process holds it. Where a file system knows no locks of folders, it holds nothing.
-    """
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"out_dir {path}: another run is writing into it; wait, or choose another") from None
-        except OSError:  # there are none here
-            pass
-        yield
-    finally:
-        os.close(folder)

@@ -1,6 +1,7 @@
 """A miniature base of random weights, the controls on it, and a tiny dataset: everything the tests share."""
 
 import copy
+import fcntl
 import json
 import os
 import resource
@@ -233,6 +234,16 @@ def trained_state(out_dir):
     for folder in (out_dir, out_dir / "last"):
         state |= {f"{folder.name} {k}": v for k, v in load_model(folder).control_net.state_dict().items()}
     return state | {"schedule": torch.tensor(checkpoint["lr_schedulers"][0]["_last_lr"])}
+
+
+@contextmanager
+def another_run(path):
+    """While open, a folder is held as by the run of another process."""
+    path.mkdir(exist_ok=True)
+    folder = os.open(path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    yield
+    os.close(folder)
 
 
 @pytest.fixture

@@ -287,16 +287,21 @@ def test_controls_have_the_names_of_their_file(write_dataset):
     assert read_control_names(folder, 2) == (None, None)
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
     assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""])
-    with pytest.raises(InputError, match="controls.yaml: expected 3 different names, and units"):
+    with pytest.raises(InputError, match='controls.yaml: "names" must be a list of length 3'):
         read_control_names(folder, 3)
     (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
     with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
         read_control_names(folder, 2)
-    (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: [1e-3, null]\n")
+    (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: ['1e-3', '']\n")
     assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""])
-    for text in ("names:\nunits: [a, b]", "names: ab\nunits: [a, b]", "names: {a: b, c: d}\nunits: [a, b]"):
+    for text in (
+        "names:\nunits: [a, b]",
+        "names: ab\nunits: [a, b]",
+        "names: [yes, 007]\nunits: [a, b]",
+        "names: [a, b]",
+    ):
         (folder / "controls.yaml").write_text(text)
-        with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
+        with pytest.raises(InputError, match="controls.yaml: .*a list of length 2, each a text, in quotes"):
             read_control_names(folder, 2)
 
 

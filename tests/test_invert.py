@@ -11,8 +11,8 @@ from PIL import Image
 import invert
 from cldm.model import load_model, save_model
 from cldm.reading import read_controls
-from ldm.files import lock_folder
 from ldm.settings import InputError, run_script
+from tests.conftest import another_run
 
 SUMMARY = ["target", "prompt", "names", "control", "std", "interval90", "flags", "loss", "model_calls", "seconds"]
 CALIBRATED = dict(error_scale=[0.1], error_floor=[0.01])
@@ -230,8 +230,7 @@ def test_a_lower_place_is_read_again_and_nothing_known_is_lost(one, tmp_path, mo
 
 
 def test_two_runs_do_not_share_a_folder(one, tmp_path, fails_in_one_line):
-    (tmp_path / "out").mkdir()
-    with lock_folder(tmp_path / "out"):
+    with another_run(tmp_path / "out"):
         assert "another run is writing into it" in fails_in_one_line(invert.main, invert.settings, one)
 
 

@@ -22,9 +22,9 @@ from cldm.logger import PictureLogger, tell_bars
 from cldm.model import load_model, save_model
 from cldm.reading import calibrate
 from cldm.training import ControlTraining, SaveBestAndLast, stoppable
-from ldm.files import ROOT, lock_folder
+from ldm.files import ROOT
 from ldm.settings import InputError, override, read_yaml, write_yaml
-from tests.conftest import randomize_zero_convolutions, send, trained_state
+from tests.conftest import another_run, randomize_zero_convolutions, send, trained_state
 
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
 VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
@@ -189,8 +189,7 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
 
 
 def test_one_run_at_a_time_writes_into_a_folder(train, tmp_path):
-    (tmp_path / "out").mkdir()
-    with lock_folder(tmp_path / "out"), pytest.raises(InputError, match="out: another run is writing into it"):
+    with another_run(tmp_path / "out"), pytest.raises(InputError, match="out: another run is writing into it"):
         train()
     assert not files(tmp_path / "out")
 
