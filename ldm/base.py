@@ -15,9 +15,9 @@ from ldm.schema import check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
 from ldm.text import LENGTH, clip_tokenizer, tokenize
 
-PIXELS_AT_ONCE = 16 * 128**2  # that the VAE is given at most, or one picture
+PIXELS_AT_ONCE = 16 * 128**2  # the VAE's largest batch, unless one picture is larger
 
-# What diffusers' noise schedules say of the noise and of what is predicted; the rest is of how they sample.
+# The keys of diffusers' noise schedules that describe the noise and the prediction; the others describe sampling.
 NOISE = {
     "num_train_timesteps": number(2, whole=True),
     "beta_start": number(0, 1),
@@ -26,7 +26,7 @@ NOISE = {
     "trained_betas": or_null(each(number(0, 1))),
     "prediction_type": one_of("epsilon", "v_prediction"),
 }
-# What a UNet's configuration says where it is given more than noise, timestep and text, and whose such a UNet is.
+# Keys of a UNet's configuration that ask for inputs beyond noise, timestep and text, and the models that have them.
 BEYOND_TEXT = {
     "addition_embed_type": "Stable Diffusion XL",
     "class_embed_type": "unCLIP",
@@ -37,7 +37,7 @@ BEYOND_TEXT = {
 
 
 def load_part(cls, folder, **kwargs):
-    """`cls.from_pretrained` from a local folder: any variant, safetensors rather than pickles.
+    """`cls.from_pretrained` from a local folder, in any variant; safetensors are preferred to pickles.
 
     Raises: InputError if it is missing or broken.
     """
@@ -59,20 +59,21 @@ def load_part(cls, folder, **kwargs):
         raise InputError(f"{folder}: not a whole {cls.__name__} ({cause(error)})") from None
     if info["missing_keys"]:
         raise InputError(f"{folder}: not a whole {cls.__name__} (no weights for {min(info['missing_keys'])})")
-    if info["unexpected_keys"] and cls is not CLIPTextModel:  # which may have a projection that is not used
+    if info["unexpected_keys"] and cls is not CLIPTextModel:  # which may come with a projection that is not used
         what = f"its configuration has no place for {min(info['unexpected_keys'])}"
         raise InputError(f"{folder}: another model than a {cls.__name__} ({what})")
     return part
 
 
 def load_scheduler(folder, prediction_type=None, overrule=False):
-    """Read any of diffusers' noise schedules, from folder/scheduler, as the DDIM that we sample by.
+    """Read any of diffusers' noise schedules, from folder/scheduler, as the DDIM schedule that we sample with.
 
-    The noise is as its own kind has it. Of sampling it keeps what DDIM knows, and what it leaves open is as Stable
-    Diffusion has it. As in diffusers' own pipelines, latents are not clipped and timesteps count from 1. A grid of
-    timesteps other than that of DDIM's steps is not taken over.
-    prediction_type: what the UNet predicts, where the schedule does not know, or, with overrule, knows of another UNet.
-    Raises: InputError if it cannot be followed.
+    The noise is that of its own class. Of its sampling options, those that DDIM knows are kept, except a custom grid
+    of timesteps; missing ones are Stable Diffusion's. As in diffusers' pipelines, latents are not clipped and timesteps
+    count from 1.
+    prediction_type: what the UNet predicts, where the schedule does not say so. overrule: it replaces what the schedule
+    says, which is that of another UNet.
+    Raises: InputError if DDIM cannot follow it.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():
@@ -95,7 +96,7 @@ def load_scheduler(folder, prediction_type=None, overrule=False):
             steps_offset=1,
             clip_sample=False,
         )
-        left = scheduler.alphas_cumprod  # of the picture, at every timestep
+        left = scheduler.alphas_cumprod  # share of the picture that is left at every timestep
         falling = left[0] < 1 and (left.diff() < 0).all() and left[-1] >= 0
         if not falling or len(left) != scheduler.config.num_train_timesteps:
             raise ValueError("its betas must leave less of the picture at every timestep")
@@ -103,8 +104,8 @@ def load_scheduler(folder, prediction_type=None, overrule=False):
         raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({cause(error)})") from None
     if left[-1] == 0 and scheduler.config.prediction_type == "epsilon":
         raise InputError(
-            f'{file}: "prediction_type" must be v_prediction where nothing but noise is left at the last timestep '
-            "(rescale_betas_zero_snr), got epsilon: no noise prediction says what the picture is there"
+            f'{file}: "prediction_type" must be v_prediction where only noise is left at the last timestep '
+            "(rescale_betas_zero_snr), got epsilon: there, the noise says nothing about the picture"
         )
     return scheduler
 
@@ -137,22 +138,22 @@ def check_parts(where, vae, text_encoder, unet):
 
 
 class LatentDiffusion(nn.Module):
-    """A latent diffusion model (Rombach et al. 2022), every weight frozen; the caller owns the gradient policy."""
+    """A latent diffusion model (Rombach et al. 2022) with all weights frozen; the caller owns the gradient policy."""
 
     def __init__(self, vae, text_encoder, unet, scheduler):
         super().__init__()
         self.vae, self.text_encoder, self.unet, self.scheduler = vae, text_encoder, unet, scheduler
-        # In float32, rounding makes a variance of ddim_sample negative where the last timestep is pure noise.
+        # In float32, rounding makes DDIM's variance negative where the last timestep is pure noise.
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
         self.requires_grad_(False).eval()
 
     @classmethod
     def from_pretrained(cls, path, *, architecture=None, use_ema=False, prediction_type=None, precision="float32"):
-        """Read a base from the folders vae, text_encoder, unet and scheduler below `path`, or from a single file.
+        """Read a base from a folder with vae, text_encoder, unet and scheduler, or from a single file.
 
-        architecture, use_ema: of a single file, as ldm.checkpoints.load_single_file has them. prediction_type: what the
-        UNet predicts, epsilon (noise) or v_prediction, where a single file or a folder does not say so itself.
-        precision: a torch dtype's name.
+        architecture, use_ema: of a single file, as for ldm.checkpoints.load_single_file. prediction_type: what the UNet
+        predicts, epsilon (noise) or v_prediction, where the file or folder does not say so. precision: a torch dtype's
+        name.
         Raises: InputError if something is missing or incomplete, or does not belong together.
         """
         path, dtype = find_path(path), getattr(torch, precision)
@@ -173,7 +174,7 @@ class LatentDiffusion(nn.Module):
         schedule = load_scheduler(folder, prediction_type, overrule=path.is_file())
         check_parts(path, *parts)
         for part in parts:
-            nn.Module.to(part, dtype)  # diffusers' own `to` warns of nothing
+            nn.Module.to(part, dtype)  # without the warnings of diffusers' own `to`
             check_finite(part, path)
         return cls(*parts, schedule)
 
@@ -183,38 +184,32 @@ class LatentDiffusion(nn.Module):
 
     @property
     def downsampling(self):
-        """Pixels of a picture per latent, along a side."""
+        """Pixels per latent along a side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def encode(self, pictures):
         """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/f, W/f) scaled latents, the means; f: downsampling."""
-
-        def encode(part):
-            return self.vae.encode(part).latent_dist.mean * self.vae.config.scaling_factor
-
-        return self._in_parts(encode, pictures, 1)
+        factor = self.vae.config.scaling_factor
+        return self._in_parts(lambda part: factor * self.vae.encode(part).latent_dist.mean, pictures, 1)
 
     def decode(self, latents):
         """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
-
-        def decode(part):
-            return self.vae.decode(part / self.vae.config.scaling_factor).sample
-
-        return self._in_parts(decode, latents, self.downsampling)
+        factor = self.vae.config.scaling_factor
+        return self._in_parts(lambda part: self.vae.decode(part / factor).sample, latents, self.downsampling)
 
     def _in_parts(self, function, batch, pixels):
-        """Returns: function of a batch, PIXELS_AT_ONCE at once, in the VAE's precision and then in the batch's."""
+        """Returns: function(batch), computed PIXELS_AT_ONCE at a time in the VAE's precision."""
         size = max(1, PIXELS_AT_ONCE // (batch.shape[2] * batch.shape[3] * pixels**2))
         parts = batch.to(self.vae.device, self.vae.dtype).split(size)
         return torch.cat([function(part) for part in parts]).to(batch.dtype)
 
     def prediction_target(self, latents, noise, timesteps):
-        """Returns: (B, C, h, w), what the UNet is to predict of latents so noised: the noise, or the velocity."""
+        """Returns: (B, C, h, w), what the UNet should predict for latents so noised: noise or velocity."""
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         return self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
 
     def embed(self, prompts):
         """Returns: (B, 77, D) text embeddings of a list of prompts."""
-        open_clip = self.text_encoder.config.hidden_act == "gelu"  # Stable Diffusion 2's was trained padded with zeros
+        open_clip = self.text_encoder.config.hidden_act == "gelu"  # Stable Diffusion 2's, trained on padding by zeros
         tokens = tokenize(prompts, 0 if open_clip else None)
         return self.text_encoder(tokens.to(self.device)).last_hidden_state

@@ -1,4 +1,4 @@
-"""Stable Diffusion's original single-file checkpoints: what a file holds is found from its contents, never its name."""
+"""Stable Diffusion's original single-file checkpoints, recognised by their contents, never by their names."""
 
 import pickle
 import re
@@ -22,10 +22,10 @@ from ldm.schema import read_json
 from ldm.settings import InputError
 
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
-CONTROL = "control_model."  # what the original's keys of a ControlNet begin with, beside the base's own or alone
+CONTROL = "control_model."  # prefix of a ControlNet's keys in the original layout
 HINT = "controlnet_cond_embedding."
 
-# What a file may hold, by texts of which one is in a key of such files alone. The first that fits.
+# What a file may hold -> parts of keys that give it away. The first match counts.
 KINDS = {
     "a LoRA": ("lora_", ".lora"),
     "Stable Diffusion XL": ("conditioner.embedders.",),
@@ -39,22 +39,22 @@ KINDS = {
     "a VAE alone": ("decoder.conv_in.",),
     "a text encoder alone": ("text_model.", "resblocks."),
 }
-# What a UNet is that takes so many channels, Stable Diffusion's being 4.
+# Input channels of a UNet -> what it is. Stable Diffusion's has 4.
 INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
-# v1-5-pruned.ckpt names this class beside its weights; reading it is given an empty one instead.
+# v1-5-pruned.ckpt refers to this class; an empty one takes its place when the file is read.
 LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-AROUND = ("state_dict", "model", "module")  # keys that trainers save their weights below
-WRAPPED = ("module.", "_orig_mod.")  # what trainers put before every key
+AROUND = ("state_dict", "model", "module")  # keys under which trainers save the weights
+WRAPPED = ("module.", "_orig_mod.")  # prefixes that trainers add to every key
 
 
 def cause(error):
-    """Returns: what an error of torch's or diffusers' says, in one line."""
+    """Returns: the one line of an error of torch or diffusers that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
     return lines[0] if lines else type(error).__name__
 
 
 def refuse_download(file):
-    """Raises: InputError for what stands where a file was not downloaded: a Git LFS pointer, a web page."""
+    """Raises: InputError for what a failed download leaves: a Git LFS pointer or a web page."""
     with open(file, "rb") as opened:
         start = opened.read(100).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
@@ -66,10 +66,10 @@ def refuse_download(file):
 
 
 def read_weights(file):
-    """Read a .safetensors or .ckpt file, never running what a pickle asks for.
+    """Read a .safetensors or .ckpt file without running any code that a pickle asks for.
 
-    Returns: {key: tensor}, without the "state_dict" that may be around it and the "module." before every key.
-    Raises: InputError for anything else than a whole file of weights.
+    Returns: {key: tensor}, unwrapped from what trainers save around it.
+    Raises: InputError unless it is a whole file of weights.
     """
     file = Path(file)
     try:
@@ -115,11 +115,10 @@ def identify(weights):
 def load_single_file(file, architecture, use_ema=False, prediction_type=None):
     """Read a Stable Diffusion 1.x or 2.x checkpoint in the original layout.
 
-    architecture: a folder with the config.json of vae, text_encoder and unet.
-    use_ema: take the UNet's weights averaged over training, if the file has both, as v1-5-pruned.ckpt does.
-    prediction_type: what its UNet predicts; 2.x has files of either kind.
+    architecture: a folder with the config.json of vae, text_encoder and unet. use_ema: take the UNet's weights averaged
+    over training, which v1-5-pruned.ckpt has too. prediction_type: what its UNet predicts; 2.x exists in both kinds.
     Returns: vae, text_encoder, unet in the file's precision.
-    Raises: InputError if the file is of another kind than the architecture, or not whole.
+    Raises: InputError if the file is not whole, or does not fit the architecture.
     """
     weights = read_weights(file)
     vae_config, unet_config = (read_json(architecture / part / "config.json") for part in ("vae", "unet"))
@@ -157,7 +156,7 @@ def load_single_file(file, architecture, use_ema=False, prediction_type=None):
     for part, convert in parts.items():
         try:
             converted = convert()
-        except (LookupError, TypeError, AttributeError) as error:  # the converters' way of missing a weight
+        except (LookupError, TypeError, AttributeError) as error:  # how the converters miss a weight
             raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {error})") from None
         fill(part, converted, file)
     return tuple(parts)
@@ -165,7 +164,7 @@ def load_single_file(file, architecture, use_ema=False, prediction_type=None):
 
 def fill(part, weights, file):
     """Put converted weights into a model. Raises: InputError if one is missing, of another shape or not finite."""
-    weights = {key: tensor for key, tensor in weights.items() if tensor is not None}  # None: the converters' missing
+    weights = {key: tensor for key, tensor in weights.items() if tensor is not None}  # the converters' missing ones
     try:
         missing = part.load_state_dict(weights, strict=False, assign=True).missing_keys
     except RuntimeError as error:
@@ -176,7 +175,7 @@ def fill(part, weights, file):
 
 
 def check_finite(part, where):
-    """Raises: InputError if a weight of a model is infinite or no number, which its sum then is, too."""
+    """Raises: InputError if a weight of a model is infinite or NaN, which makes the sum of its tensor so too."""
     for name, tensor in part.state_dict().items():
         if not tensor.sum(dtype=torch.float32).isfinite():
             hint = "; float16 ends at 65504, bfloat16 does not" if tensor.dtype == torch.float16 else ""
@@ -186,15 +185,15 @@ def check_finite(part, where):
 def find_control(weights):
     """Find a ControlNet in the original layout, alone in a file or beside its base.
 
-    Returns: {name in the original, without its "control_model.": tensor}; empty if there is none.
+    Returns: {name in the original, without "control_model.": tensor}; empty if there is none.
     """
-    if any(key.startswith(CONTROL) for key in weights):
-        return {key.removeprefix(CONTROL): tensor for key, tensor in weights.items() if key.startswith(CONTROL)}
+    if found := {key.removeprefix(CONTROL): t for key, t in weights.items() if key.startswith(CONTROL)}:
+        return found
     return weights if identify(weights) == "a ControlNet in the original layout" else {}
 
 
 def fill_control(control_net, weights, file, keep=()):
-    """Put find_control's weights into a ControlNet, but for its own whose names start with `keep`.
+    """Put find_control's weights into a ControlNet, except where its own names start with `keep`.
 
     Raises: InputError if one is missing, of another shape or not finite.
     """
@@ -206,7 +205,7 @@ def fill_control(control_net, weights, file, keep=()):
 
 
 def to_half(weights):
-    """Returns: {key: tensor} in half precision, but for those that it would make infinite, or nothing, in float32."""
+    """Returns: {key: tensor} in half precision, or in float32 where half precision would overflow or underflow."""
     half = {key: tensor.half() for key, tensor in weights.items()}
     return {
         key: half[key] if (half[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max() else tensor.float()
@@ -214,7 +213,7 @@ def to_half(weights):
     }
 
 
-# Of a ResNet: diffusers' names and the original's.
+# Layers of a ResNet: diffusers' name -> the original's.
 RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -226,12 +225,12 @@ RESNET = {
 
 
 def original_key(key, layers):
-    """Returns: the original layout's name of a weight of diffusers' ControlNet or UNet encoder.
+    """Returns: the original layout's name for a weight of diffusers' ControlNet or UNet encoder.
 
-    layers: ResNets a level, the config's layers_per_block.
+    layers: ResNets per level, the config's layers_per_block.
     """
 
-    def block(level, index, part):  # input_blocks: conv_in, then for every level its ResNets and a downsampling
+    def block(level, index, part):  # input_blocks: conv_in, then the ResNets and the downsampling of every level
         return f"input_blocks.{1 + int(level) * (layers + 1) + int(index)}.{part}."
 
     rules = {

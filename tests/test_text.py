@@ -63,7 +63,7 @@ def test_what_a_long_prompt_loses_is_said_once(base, capsys):
     prompt = " ".join(["red"] * 75) + " and a blue cup"
     assert torch.equal(base.embed([prompt]), base.embed([prompt.replace("blue", "green")]))
     told = capsys.readouterr().out
-    assert '79 tokens, and the text encoder takes 75; lost is "and a blue cup"' in told
+    assert '79 tokens, and the text encoder takes 75; cut off is "and a blue cup"' in told
     assert told.count("\n") == 2 and "green cup" in told
     base.embed([prompt, " ".join(["red"] * 75)])
     assert not capsys.readouterr().out
