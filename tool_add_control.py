@@ -1,21 +1,21 @@
-"""Give a base model a fresh numeric ControlNet, to start trainings from: encoder copied, zero convolutions, new MLP.
+"""Give a base model a fresh numeric ControlNet to start trainings from: encoder copied, zero convolutions, new MLP.
 
     python tool_add_control.py INPUT OUTPUT [key=value ...]
     python tool_add_control.py models/tiny_sd models/control_tiny_init
 
 INPUT: a base's YAML (models/cldm_v15.yaml), its folder in diffusers' layout or its single file. OUTPUT: a folder, for
-tutorial_train.py resume_path=OUTPUT. With the result the model draws exactly what the base draws; but the control in a
-file of the original fork is taken over as it was trained, for test5.py model_path=OUTPUT.
+tutorial_train.py resume_path=OUTPUT. Until it is trained, the model draws exactly what the base draws. If the file is
+one of the original fork, its trained control is taken over as it is, for test5.py model_path=OUTPUT.
 """
 
 from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     control_dim=1,  # how many numbers
-    hint="dense",  # dense (one resolution), coordinate (any), original, or reference (a change from a picture)
-    encoder="",  # a ControlNet in the original layout, whose encoder is copied in place of the UNet's
+    hint="dense",  # dense (one resolution), coordinate (any), original (the fork's) or reference (a change of picture A)
+    encoder="",  # a ControlNet in the original layout, whose encoder is copied instead of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
-    overwrite=False,  # True: a control that lies in OUTPUT is replaced
+    overwrite=False,  # True: replace a control in OUTPUT
     prediction_type=None,  # of a Stable Diffusion 2 file: v_prediction or epsilon; None: as the base's YAML says
 )
 PATHS = ("INPUT", "OUTPUT")
@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import math
 
 from cldm.conversion import add_control, import_control
+from cldm.dataset import parse_control
 from cldm.model import control_folder, load_base, save_model
 from ldm.checkpoints import find_control, read_weights
 from ldm.files import find_path
@@ -37,19 +38,20 @@ def check(s):
         raise InputError(f'setting "prediction_type": expected epsilon or v_prediction, got {s.prediction_type}')
     if s.control_range is not None:
         try:
-            low, high = s.control_range
-            if not -math.inf < low < high < math.inf:
-                raise ValueError
-        except (TypeError, ValueError):
-            raise InputError(f"control_range: expected [low, high], two numbers, got {s.control_range}") from None
+            low, high = parse_control(s.control_range)
+        except ValueError:
+            low = high = math.nan
+        if not low < high:
+            raise InputError(f"control_range: expected [low, high], two numbers, got {s.control_range}")
 
 
 def main(s, paths):
     check(s)
-    output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
+    inputs = [find_path(path) for path in (paths[0], s.encoder) if path]
+    control_folder(paths[1], s.overwrite, inputs=inputs)  # before anything large is read
     base, config = load_base(paths[0], s.prediction_type)
     file = find_path(config.base)
-    control_folder(paths[1], s.overwrite, inputs=[file])
+    output = control_folder(paths[1], s.overwrite, inputs=[file])
     found = find_control(read_weights(file)) if file.is_file() else {}
     if any(name.startswith("mlp.") for name in found):
         check_used(s, settings, "on a control that the file brings", "control_dim", "hint", "encoder")

@@ -1,17 +1,17 @@
-"""Learn anew how far to trust a control's readings: error bars, flags and probes. Its weights stay as they are.
+"""Calibrate a control again: how far its readings can be trusted. Error bars, flags and probes change, not its weights.
 
     python tool_calibrate.py MODEL_PATH data_root=my_data
     python tool_calibrate.py models/control_tiny_pair pairs=train
 
-What validation pictures there are decides: those that a training with the same settings would set aside.
+It is done on the validation pictures, those that a training with the same settings would set aside.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     data_root="dataForTrain",
-    pairs="",  # a folder of pictures, or "train", in place of data_root, for a control that was trained on pairs
-    controls=None,  # of pairs, as tutorial_train.py has them
+    pairs="",  # for a control of changes, in place of data_root: a folder of pictures, or "train"
+    controls=None,  # of pairs, as in tutorial_train.py
     seed=0,
     device="auto",  # a GPU where there is one
 )

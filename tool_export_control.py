@@ -2,15 +2,15 @@
 
     python tool_export_control.py MODEL_PATH FILE.safetensors
 
-For controls with hint=original: the original's code knows no other. Weights are named as there
-(control_model.input_blocks.…), those of the MLP mlp.fc1 to mlp.fc3, which takes the number as it is; the metadata has
-the config. What diffusers loads is the folder MODEL_PATH itself, whatever its hint.
+Only for hint=original, the one hint that the original's code knows. Weights are named as there
+(control_model.input_blocks.…), and the MLP's layers mlp.fc1 to mlp.fc3, which take the number unnormalised; the file's
+metadata holds the config. diffusers loads the folder MODEL_PATH itself, whatever its hint.
 """
 
 from ldm.settings import InputError, answer, run_script
 
 settings = dict(
-    overwrite=False,  # True: a FILE that is there already is replaced
+    overwrite=False,  # True: replace FILE if it exists
 )
 PATHS = ("MODEL_PATH", "FILE.safetensors")
 if __name__ == "__main__":
