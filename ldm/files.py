@@ -200,10 +200,10 @@ def _swap(path, new, old, removes):
 
 
 def digest(paths):
-    """Returns: a sha256, as text, of files, and of all files below folders: their names and what is in them."""
+    """Returns: a sha256, as text, of files, and of all files below folders but .md: their names and contents."""
     total = hashlib.sha256()
     for path in map(Path, paths):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md") if path.is_dir() else [path]
         for file in files:
             total.update(str(file.relative_to(path.parent)).encode())
             with open(file, "rb") as opened:
