@@ -18,41 +18,35 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
-from cldm.changes import choose_changes
 from cldm.conversion import MOST_PROMPTS
-from cldm.dataset import ControlDataset
 from cldm.logger import tell_bars
 from cldm.model import load_model
-from cldm.pairs import FreshPairs
+from cldm.pairs import training_set, validation_set
 from cldm.reading import calibrate, search_bounds
 from ldm.files import find_path, output_folder
-from tutorial_train import VALIDATION_PAIRS, read_data
+from tutorial_train import read
 
 
 def main(s, paths):
     check_numbers(s, int, seed=(0, 2**32 - 1))
     model = load_model(paths[0], device=s.device)
     folder = output_folder(find_path(paths[0]))
-    train, validation, controls, names, _ = read_data(s)
+    data = read(s)
     config, size = model.control_net.config, model.config.image_size
     ranges = list(zip(*search_bounds(config)))
-    fits = names is None or list(names) == list(config.control_names)
-    fits = fits and len(controls[0]) == len(ranges) and bool(s.pairs) <= model.control_net.uses_reference
-    if not fits or any(not low <= value <= high for own in controls for value, (low, high) in zip(own, ranges)):
+    fits = data.names is None or list(data.names) == list(config.control_names)
+    fits = fits and len(data.controls[0]) == len(ranges) and bool(s.pairs) <= model.control_net.uses_reference
+    if not fits or any(not low <= value <= high for own in data.controls for value, (low, high) in zip(own, ranges)):
         raise InputError(
             f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(config.control_names)} from "
             f"{list(config.control_low)} to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
-    if s.pairs:
-        pairs = FreshPairs(validation or train, choose_changes(s.controls), model.base, size, s.seed + 1)
-        dataset = pairs.draw(VALIDATION_PAIRS, 0)
-    else:
-        dataset = ControlDataset(validation or train, model.base, size)
+    chosen = model.base, size, s.seed
+    dataset = validation_set(data, *chosen) or training_set(data, *chosen)
     if config.prompts is None:
-        prompts = [""] if s.pairs else sorted({row.prompt for row in train})
-        model.control_net.register_to_config(prompts=prompts[:MOST_PROMPTS])
+        model.control_net.register_to_config(prompts=sorted(set(data.prompts))[:MOST_PROMPTS])
     calibrate(model, folder, dataset)
-    print(tell_bars(dataset, seen=not validation))
+    print(tell_bars(dataset, seen=not data.validation))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""prompt.json -> checked rows -> latents and text embeddings, computed once."""
+"""From prompt.json to checked rows, and from rows to latents and text embeddings, computed once."""
 
 import difflib
 import hashlib
@@ -17,23 +17,43 @@ from ldm.schema import TEXT, check, each
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
-SMALLEST_SPLIT = 5  # distinct controls; of fewer, none is held out
-GOLDEN = 0.618034  # the golden ratio's fraction, whose multiples are spread evenly
+SMALLEST_SPLIT = 5  # distinct controls below which none is held out
+GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
 
 
 @dataclass(frozen=True)
 class Row:
     control: tuple[float, ...] | None  # d numbers, in the dataset's units
-    target: Path  # or a PIL picture, here and below
+    target: Path  # or a PIL picture, as is the reference
     prompt: str
     reference: Path | None = None  # the picture that the control is a change from
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a control is trained on: rows, or photographs that pairs are cut from."""
+
+    train: list  # of Rows, or of paths of photographs
+    validation: list  # likewise; may be empty
+    controls: list  # of d numbers each: every row's, or a sample of the changes that are drawn
+    names: list | None  # d texts; None where nobody named the numbers
+    units: list | None
+    ranges: dict | None = None  # of pairs: {name: (low, high)}
+
+    @property
+    def prompts(self):
+        return [""] if self.ranges else [row.prompt for row in self.train]
+
+    @property
+    def has_references(self):
+        return bool(self.ranges) or self.train[0].reference is not None
 
 
 def parse_control(source):
     """Read a control: a number, a numeric text, or a list of either.
 
     Returns: tuple of d floats.
-    Raises: ValueError if it is none of these, not finite, or a whole number of more digits than a float has.
+    Raises: ValueError if it is none of these, not finite, or a whole number with more digits than a float holds.
     """
     values = source if isinstance(source, (list, tuple)) else [source]
     no_number = ValueError("must be a finite number or a list of them")
@@ -52,10 +72,10 @@ def parse_control(source):
 
 
 def read_rows(file, known=True):
-    """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}; targets relative to its folder.
+    """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}, targets relative to its folder.
 
-    All rows, or none, may have a "reference", a picture that the source is a change from.
-    known: whether every row needs a source; without one, its control is None.
+    All rows or none have a "reference", the picture that the source is a change from.
+    known: whether every row needs a source; a row without one has control None.
     Returns: list of Row, all controls of one length.
     Raises: InputError naming the file, the line, what was expected and what was found.
     """
@@ -112,9 +132,9 @@ def _read_row(line, folder, where, known):
 
 
 def split_rows(data_root):
-    """Read a dataset's training rows, and rows for validation, which training does not see.
+    """Read a dataset's training rows, and validation rows that training does not see.
 
-    Those are validation.json where the folder has one, else what `hold_out` takes out.
+    The latter are those of validation.json if there is one, else what hold_out chooses.
     Returns: (training rows, validation rows).
     """
     rows = read_rows(Path(data_root) / TRAINING_FILE)
@@ -132,11 +152,18 @@ def split_rows(data_root):
     return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
 
 
-def hold_out(pairs):
-    """Choose one in ten of every prompt's distinct controls, spread over the range and never one with an extreme.
+def read_data(data_root):
+    """Returns: the TrainingData in a folder: prompt.json, perhaps validation.json and controls.yaml."""
+    train, validation = split_rows(data_root)
+    controls = [row.control for row in train]
+    return TrainingData(train, validation, controls, *read_control_names(data_root, len(controls[0])))
 
-    Prompts with fewer than five are left whole, if there are others; if there are none, all prompts count as one.
-    pairs: of prompts and controls, one of every row. Returns: set of such pairs.
+
+def hold_out(pairs):
+    """Choose one in ten of every prompt's distinct controls, spread over the range, never one with an extreme value.
+
+    Prompts with fewer than five controls are left whole; if all are such, they count as one prompt.
+    pairs: (prompt, control) of every row. Returns: a set of such pairs.
     """
     groups = {}
     for prompt, control in pairs:
@@ -145,12 +172,12 @@ def hold_out(pairs):
     if not groups:
         chosen = spread_inside({control for _, control in pairs}, 0.5)
         return {(prompt, control) for prompt, control in pairs if control in chosen}
-    phases = (0.5 + GOLDEN * k for k in range(len(groups)))  # other places for every prompt
+    phases = (0.5 + GOLDEN * k for k in range(len(groups)))  # different places for every prompt
     return {(prompt, c) for (prompt, own), phase in zip(groups.items(), phases) for c in spread_inside(own, phase % 1)}
 
 
 def spread_inside(controls, phase):
-    """controls: set of tuples. phase: in [0, 1). Returns: one in ten, evenly, none if there are fewer than five."""
+    """controls: set of tuples. phase: in [0, 1). Returns: one in ten, evenly spaced; none of fewer than five."""
     ends = [{min(column), max(column)} for column in zip(*controls)]
     inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
     count = min(len(inner), max(1, round(len(controls) / 10))) if len(controls) >= SMALLEST_SPLIT else 0
@@ -158,10 +185,10 @@ def spread_inside(controls, phase):
 
 
 def read_control_names(data_root, control_dim):
-    """Read what a dataset calls its controls: controls.yaml, {names: [angle], units: [degrees]}, where there is one.
+    """Read a dataset's controls.yaml, such as {names: [angle], units: [degrees]}.
 
     Returns: (names, units), control_dim texts each; (None, None) without the file.
-    Raises: InputError if the file has another number of them.
+    Raises: InputError if the file does not have as many.
     """
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
@@ -175,17 +202,17 @@ def read_control_names(data_root, control_dim):
 
 
 def is_unicode(text):
-    """Returns: whether a text can be written, unlike half a surrogate pair."""
+    """Returns: whether a text can be encoded, unlike half a surrogate pair."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-@lru_cache  # each is told once
+@lru_cache  # prints every message once
 def recognize_prompt(prompt, known):
-    """Find the prompt of training that a prompt is meant to be: to the model, every character counts.
+    """Find the training prompt that a prompt is meant to be, since to the model every character counts.
 
-    known: a tuple, the prompts that a control was trained with. Quotation marks, capitals, spaces and dots around them
-    do not count.
-    Returns: that prompt, or, after a line that names the nearest, `prompt` itself.
+    known: a tuple of the prompts that a control was trained with. Capitals, spaces, and quotation marks and dots around
+    a prompt do not count.
+    Returns: the training prompt; else, after a line that names the nearest ones, `prompt` itself.
     """
 
     def plain(text):
@@ -207,12 +234,12 @@ def _name(picture):
 
 
 class ControlDataset(Dataset):
-    """Latents, text embeddings and controls of rows, all computed once by a LatentDiffusion.
+    """Latents, text embeddings and controls of rows, computed once by a LatentDiffusion.
 
-    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; of the empty prompt), control (d,), and
-    reference (C, h, w) where the rows have one.
-    Pictures of another size than image_size are resized. label: of the progress bar, None for none.
-    digest: of the rows and of what the model is shown of their pictures, a text each; of files' names it is not.
+    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; the empty prompt's), control (d,), and
+    reference (C, h, w) if the rows have one.
+    Pictures of another size than image_size are resized. label: of the progress bar; None: no bar.
+    digest: {"rows", "pictures"}, digests of the rows and of the pixels that the model sees, whatever the files' names.
     """
 
     @torch.no_grad()
@@ -261,27 +288,30 @@ class ControlDataset(Dataset):
 
 
 class TrainingOrder(Sampler):
-    """In which order training takes rows: all of them, shuffled, then again in another order, and so on.
+    """The order in which training takes rows: all of them, shuffled, again and again.
 
-    What the n-th is depends on the seed and n alone, so that a killed run goes on with the next and several processes
-    share them. rows: how many there are; None: item n is n itself. length: of items that a process takes.
+    The n-th depends on the seed and n alone, so that a killed run goes on with the next, and several processes share
+    the rows.
+    rows: their number; None: endless, row n is the n-th. length: rows that each process takes in the whole run.
+    first: rows that it has taken already.
     """
 
-    def __init__(self, rows, length, seed):
+    def __init__(self, rows, length, seed, first=0, rank=0, processes=1):
         self.rows, self.length, self.seed = rows, length, seed
-        self.first, self.rank, self.processes = 0, 0, 1
+        self.first, self.rank, self.processes = first, rank, processes
 
     def __len__(self):
         return self.length
 
     def __iter__(self):
-        passed, order = None, None
+        shuffled, order = None, None
         for n in range(self.first, self.length):
             n = n * self.processes + self.rank
-            if self.rows is not None:
-                if n // self.rows != passed:
-                    passed = n // self.rows
-                    generator = torch.Generator().manual_seed(hash((self.seed, passed)) % 2**63)
-                    order = torch.randperm(self.rows, generator=generator)
-                n = order[n % self.rows].item()
-            yield n
+            if self.rows is None:
+                yield n
+                continue
+            if n // self.rows != shuffled:
+                shuffled = n // self.rows
+                generator = torch.Generator().manual_seed(hash((self.seed, shuffled)) % 2**63)
+                order = torch.randperm(self.rows, generator=generator)
+            yield order[n % self.rows].item()

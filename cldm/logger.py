@@ -26,17 +26,14 @@ LEAST_PSNR = 20  # dB, between pictures and the VAE's reconstruction of them
 TOLD_EVERY = 30  # seconds between progress lines where stdout is no terminal
 
 
-def describe_data(controls, names, units, prompts, drawn):
-    """Describe what a control is trained on.
-
-    controls: (N, d) numbers. names, units: d texts. prompts: of all rows. drawn: whether controls are drawn at random.
-    Returns: list of lines.
-    """
-    lines = []
-    for name, unit, values in zip(names, units, zip(*controls)):
-        count = "drawn at random" if drawn else f"{len({*values})} values"
+def describe_data(data, config):
+    """Returns: lines on the TrainingData of a control; config: the control's."""
+    kind = "photographs" if data.ranges else "pictures"
+    lines = [f"{len(data.train)} training and {len(data.validation)} validation {kind}"]
+    for name, unit, values in zip(config.control_names, config.control_units, zip(*data.controls)):
+        count = "drawn at random" if data.ranges else f"{len({*values})} values"
         lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}")
-    texts = sorted(set(prompts))
+    texts = sorted(set(data.prompts))
     if texts != [""]:
         shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
         lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")

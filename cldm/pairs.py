@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import Dataset
 
-from cldm.changes import MOTIONS, draw_change, expose_picture, similarity
-from cldm.dataset import ControlDataset, Row
+from cldm.changes import CHANGES, MOTIONS, draw_change, expose_picture, similarity
+from cldm.dataset import ControlDataset, Row, TrainingData
 from ldm.pictures import check_pictures, load_picture
 from ldm.settings import InputError
 
@@ -23,6 +23,8 @@ REFERENCE_EXPOSURE, REFERENCE_BLUR = 0.7, 1.0  # stops and pixels that a referen
 OVERSAMPLE = 2  # a picture is cut at this many times its resolution, then averaged down
 LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled down when they are read
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
+VALIDATION_PAIRS = 144
+STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -48,6 +50,29 @@ def check_photos(files):
     check_pictures(files)
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()
+
+
+def read_photos(train, validation, ranges, seed):
+    """Returns: the TrainingData of pairs cut from photographs; ranges: as choose_changes returns them."""
+    rng = random.Random(seed)
+    drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
+    controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
+    return TrainingData(train, validation, controls, list(ranges), [CHANGES[name][0] for name in ranges], ranges)
+
+
+def training_set(data, base, image_size, seed):
+    """Returns: the dataset of a TrainingData's training rows, or pairs."""
+    if data.ranges:
+        return FreshPairs(data.train, data.ranges, base, image_size, seed)
+    return ControlDataset(data.train, base, image_size)
+
+
+def validation_set(data, base, image_size, seed):
+    """Returns: a ControlDataset of validation rows, or pairs, of training photographs if need be; None without rows."""
+    if data.ranges:
+        pairs = FreshPairs(data.validation or data.train, data.ranges, base, image_size, seed + 1)
+        return pairs.draw(VALIDATION_PAIRS, 0)
+    return ControlDataset(data.validation, base, image_size) if data.validation else None
 
 
 def draw_pair(rng, files, size, ranges):
@@ -119,12 +144,17 @@ def cut(file, frame, size, blur, exposure, channels):
 class FreshPairs(Dataset):
     """Endless pairs, drawn POOL at a time while they are asked for; each is used PASSES times on average.
 
-    Items are as a ControlDataset's. They are asked for in order; item i depends on the seed alone.
+    Items are as a ControlDataset's. They are asked for in order; item i depends on the seed and i alone.
     """
 
     def __init__(self, files, ranges, base, image_size, seed):
         self.files, self.ranges, self.base, self.image_size = files, ranges, base, image_size
         self.seed, self.number = seed, None
+
+    @property
+    def digest(self):
+        """{"controls", "pictures"}; reads all photographs. Raises: InputError naming one that cannot be read."""
+        return {"controls": str({n: [*b] for n, b in self.ranges.items()}), "pictures": check_photos(self.files)}
 
     def __getitem__(self, i):
         number = i // (POOL * PASSES)

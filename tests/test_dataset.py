@@ -226,10 +226,8 @@ def test_held_out_controls_of_several_numbers_leave_the_range_whole():
 def test_order_of_training_depends_on_the_seed_alone():
     """Every row once before any comes again; a killed run goes on; two processes share what one would take."""
 
-    def take(rows=5, length=12, seed=0, **state):
-        order = TrainingOrder(rows, length, seed)
-        vars(order).update(state)
-        return list(order)
+    def take(rows=5, length=12, seed=0, **place):
+        return list(TrainingOrder(rows, length, seed, **place))
 
     whole = take()
     assert sorted(whole[:5]) == sorted(whole[5:10]) == list(range(5)) and whole[:5] != whole[5:10]

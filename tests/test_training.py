@@ -21,7 +21,8 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, tell_bars
 from cldm.model import load_model, save_model
 from cldm.reading import calibrate
-from cldm.training import ControlTraining, SaveBestAndLast, stoppable
+from cldm.runs import SaveBestAndLast, stoppable
+from cldm.training import ControlTraining
 from ldm.files import ROOT
 from ldm.settings import InputError, override, read_yaml, write_yaml
 from tests.conftest import another_run, randomize_zero_convolutions, send, trained_state
@@ -133,7 +134,7 @@ def test_training_is_stopped_at_once_where_no_step_is_under_way(capsys):
                 assert stop.signal == signal.SIGTERM  # noted, and asked for again
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stopped.value.code == 143
-            stop.stepping = not again
+            stop.reached("before the first step", stepping=not again)
     assert "stopped by SIGTERM before the first step" in capsys.readouterr().err
 
 
