@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,12 +14,18 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ldm.pictures import check_picture, describe_fit, fit_picture, load_picture, pictures_to_tensor
-from ldm.schema import TEXT, check, each
+from ldm.schema import TEXT, Rule, check, each
 from ldm.settings import InputError, read_yaml
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which cannot be written
+JSON_TEXT = Rule("a text", lambda value: isinstance(value, str) and not SURROGATES.search(value))
+ROW = {
+    "source": Rule("a number or a list of numbers", lambda _: True),
+    **dict.fromkeys(("target", "prompt", "reference"), JSON_TEXT),
+}
 
 
 @dataclass(frozen=True)
@@ -89,17 +96,9 @@ def read_rows(file, known=True):
     rows = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = _read_row(line, file.parent, f"{file} line {number}", known)
-            first = next((r.control for r in rows if r.control), row.control)
-            if row.control and len(row.control) != len(first):
-                raise InputError(
-                    f'{file} line {number}: "source" has {len(row.control)} numbers, the first row has '
-                    f"{len(first)}; every row needs the same"
-                )
-            if rows and (row.reference is None) != (rows[0].reference is None):
-                has = "no" if row.reference is None else "a"
-                raise InputError(f'{file} line {number}: has {has} "reference", unlike the first row; all or none')
-            rows.append(row)
+            where = f"{file} line {number}"
+            rows.append(_read_row(line, file.parent, where, known))
+            _check_alike(where, rows[-1], next((row for row in rows if row.control), rows[0]))
     if not rows:
         raise InputError(f"{file}: no rows; expected one JSON object a line")
     return rows
@@ -108,16 +107,11 @@ def read_rows(file, known=True):
 def _read_row(line, folder, where, known):
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, a number of too many digits, lists within lists
+    except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, lists within lists
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
-    for key in ("source", "target", "prompt"):
-        if key not in row and (known or key != "source"):
-            raise InputError(f'{where}: no "{key}"; expected the keys source, target and prompt')
-    for key in ("target", "prompt", "reference"):
-        if not isinstance(row.get(key, ""), str) or not is_unicode(row.get(key, "")):
-            raise InputError(f'{where}: "{key}" must be a text, got {json.dumps(row[key])[:80]}')
+    check(where, row, ROW, [key for key in ROW if key != "reference" and (known or key != "source")], complete=False)
     try:
         control = parse_control(row["source"]) if "source" in row else None
     except ValueError as error:
@@ -131,22 +125,26 @@ def _read_row(line, folder, where, known):
     return Row(control, prompt=row["prompt"], **files)
 
 
+def _check_alike(where, row, first):
+    """Raises: InputError if two rows have unlike numbers of numbers, or only one has a reference."""
+    if row.control and len(row.control) != len(first.control):
+        found = f'"source" has {len(row.control)} numbers, the first row has {len(first.control)}'
+        raise InputError(f"{where}: {found}; every row needs as many")
+    if (row.reference is None) != (first.reference is None):
+        has = "no" if row.reference is None else "a"
+        raise InputError(f'{where}: has {has} "reference", unlike the first row; all rows need one, or none')
+
+
 def split_rows(data_root):
     """Read a dataset's training rows, and validation rows that training does not see.
 
     The latter are those of validation.json if there is one, else what hold_out chooses.
     Returns: (training rows, validation rows).
     """
-    rows = read_rows(Path(data_root) / TRAINING_FILE)
-    if (Path(data_root) / VALIDATION_FILE).exists():
-        validation = read_rows(Path(data_root) / VALIDATION_FILE)
-        if len(validation[0].control) != len(rows[0].control):
-            raise InputError(
-                f'{Path(data_root) / VALIDATION_FILE}: "source" has {len(validation[0].control)} numbers, '
-                f"{TRAINING_FILE} has {len(rows[0].control)}"
-            )
-        if (validation[0].reference is None) != (rows[0].reference is None):
-            raise InputError(f'{Path(data_root)}: "reference" must be in all rows of both files, or in none')
+    rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
+    if other.exists():
+        validation = read_rows(other)
+        _check_alike(other, validation[0], rows[0])
         return rows, validation
     held_out = hold_out([(row.prompt, row.control) for row in rows])
     return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
@@ -199,11 +197,6 @@ def read_control_names(data_root, control_dim):
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
     return config.names, config.units
-
-
-def is_unicode(text):
-    """Returns: whether a text can be encoded, unlike half a surrogate pair."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 @lru_cache  # prints every message once
