@@ -47,13 +47,13 @@ import invert
 from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, draw_change, expose_picture, inverse, similarity
 from cldm.dataset import read_rows
 from cldm.pairs import cut, draw_pair
-from dataForTrain.make_dataset import CONTROLS, HELD_OUT, TRAIN, draw_view, find_photo, render_framed
+from dataForTrain.make_dataset import HELD_OUT, TRAIN, VIEW, draw_view, find_photo, render_framed
 from ldm.files import ROOT, report_folder, write_whole
 from ldm.pictures import check_picture
 
 SIZE = 128  # pixels
 MODELS = {name: ROOT / "models" / name for name in ("control_tiny_pair", "control_tiny", "control_views")}
-NUMBERS = {"control_tiny_pair": tuple(CHANGES), "control_tiny": ("angle",), "control_views": tuple(CONTROLS)}
+NUMBERS = {"control_tiny_pair": tuple(CHANGES), "control_tiny": ("angle",), "control_views": VIEW}
 ERRORS = 3.0  # standard errors
 ENDS = ("right", "flagged", "refused", "wrong")
 LIMIT = 20  # seconds, for refusing a picture
@@ -701,7 +701,7 @@ def photographs_alone(rng):
 def views(rng):
     def view(control, prompt=None, alter=lambda p: p, true=True):
         photo = rng.choice(list(TRAIN.values()))
-        truth = dict(zip(CONTROLS, control)) if true else None
+        truth = dict(zip(VIEW, control)) if true else None
         picture = alter(render_framed(photo, SIZE, *control))
         return dict(target=picture, truth=truth, prompt=photo.prompt if prompt is None else prompt)
 

@@ -1,12 +1,12 @@
 """Render the training set: photographs rotated about their centre by known angles.
 
     python dataForTrain/make_dataset.py                                       # what lies in dataForTrain, once more
-    python dataForTrain/make_dataset.py angles=[-3.37,1.61] out_dir=elsewhere # other angles, identical framing
-    python dataForTrain/make_dataset.py views=200 out_dir=elsewhere           # several controls at once, at random
+    python dataForTrain/make_dataset.py angles=[-3.37,1.61] out_dir=elsewhere # other angles, the same framing
+    python dataForTrain/make_dataset.py views=200 out_dir=elsewhere           # several numbers at once, at random
     python dataForTrain/make_dataset.py pairs=100 photos=FOLDER out_dir=elsewhere   # changes between two pictures
 
-The photographs come inside the wheels of scikit-image, matplotlib and scikit-learn; PHOTOGRAPHS.md has
-their sources and licences. A positive angle turns the picture counterclockwise.
+The photographs come inside the wheels of scikit-image, matplotlib and scikit-learn; PHOTOGRAPHS.md has their sources
+and licences. A positive angle turns the picture counterclockwise.
 """
 
 import sys
@@ -17,14 +17,14 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 
 settings = dict(
     angles=None,  # a list, degrees; None: -5, -4 … 5, and -3.5, 0.5, 2.5 into validation.json
-    views=None,  # how many of every photo, rotation, zoom, exposure and blur at random, and a tenth for validation
+    views=None,  # how many views of every photo, at random rotation, zoom, exposure and blur; a tenth for validation
     pairs=None,  # how many pairs, cut at random from the photos, between which `controls` change
     controls=None,  # of pairs: ["rotation", "zoom"] or {rotation: [-5, 5]}; None: all six
     seed=0,  # of views and pairs
-    photos="train",  # "train", "held_out", or names separated by commas; of pairs also "validation", or any folder
+    photos="train",  # "train", "held_out", or names separated by commas; for pairs also "validation", or any folder
     image_size=128,  # pixels
     out_dir="runs/dataset",
-    overwrite=False,  # True: a dataset that lies in out_dir is replaced
+    overwrite=False,  # True: a dataset in out_dir is replaced
 )
 if __name__ == "__main__":
     answer(__file__)
@@ -38,27 +38,17 @@ from importlib.util import find_spec
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from cldm.changes import CHANGES, choose_changes, expose_picture
+from cldm.changes import CHANGES, choose_changes, draw_change, expose_picture
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE, parse_control
 from cldm.pairs import draw_pair, list_pictures, open_photo
 from ldm.files import find_path, fresh_folder, whole_folder
 
 PICTURES = "resultData"
-MADE = (
-    PICTURES,
-    TRAINING_FILE,
-    VALIDATION_FILE,
-    CONTROLS_FILE,
-)  # one dataset: what one has not, an old one must not add
+MADE = PICTURES, TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE  # a dataset replaces all of an older one
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
-CONTROLS = {  # of a view: its unit and range
-    "rotation": ("degrees", -10, 10),
-    "zoom": ("ratio", 0.8, 1.25),
-    "exposure": ("stops", -1, 1),
-    "blur": ("pixels", 0, 2),
-}
-FRAME = 0.68  # side of the frame over the photo's short side: inside the photo at any angle
+VIEW = ("rotation", "zoom", "exposure", "blur")  # what is random in a view
+FRAME = 0.68  # side of the frame over the photo's short side: it stays inside the photo at any angle
 OVERSAMPLE = 4  # a picture is turned at this many times its resolution, then averaged down
 
 
@@ -83,16 +73,16 @@ TRAIN = {
     "rocket": Photo("skimage/data/rocket.jpg", "a photo of a rocket on the launch pad"),
     "text": Photo("skimage/data/text.png", "a photo of handwriting on paper"),
 }
-# Free pictures (PHOTOGRAPHS.md) that teach texture and colour beside the subjects; never drawn in full.
+# These teach texture and colour beside the subjects, and are never shown in full.
 EXTRA = [
     "sklearn/datasets/images/china.jpg",
     "sklearn/datasets/images/flower.jpg",
     "skimage/data/grass.png",
     "skimage/data/clock_motion.png",
 ]
-# What only calibrates a control for pairs; those that train it are TRAIN and EXTRA.
+# A control for pairs is trained on TRAIN and EXTRA, and calibrated on these.
 VALIDATION = ["skimage/data/motorcycle_left.png", "skimage/data/moon.png", "skimage/data/page.png"]
-# Seen by no training and by no tuning, ever: for measuring on pictures that are new.
+# No training and no tuning ever sees these: they are what accuracy is measured on.
 HELD_OUT = {
     "grace_hopper": Photo("matplotlib/mpl-data/sample_data/grace_hopper.jpg", "a portrait of an officer"),
     "gravel": Photo("skimage/data/gravel.png", "a photo of gravel"),
@@ -132,34 +122,25 @@ def render(photo, size, side, angle_deg=0.0, center=None):
 
 
 def render_framed(photo, size, angle_deg=0.0, zoom=1.0, exposure=0.0, blur=0.0):
-    """Show `photo` (a Photo) in the dataset's framing.
+    """Show `photo` (a Photo) in the dataset's framing, changed as cldm.changes says; size: pixels.
 
-    size: pixels. angle_deg: counterclockwise. zoom: above 1, larger. exposure: stops, of linear light. blur: standard
-    deviation of a Gaussian, in pixels of the result.
     Returns: PIL picture, size x size.
     """
     picture = open_photo(find_photo(photo.file))
     picture = render(picture, size, photo.frame * min(picture.size) / zoom, angle_deg)
     if blur:
         picture = picture.filter(ImageFilter.GaussianBlur(blur))
-    if exposure:
-        picture = expose_picture(picture, exposure)
-    return picture
+    return expose_picture(picture, exposure)
 
 
 def draw_view(rng):
-    """Returns: a control vector, CONTROLS' numbers drawn evenly, zoom evenly in its logarithm."""
-    rotation, zoom, exposure, blur = (bounds for _, *bounds in CONTROLS.values())
-    return (
-        round(rng.uniform(*rotation), 3),
-        round(math.exp(rng.uniform(*map(math.log, zoom))), 4),
-        round(rng.uniform(*exposure), 3),
-        round(rng.uniform(*blur), 3),
-    )
+    """Returns: a control vector, the numbers of VIEW, each drawn over its whole range."""
+    change = draw_change(rng, choose_changes(VIEW))
+    return tuple(round(change[name], 4 if name == "zoom" else 3) for name in VIEW)
 
 
 def select_photos(names):
-    """Returns: {name: Photo} for "train", "held_out" or a comma-separated list of names. Raises: InputError."""
+    """Returns: {name: Photo} for "train", "held_out" or names separated by commas. Raises: InputError."""
     known = {**TRAIN, **HELD_OUT}
     groups = {"train": TRAIN, "held_out": HELD_OUT}
     if names in groups:
@@ -173,47 +154,43 @@ def select_photos(names):
 
 
 def find_pictures(photos):
-    """Returns: the paths of the pictures to cut pairs from: in a folder, or those that `photos` names."""
+    """Returns: the paths of the pictures in a folder, or of those that `photos` names, to cut pairs from."""
     if photos == "validation":
         return [find_photo(file) for file in VALIDATION]
     if photos not in ("train", "held_out") and find_path(photos).is_dir():
         return list_pictures(find_path(photos))
     if len(Path(photos).parts) > 1:
         raise InputError(f"{photos}: no such folder")
-    return [find_photo(p.file) for p in select_photos(photos).values()] + [
-        find_photo(f) for f in EXTRA if photos == "train"
-    ]
+    files = [photo.file for photo in select_photos(photos).values()]
+    return list(map(find_photo, files + (EXTRA if photos == "train" else [])))
 
 
-def write_pairs(s, out):
-    """Write prompt.json and controls.yaml of s.pairs pairs into the folder `out`, pictures into its resultData/."""
-    ranges, files, rng, lines = choose_changes(s.controls), find_pictures(s.photos), random.Random(s.seed), []
+def make_pairs(s):
+    """Yields: for each pair, TRAINING_FILE, {"reference", "target": (name, PIL picture)}, source, prompt."""
+    ranges, files, rng = choose_changes(s.controls), find_pictures(s.photos), random.Random(s.seed)
     for i in tqdm(range(s.pairs), desc="pairs"):
         reference, target, change = draw_pair(rng, files, s.image_size, ranges)
-        row = {"source": [round(change[name], 6) for name in ranges]}
-        for key, picture in dict(reference=reference, target=target).items():
-            row[key] = f"{PICTURES}/{i:05d}_{key}.png"
-            picture.save(out / row[key])
-        lines.append(json.dumps(row | {"prompt": ""}))
-    (out / TRAINING_FILE).write_text("\n".join(lines) + "\n")
-    units = [CHANGES[name][0] for name in ranges]
-    write_yaml({"names": list(ranges), "units": units}, out / CONTROLS_FILE)
-    print(f"{len(lines)} pairs from {len(files)} photographs: {Path(s.out_dir) / TRAINING_FILE}")
+        pictures = {"reference": (f"{i:05d}_reference", reference), "target": (f"{i:05d}_target", target)}
+        yield TRAINING_FILE, pictures, [round(change[name], 6) for name in ranges], ""
 
 
-def choose_controls(s):
-    """Returns: {file: a function of no arguments, the control vectors of a photo}."""
+def make_views(s):
+    """Yields: for each photo and control, the file it belongs to, {"target": (name, PIL picture)}, source, prompt."""
+    files, rng = {TRAINING_FILE: TRAIN_ANGLES, VALIDATION_FILE: VALIDATION_ANGLES}, random.Random(s.seed)
+    if s.angles is not None:
+        try:
+            files = {TRAINING_FILE: parse_control(s.angles if isinstance(s.angles, list) else [])}
+        except ValueError:
+            raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}") from None
     if s.views is not None:
-        rng = random.Random(s.seed)
-        counts = {TRAINING_FILE: s.views, VALIDATION_FILE: max(1, s.views // 10)}
-        return {file: lambda n=count: [draw_view(rng) for _ in range(n)] for file, count in counts.items()}
-    if s.angles is None:
-        return {TRAINING_FILE: lambda: zip(TRAIN_ANGLES), VALIDATION_FILE: lambda: zip(VALIDATION_ANGLES)}
-    try:
-        angles = parse_control(s.angles if isinstance(s.angles, list) else [])
-    except ValueError:
-        raise InputError(f"angles: expected a list of numbers like [-3.37,1.61], got {s.angles}") from None
-    return {TRAINING_FILE: lambda: zip(angles)}
+        files = {TRAINING_FILE: range(s.views), VALIDATION_FILE: range(max(1, s.views // 10))}
+    for file, numbers in files.items():
+        for name, photo in tqdm(select_photos(s.photos).items(), desc=file):
+            for number in numbers:
+                control = (number,) if s.views is None else draw_view(rng)
+                target = f"{name}_{'_'.join(f'{value:+g}' for value in control)}"
+                pictures = {"target": (target, render_framed(photo, s.image_size, *control))}
+                yield file, pictures, list(control) if s.views else f"{number:g}", photo.prompt
 
 
 def main(s):
@@ -226,27 +203,22 @@ def main(s):
     if s.pairs is None and s.views is None:
         check_used(s, settings, "without views or pairs, where nothing is drawn", "seed")
     out_dir = fresh_folder(s.out_dir, s.overwrite, inputs=[p for p in [find_path(s.photos)] if p.is_dir()])
-    if s.pairs is not None:
-        with whole_folder(out_dir, removes=MADE) as out:
-            (out / PICTURES).mkdir()
-            write_pairs(s, out)
-        return
-    photos, files = select_photos(s.photos), choose_controls(s)
-    names = list(CONTROLS) if s.views is not None else ["angle"]
-    units = [unit for unit, *_ in CONTROLS.values()] if s.views is not None else ["degrees"]
+    names = list(choose_changes(s.controls) if s.pairs else VIEW if s.views else ["angle"])
+    units = [CHANGES[name][0] if name in CHANGES else "degrees" for name in names]
+    lines = {}
     with whole_folder(out_dir, removes=MADE) as out:
         (out / PICTURES).mkdir()
+        for file, pictures, source, prompt in make_pairs(s) if s.pairs else make_views(s):
+            row = {"source": source}
+            for key, (name, picture) in pictures.items():
+                row[key] = f"{PICTURES}/{name}.png"
+                picture.save(out / row[key])
+            lines.setdefault(file, []).append(json.dumps(row | {"prompt": prompt}))
+        for file, own in lines.items():
+            (out / file).write_text("\n".join(own) + "\n")
         write_yaml({"names": names, "units": units}, out / CONTROLS_FILE)
-        for file, draw in files.items():
-            lines = []
-            for name, photo in tqdm(photos.items(), desc=file):
-                for control in draw():
-                    target = f"{PICTURES}/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
-                    render_framed(photo, s.image_size, *control).save(out / target)
-                    source = list(control) if len(control) > 1 else f"{control[0]:g}"
-                    lines.append(json.dumps({"source": source, "target": target, "prompt": photo.prompt}))
-            (out / file).write_text("\n".join(lines) + "\n")
-            print(f"{len(lines)} pictures of {len(photos)} photographs: {Path(s.out_dir) / file}")
+    for file, own in lines.items():
+        print(f"{len(own)} {'pairs' if s.pairs else 'pictures'}: {Path(s.out_dir) / file}")
 
 
 if __name__ == "__main__":

@@ -10,26 +10,26 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
 from ldm.files import reason
 from ldm.settings import InputError
 
-SAVE = "save it as a PNG of 8 or 16 bits"  # the remedy for what cannot be understood
-SCALED = ("PNG", "TIFF", "PPM", "JPEG2000", None)  # formats, or none, that say what is white in over 8 bits
+SAVE = "save it as a PNG of 8 or 16 bits"  # the remedy for files of unclear meaning
+SCALED = ("PNG", "TIFF", "PPM", "JPEG2000", None)  # formats (None: in memory) that define white at over 8 bits
 SAME_COLOURS = 3  # of 255: a colour profile that changes less is sRGB, rounded
-OVER = 1e-3  # of white: floats may pass black and white by rounding
-ENLARGED = 2.0  # times, from which on it is worth a word
+ROUNDING = 1e-3  # of white: floats may be this far below black or above white
+ENLARGED = 2.0  # times: pictures enlarged more than this are mentioned
 
 
 def load_picture(path, profiled=True):
-    """Read a picture as it is looked at: upright, in sRGB, transparency on white, more than 8 bits scaled to 8.
+    """Read a picture as people see it: upright, in sRGB, transparency on white, scaled to 8 bits.
 
-    path: of a file, or a PIL picture. profiled: whether a colour profile in it is applied; numbers without one are
-    taken for sRGB, floats too.
+    path: of a file, or a PIL picture. profiled: whether its colour profile is applied; without one, sRGB is assumed.
     Returns: a PIL picture, RGB.
-    Raises: InputError if there is no picture, or several, or if it is not clear how bright its pixels are.
+    Raises: InputError if there is no picture, or several, or if the brightness of its pixels is undefined.
     """
     if isinstance(path, Image.Image):
         return _to_rgb(path, profiled)
@@ -66,7 +66,7 @@ def _measure(path):
 
 @contextmanager
 def _open(path):
-    """Yields: the PIL picture at `path`, not read yet. Raises: InputError for all that goes wrong, then and later."""
+    """Yields: the PIL picture at `path`, not yet decoded. Raises: InputError for all errors while it is open."""
     opened = False
     try:
         mode = os.stat(path).st_mode
@@ -92,7 +92,7 @@ def _open(path):
 
 
 def _beginning(path):
-    """Returns: how a file begins, for a message, if it is empty or a text, such as a page or a pointer of Git LFS."""
+    """Returns: for a message, how a file begins if it is a text, such as a web page or a Git LFS pointer."""
     with open(path, "rb") as file:
         start = file.read(200)
     if not start:
@@ -104,13 +104,13 @@ def _beginning(path):
 
 
 def _check_kind(picture):
-    """Raises: InputError for a PIL picture that is several, or of which it is not clear how bright its pixels are."""
+    """Raises: InputError for a PIL picture of several pages, or with pixels of undefined brightness."""
     pages = getattr(picture, "n_frames", 1)
-    if picture.format == "TIFF" and pages > 1:  # thumbnails and masks after a picture are none
+    if picture.format == "TIFF" and pages > 1:  # thumbnails and masks after the first page do not count
         first, *others = (page.tag_v2.get(254, 0) for page in ImageSequence.Iterator(picture))
         pages = pages if first or 0 in others else 1
         picture.seek(0)
-    if pages > 1 and picture.format not in ("MPO", "PSD"):  # a photograph and its preview, a picture and its layers
+    if pages > 1 and picture.format not in ("MPO", "PSD"):  # MPO: a photograph and its preview; PSD: layers
         raise InputError(f"{pages} pictures in one file, expected one; save the one that is meant as a PNG")
     deep = picture.mode == "F" or picture.mode.startswith("I;16")
     if (picture.mode == "I" and picture.format != "PPM") or (deep and picture.format not in SCALED):
@@ -118,17 +118,17 @@ def _check_kind(picture):
 
 
 def _to_rgb(picture, profiled):
-    """Returns: a PIL picture of any kind as load_picture has it."""
+    """Returns: a PIL picture of any kind as load_picture returns it."""
     _check_kind(picture)
     profile, clear, tags = picture.info.get("icc_profile"), _clear(picture), getattr(picture, "tag_v2", {})
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         pixels = np.asarray(picture)
         levels = pixels / (1.0 if picture.mode == "F" else 2 ** tags.get(258, (16,))[0] - 1)
-        if not (levels.min() >= -OVER and levels.max() <= 1 + OVER):
+        if not (levels.min() >= -ROUNDING and levels.max() <= 1 + ROUNDING):
             found = f"from {levels.min():g} to {levels.max():g}"
             raise InputError(f"floats {found}, expected them from 0, black, to 1, white; scale them, or {SAVE}")
-        levels = 1 - levels if tags.get(262) == 0 else levels  # white is zero
+        levels = 1 - levels if tags.get(262) == 0 else levels  # TIFF's WhiteIsZero
         levels = levels if clear is None else np.where(pixels == clear, 1, levels)
         picture = Image.fromarray((255 * levels).round().clip(0, 255).astype(np.uint8))
     else:
@@ -142,7 +142,7 @@ def _to_rgb(picture, profiled):
 
 
 def _clear(picture):
-    """Returns: the value of transparent pixels, if a picture has one; Pillow leaves it in the bits of a PNG."""
+    """Returns: the value of transparent pixels, or None; of a PNG, Pillow gives it in the file's own bit depth."""
     clear = picture.info.get("transparency")
     raw = picture.tile[0].args if clear is not None and picture.format == "PNG" and picture.tile else None
     if raw == "RGB;16B":
@@ -151,7 +151,7 @@ def _clear(picture):
 
 
 def _to_srgb(picture, profile):
-    """profile: ICC, bytes; ignored if it is damaged, or of other colours than the picture's. Returns: PIL, RGB."""
+    """profile: ICC, bytes; ignored if it is damaged or does not fit the picture's mode. Returns: PIL, RGB."""
     with suppress(ImageCms.PyCMSError, OSError):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}.get(profile.profile.xcolor_space.strip())
@@ -171,7 +171,7 @@ def fit_picture(picture, size):
 
 
 def describe_fit(sizes, image_size):
-    """sizes: (width, height) of pictures. Returns: what fit_picture does to them, in a line, or "" for nothing."""
+    """sizes: (width, height) of pictures. Returns: a line on what fit_picture does to them; "" for nothing."""
     others = sorted(set(sizes) - {(image_size, image_size)})
     if not others:
         return ""
@@ -179,17 +179,17 @@ def describe_fit(sizes, image_size):
     cut = "cut to their middle squares and " if any(width != height for width, height in others) else ""
     line = f"pictures of {found}{' and more' if len(others) > 3 else ''} {cut}resized to {image_size} x {image_size}"
     times = image_size / min(map(min, others))
-    return line + (f"; enlarged up to {times:.1f} times, they show less than the model looks for" * (times >= ENLARGED))
+    return line + (f"; enlarged up to {times:.1f} times, they show less than the model expects" * (times >= ENLARGED))
 
 
 def describe_shapes(first, second):
-    """first, second: (width, height) of two pictures that are compared.
+    """first, second: (width, height) of pictures A and B.
 
-    Returns: what their unlike shapes do to the change that is read between them, in a line, or "" for like ones.
+    Returns: a line on how their different shapes distort the change read between them; "" for like shapes.
     """
     shares = np.array([[side / min(size) for side in size] for size in (first, second)])
-    shift = np.abs(shares[0] - shares[1]).max() / 2  # of what is in the middle, in widths of the squares
-    if 2 * shift * min(*first, *second) <= 0.51:  # pixels, as rounding a size makes
+    shift = np.abs(shares[0] - shares[1]).max() / 2  # of the middle squares, in their widths
+    if 2 * shift * min(*first, *second) <= 0.51:  # pixels: sizes were rounded
         return ""
     zoom = np.exp(np.abs(np.log(shares[:, 0] / shares[:, 1]) @ [1, -1]))
     (a, b), (c, d) = first, second
@@ -200,10 +200,10 @@ def describe_shapes(first, second):
 
 
 def tell_fit(sizes, image_size):
-    """Print what fit_picture does to the pictures of some targets, and to what is read between unlike ones.
+    """Print what fit_picture does to pictures, and how different shapes of A and B distort what is read.
 
-    sizes: a list a target, the (width, height) of its picture, or of A and B.
-    Returns: for every target, whether it has an A and a B of unlike shapes.
+    sizes: for each target a list, the (width, height) of its picture, or of A and B.
+    Returns: for each target, whether its A and B have different shapes.
     """
     unlike = [describe_shapes(*own) if len(own) == 2 else "" for own in sizes]
     for line in (describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len)):
@@ -213,12 +213,12 @@ def tell_fit(sizes, image_size):
 
 
 def pictures_to_tensor(pictures, scaled=True):
-    """Returns: (B, 3, H, W) of PIL pictures: float in -1..1, or bytes as they are."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    """Returns: (B, 3, H, W) of B PIL pictures, float in -1..1 or, not scaled, bytes."""
+    pixels = torch.from_numpy(rearrange([np.asarray(picture) for picture in pictures], "b h w c -> b c h w"))
     return pixels / 127.5 - 1 if scaled else pixels
 
 
 def tensor_to_pictures(tensor):
     """tensor: (B, 3, H, W) in -1..1. Returns: list of PIL pictures."""
     pixels = ((tensor.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).numpy()]
+    return [Image.fromarray(array) for array in rearrange(pixels, "b c h w -> b h w c").numpy()]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from cldm.changes import expose
+from cldm.changes import CHANGES, expose
 from cldm.pairs import open_photo
 from dataForTrain import make_dataset
 from dataForTrain.make_dataset import (
-    CONTROLS,
     EXTRA,
     HELD_OUT,
     TRAIN,
     VALIDATION,
     VALIDATION_ANGLES,
+    VIEW,
     find_photo,
     find_pictures,
     render,
@@ -65,7 +65,8 @@ def test_views_are_drawn_over_every_range_and_are_what_their_controls_say(tmp_pa
     assert controls.units == ["degrees", "ratio", "stops", "pixels"]
     rows, validation = (read(tmp_path / f"{file}.json") for file in ("prompt", "validation"))
     assert (len(rows), len(validation)) == (20, 2)
-    for drawn, (_, low, high) in zip(np.transpose([row["source"] for row in rows]), CONTROLS.values()):
+    for drawn, name in zip(np.transpose([row["source"] for row in rows]), VIEW):
+        _, low, high, _ = CHANGES[name]
         assert low <= drawn.min() < low + 0.3 * (high - low) and high - 0.3 * (high - low) < drawn.max() <= high
     for row in rows[:3]:
         expected = render_framed(TRAIN["coffee"], 32, *row["source"])
