@@ -12,7 +12,7 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 
 settings = dict(
     control_dim=1,  # how many numbers
-    hint="dense",  # dense (one resolution), coordinate (any), original (the fork's) or reference (a change of picture A)
+    hint="dense",  # dense (one resolution), coordinate (any), original (the fork's) or reference (a change from A)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied instead of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
     overwrite=False,  # True: replace a control in OUTPUT

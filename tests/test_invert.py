@@ -61,7 +61,8 @@ def test_one_picture(one, tmp_path, capsys):
     assert f"control: {control:+.3f} ± {result['std']:.3f}" in printed and "figure.png" in printed
 
 
-def test_many_pictures(arguments, targets, tmp_path, capsys):
+def test_many_pictures(arguments, targets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cldm.report.DRAWN_STEPS", 2)
     run(*arguments, targets, "figures=true", "batch_size=2")
     results = read_results(tmp_path)
     assert [result["prompt"] for result in results] == [f"a cup {i}" for i in range(5)]

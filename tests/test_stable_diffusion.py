@@ -59,6 +59,7 @@ def model(folder):
     return model.requires_grad_(False).eval()
 
 
+@pytest.mark.slow
 def test_all_scripts_take_it(base_file, folder, version, write_dataset, tmp_path):
     """1 as a single file, by its YAML; 2 as a folder."""
     data = write_dataset([1, 2, 3], size=SIZE)
@@ -183,6 +184,7 @@ def test_what_the_original_fork_trained_is_taken_over(model, folder, tmp_path, n
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # saved in half precision
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 @pytest.mark.parametrize("control_range", [None, "[-5,5]"])
 def test_what_the_original_fork_trained_keeps_its_statistics(model, folder, tmp_path, normal, control_range):
     """Its MLP was trained on numbers as they are, whatever it is then trained on."""
@@ -216,6 +218,7 @@ def export(model, tmp_path, name="control"):
     return file
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (20.0, 0.5), (3.0, 1e9)])
 def test_the_original_computes_the_same_of_an_exported_file(model, tmp_path, mean, std):
     """Its MLP takes the number as it is, ours the normalised one."""
@@ -252,6 +255,7 @@ def test_an_exported_file_beside_its_base_is_taken_over(model, folder, tmp_path,
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 @pytest.mark.parametrize("hint", ["dense", "coordinate", "reference"])
 def test_what_the_original_cannot_compute_is_not_exported(model, hint, tmp_path, fails_in_one_line):
     save_model(add_control(model.base, model.config, hint=hint), tmp_path / "control")
@@ -262,6 +266,7 @@ def test_what_the_original_cannot_compute_is_not_exported(model, hint, tmp_path,
     assert not (tmp_path / "control.safetensors").exists()
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 def test_a_weight_beyond_half_precision_is_kept(model, tmp_path):
     with torch.no_grad():
         model.control_net.conv_in.bias[0] = 70000.0
@@ -283,6 +288,7 @@ def without(*names):
     return lambda weights: {k: v for k, v in weights.items() if not any(f"control_model.{n}" in k for n in names)}
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 @pytest.mark.parametrize(
     "change, told",
     [
@@ -307,33 +313,20 @@ def test_a_control_in_the_original_layout_is_taken_whole_or_not_at_all(
     assert re.search(told, line) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", ["-5,5", "5", "abc", "[a,b]", "[5,-5]", "[1,1]", "[0,.inf]", "[1,2,3]"])
-def test_a_range_that_is_none_is_named(given, tmp_path, fails_in_one_line):
-    paths, arguments = ["models/tiny_sd", str(tmp_path / "out")], [f"control_range={given}"]
-    line = fails_in_one_line(lambda s: tool_add_control.main(s, paths), tool_add_control.settings, arguments)
-    assert "control_range: expected [low, high], two numbers" in line
-
-
 @pytest.mark.parametrize("said", ["v_prediction", "epsilon"])
 def test_what_a_base_is_told_to_predict_stays_with_its_control(base_file, tmp_path, said):
     add(base_file[0], tmp_path / "out", prediction_type=said)
     assert load_model(tmp_path / "out").base.scheduler.config.prediction_type == said
 
 
-def test_a_file_as_input_is_told_what_it_predicts(model, version, tmp_path, fails_in_one_line, monkeypatch):
-    """Its YAML's word is of another file."""
-    if version == 1:
-        return
-    file = tmp_path / "sd2.safetensors"
-    save_file(original_weights(model.base), file)
-    arguments = [file, tmp_path / "out"]
-    line = fails_in_one_line(
-        lambda s: tool_add_control.main(s, [str(a) for a in arguments]), tool_add_control.settings, []
-    )
+@pytest.mark.parametrize("version", [2], indirect=True)
+def test_a_file_as_input_is_told_what_it_predicts(model, tmp_path, fails_in_one_line):
+    """What its YAML says is of another file."""
+    save_file(original_weights(model.base), tmp_path / "sd2.safetensors")
+    script, paths = tool_add_control, [tmp_path / "sd2.safetensors", tmp_path / "out"]
+    line = fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
     assert "set prediction_type" in line and "tool_add_control.py" in line
-    line = fails_in_one_line(
-        lambda s: tool_add_control.main(s, arguments), tool_add_control.settings, ["prediction_type=velocity"]
-    )
+    line = fails_in_one_line(script.main, script.settings, [*paths, "prediction_type=velocity"], paths=script.PATHS)
     assert "expected epsilon or v_prediction, got velocity" in line
 
 
@@ -348,6 +341,7 @@ def test_an_encoder_in_the_original_layout_is_a_starting_point(model, folder, tm
     torch.testing.assert_close(start, weights["control_model.input_blocks.0.0.bias"] + 1, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("version", [1], indirect=True)
 def test_a_control_of_another_base_is_refused(model, base_yaml, picture, fails_in_one_line, tmp_path):
     save_model(model, tmp_path / "control")
     other = model.config | {"base": read_yaml(base_yaml).base}
