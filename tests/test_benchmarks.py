@@ -51,7 +51,7 @@ def test_changes_and_checks_are_tabled(tmp_path, capsys):
 
 
 def test_odd_inputs_are_read_and_refused(tmp_path, capsys):
-    arguments = ["sorts=identical,no_pictures,bad_rows", "quick=true", f"out_dir={tmp_path}"]
+    arguments = ["sorts=identical,no_pictures,bad_rows,compressed", "quick=true", f"out_dir={tmp_path}"]
     run_script(odd_inputs.main, odd_inputs.settings, arguments)
     printed = capsys.readouterr().out
     assert "| identical | 2 | 2 | 0 | 0 | 0 |" in printed and "| no pictures | 2 | 0 | 0 | 2 | 0 |" in printed
