@@ -1,11 +1,11 @@
-"""Numbers that nothing rotates: six drawn things at ten values each, trained with default settings, read in between.
+"""Numbers that are no motion: six drawn things at ten values each, trained with default settings, read in between.
 
     python benchmarks/drawn.py                                  # draws, trains, reads: about 15 minutes on two cores
     python benchmarks/drawn.py model_path=runs/drawn            # reads with that control, trained there if it is new
 
 A plant that grows, the hand of a clock, a lamp, an apple that ripens, haze and wetness, each from 0 to 9. Training sees
-whole numbers, the 84 targets lie between them. Prints errors, how often the intervals hold the truth, what is flagged,
-and what is off by more than its interval without a flag, a subject and over all.
+whole numbers; the 84 targets lie between them. Prints errors, how often intervals hold the truth, flags, and readings
+that miss the truth by more than their interval without one: a row for each thing and one for all.
 """
 
 import sys
@@ -32,17 +32,17 @@ import shutil
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-import invert
 import tutorial_train
-from ldm.files import report_folder
+from benchmarks.common import quantiles, read_targets, save_json, start_report
+from ldm.files import find_path
 
-SIZE, FINE = 128, 4  # pixels; how many times as fine a picture is drawn
-HIGHEST = 9  # value; the lowest is 0
-S = SIZE * FINE  # side of the canvas; things are drawn in shares of it
+SIZE, FINE = 128, 4  # pixels of a picture; it is drawn this many times as fine
+S = SIZE * FINE  # side of the canvas
+HIGHEST = 9  # value of every number; the lowest is 0
 
 
 def paint(colour="white"):
-    """Returns: a canvas, and a function of a shape, its points in shares of the side, and how it is drawn."""
+    """Returns: a canvas, and draw(shape, points, **how) that calls ImageDraw with points in shares of the canvas."""
     canvas = Image.new("RGB", (S, S), colour)
     pen = ImageDraw.Draw(canvas)
 
@@ -107,7 +107,7 @@ def draw_plant(t):
 
 
 def draw_clock(t):
-    """One hand, which goes round by 30 degrees a unit."""
+    """A clock with one hand, which turns by 30 degrees a unit."""
     canvas, draw = paint((120, 150, 170))
     draw("ellipse", box(0.5, 0.5, 0.42), fill=(90, 60, 40))
     draw("ellipse", box(0.5, 0.5, 0.38), fill=(245, 240, 225))
@@ -145,7 +145,7 @@ def draw_lamp(t):
 
 
 def draw_apple(t):
-    """An apple that ripens in hue, from green by yellow to a dark red."""
+    """An apple that ripens from green through yellow to dark red."""
     canvas, draw = paint((228, 222, 212))
     draw("rectangle", [(0, 0.74), (1, 1)], fill=(165, 140, 110))
     draw("ellipse", box(0.52, 0.83, 0.3, 0.05), fill=(120, 100, 80))
@@ -165,7 +165,7 @@ def draw_apple(t):
 
 
 def draw_haze(t):
-    """Five ranges of hills; what is far fades into haze."""
+    """Five ranges of hills; the far ones fade into haze."""
     x, y = grid()
     sky = np.array([0.45, 0.65, 0.9]) + 0.25 * y[..., None]
     haze = np.array([0.86, 0.87, 0.89])
@@ -184,7 +184,7 @@ def draw_haze(t):
 
 
 def draw_wetness(t):
-    """Paving stones that darken as they get wet, and puddles that mirror the sky and spread between them."""
+    """Paving stones that darken as they get wet, with puddles that spread between them and mirror the sky."""
     x, y = grid()
     row = np.floor(y * 6)
     column = x * 5 + 0.5 * (row % 2)
@@ -211,19 +211,19 @@ THINGS = {
 
 
 def draw_thing(name, value):
-    """value: from 0 to HIGHEST. Returns: a PIL picture, SIZE x SIZE, drawn FINE times as fine and averaged down."""
+    """value: from 0 to HIGHEST. Returns: a PIL picture of SIZE x SIZE pixels."""
     return THINGS[name][0](value / HIGHEST).reduce(FINE)
 
 
 def values_between(count):
-    """Returns: {thing: count values}, spread over the range, of every thing others, none of them whole."""
+    """Returns: {thing: count values}, spread over the range, different ones for every thing, none of them whole."""
     return {
         name: [(k + (i + 0.5) / len(THINGS)) * HIGHEST / count for k in range(count)] for i, name in enumerate(THINGS)
     }
 
 
 def draw_dataset(folder, values):
-    """Write pictures/, prompt.json and controls.yaml of things at values, {thing: values}, into a folder."""
+    """Write pictures/, prompt.json and controls.yaml into a folder. values: {thing: values to draw it at}."""
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     rows = []
     for name, own in values.items():
@@ -241,9 +241,7 @@ def read_between(model_path, folder, count):
     for old in ("unseen", "readings"):
         shutil.rmtree(folder / old, ignore_errors=True)
     draw_dataset(folder / "unseen", values)
-    arguments = [f"model_path={model_path}", f"targets={folder / 'unseen' / 'prompt.json'}", "figures=false"]
-    invert.main(override(invert.settings, [*arguments, f"out_dir={folder / 'readings'}"]))
-    results = map(json.loads, (folder / "readings" / "results.jsonl").read_text().splitlines())
+    results = iter(read_targets(model_path, folder / "unseen" / "prompt.json", folder / "readings"))
     return {name: [next(results) for _ in own] for name, own in values.items()}
 
 
@@ -256,12 +254,11 @@ def tabulate(results):
         errors = np.abs([result["error"] for result in own])
         half = np.array([np.diff(result["interval90"][0])[0] / 2 for result in own])
         flagged = np.array([bool(result["flags"]) for result in own])
-        numbers = f"{np.median(errors):.3f} | {np.quantile(errors, 0.95):.3f} | {errors.max():.3f}"
-        silent = (errors > half) & ~flagged
-        print(f"| {name} | {len(own)} | {numbers} | {(errors <= half).mean():.0%} | {flagged.sum()} | {silent.sum()} |")
+        counts = f"{np.mean(errors <= half):.0%} | {flagged.sum()} | {np.sum((errors > half) & ~flagged)}"
+        print(f"| {name} | {len(own)} | {' | '.join(quantiles(errors, [0.5, 0.95, 1]))} | {counts} |")
     for result in everything:
         low, high = result["interval90"][0]
-        if abs(result["error"]) > high - low:  # twice what nine in ten keep within
+        if abs(result["error"]) > high - low:  # twice what nine in ten stay within
             found, true = result["control"], result["control"] - result["error"]
             what = f"{result['prompt']}, {true:.2f}: {found:.2f} ± {result['std']:.2f}"
             print(what, ", ".join(result["flags"]))
@@ -269,16 +266,17 @@ def tabulate(results):
 
 def main(s):
     check_numbers(s, int, max_steps=(1, math.inf), between=(1, 1000))
-    out_dir = report_folder(s.out_dir, "results.json", "interval90", "unseen", "readings")
-    data_root, model_path = Path(s.data_root), Path(s.model_path)
-    trained = model_path / "config.json"
-    if not trained.exists() or '"error_scale": [' not in trained.read_text():  # a training that was killed goes on
+    out_dir = start_report(s.out_dir, "results.json", "interval90", "unseen", "readings")
+    data_root, config = find_path(s.data_root), find_path(s.model_path) / "config.json"
+    if not config.exists() or not json.loads(config.read_text()).get(
+        "error_scale"
+    ):  # a training that was killed goes on
         if not (data_root / "prompt.json").exists():
             draw_dataset(data_root, {name: range(HIGHEST + 1) for name in THINGS})
-        arguments = [f"data_root={data_root}", f"out_dir={model_path}", f"max_steps={s.max_steps}"]
+        arguments = [f"data_root={data_root}", f"out_dir={s.model_path}", f"max_steps={s.max_steps}"]
         tutorial_train.main(override(tutorial_train.settings, arguments))
-    results = read_between(model_path, out_dir, s.between)
-    (out_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = read_between(s.model_path, out_dir, s.between)
+    save_json(out_dir / "results.json", results)
     tabulate(results)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import drawn, inversion, odd_inputs, pairs
+from benchmarks import drawn, inversion, odd_cases, odd_inputs, pairs
 from cldm.dataset import read_control_names, read_rows
 from ldm.settings import run_script
 
@@ -51,7 +51,7 @@ def test_changes_and_checks_are_tabled(tmp_path, capsys):
 
 
 def test_odd_inputs_are_read_and_refused(tmp_path, capsys):
-    arguments = ["sorts=identical,no_pictures,bad_rows,compressed", "quick=true", f"out_dir={tmp_path}"]
+    arguments = ["sorts=identical,no_pictures,bad_rows", "quick=true", f"out_dir={tmp_path}"]
     run_script(odd_inputs.main, odd_inputs.settings, arguments)
     printed = capsys.readouterr().out
     assert "| identical | 2 | 2 | 0 | 0 | 0 |" in printed and "| no pictures | 2 | 0 | 0 | 2 | 0 |" in printed
@@ -73,7 +73,7 @@ def test_odd_inputs_are_read_and_refused(tmp_path, capsys):
 )
 def test_odd_inputs_are_judged(truth, unseen, width, flags, ended):
     truth = None if truth is None else {"angle": truth}
-    case = odd_inputs.Case("a case", None, truth=truth, unseen=unseen, model="control_tiny")
+    case = odd_cases.Case("a case", None, truth=truth, unseen=unseen, model="control_tiny")
     reading = dict(names=["angle"], control=0.0, std=width / 4, interval90=[[-width / 2, width / 2]], flags=flags[:1])
     assert odd_inputs.judge(case, reading | {"no_effect": flags[1:]})["ended"] == ended
 
