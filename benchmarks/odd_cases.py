@@ -3,9 +3,11 @@
 import io
 import math
 import os
+import random
 import struct
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import tifffile
@@ -85,46 +87,31 @@ def grey(picture):
     return picture.convert("L").convert("RGB")
 
 
-def noise(rng, sigma):
-    def add(picture):
-        generator = np.random.default_rng(rng.getrandbits(32))
-        return per_pixel(lambda x: x + generator.normal(0, sigma / 255, x.shape))(picture)
-
-    return add
+def noise(rng, sigma, picture):
+    generator = np.random.default_rng(rng.getrandbits(32))
+    return per_pixel(lambda x: x + generator.normal(0, sigma / 255, x.shape))(picture)
 
 
-def speckle(rng, share, seed=None):
+def speckle(rng, share, picture):
     """Set a share of the pixels to white or black."""
-
-    def add(picture):
-        generator, pixels = np.random.default_rng(rng.getrandbits(32) if seed is None else seed), np.array(picture)
-        dead = generator.random(pixels.shape[:2]) < share
-        pixels[dead] = np.where(generator.random(dead.sum()) < 0.5, 0, 255)[:, None]
-        return Image.fromarray(pixels)
-
-    return add
+    generator, pixels = np.random.default_rng(rng.getrandbits(32)), np.array(picture)
+    dead = generator.random(pixels.shape[:2]) < share
+    pixels[dead] = np.where(generator.random(dead.sum()) < 0.5, 0, 255)[:, None]
+    return Image.fromarray(pixels)
 
 
-def jpeg(quality):
-    def save(picture):
-        file = io.BytesIO()
-        picture.save(file, "JPEG", quality=quality)
-        return Image.open(file).convert("RGB")
-
-    return save
+def jpeg(quality, picture):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
 
 
-def cover(rng, share):
+def cover(rng, share, picture):
     """Paint a square of one colour over a share of the picture."""
-
-    def paint(picture):
-        side = round(SIZE * share**0.5)
-        x, y = (rng.randint(0, SIZE - side) for _ in range(2))
-        picture = picture.copy()
-        picture.paste(tuple(rng.choices(range(256), k=3)), (x, y, x + side + 1, y + side + 1))
-        return picture
-
-    return paint
+    side, picture = round(SIZE * share**0.5), picture.copy()
+    x, y = (rng.randint(0, SIZE - side) for _ in range(2))
+    picture.paste(tuple(rng.choices(range(256), k=3)), (x, y, x + side + 1, y + side + 1))
+    return picture
 
 
 def watermark(picture):
@@ -143,16 +130,12 @@ def vignette(picture):
     return per_pixel(lambda p: p * (1 - 0.4 * (x * x + y * y))[..., None])(picture)
 
 
-def bars(share, colour="black"):
+def bars(share, colour, picture):
     """Paint bars over the top and the bottom."""
-
-    def paint(picture):
-        picture, height = picture.copy(), round(share * SIZE)
-        for top in (0, SIZE - height):
-            picture.paste(colour, (0, top, SIZE, top + height))
-        return picture
-
-    return paint
+    picture, height = picture.copy(), round(share * SIZE)
+    for top in (0, SIZE - height):
+        picture.paste(colour, (0, top, SIZE, top + height))
+    return picture
 
 
 def resized(width, height=None):
@@ -232,7 +215,7 @@ def out_of_range(rng):
 
 def other_noise(rng):
     for sigma in (2, 10, 40):
-        target, reference = noise(rng, sigma)(GREY), noise(rng, sigma)(GREY)
+        target, reference = noise(rng, sigma, GREY), noise(rng, sigma, GREY)
         yield Case(f"noise of {sigma}, another in B", reference, target, {}, MOTIONS)
 
 
@@ -257,20 +240,20 @@ ALTERATIONS = {
         "both of two levels": (both(lambda p: p.convert("1").convert("RGB")), MOTIONS),
         "both posterized": (both(lambda p: ImageOps.posterize(p, 2)), MOTIONS),
     },
-    "compressed": lambda rng: {f"JPEG of quality {n}": (both(jpeg(n)), ALL) for n in (2, 5, 10, 25, 50, 90)},
+    "compressed": lambda rng: {f"JPEG of quality {n}": (both(partial(jpeg, n)), ALL) for n in (2, 5, 10, 25, 50, 90)},
     "noisy": lambda rng: {
-        **{f"B noisy by {n}": (only_b(noise(rng, n)), ALL) for n in (4, 12, 40, 120)},
-        **{f"B speckled {n:.1%}": (only_b(speckle(rng, n)), ALL) for n in (0.002, 0.02, 0.2)},
-        "the same dead pixels in both": (both(speckle(rng, 0.01, seed=1)), ALL),
+        **{f"B noisy by {n}": (only_b(partial(noise, rng, n)), ALL) for n in (4, 12, 40, 120)},
+        **{f"B speckled {n:.1%}": (only_b(partial(speckle, rng, n)), ALL) for n in (0.002, 0.02, 0.2)},
+        "the same dead pixels in both": (both(lambda p: speckle(random.Random(1), 0.01, p)), ALL),
     },
     "covered": lambda rng: {
-        **{f"B covered {n:.0%}": (only_b(cover(rng, n)), ALL) for n in (0.05, 0.15, 0.3, 0.6)},
+        **{f"B covered {n:.0%}": (only_b(partial(cover, rng, n)), ALL) for n in (0.05, 0.15, 0.3, 0.6)},
         "a watermark on both": (both(watermark), ALL),
         "a watermark on B": (only_b(watermark), ALL),
         "a vignette on both": (both(vignette), ALL),
-        **{f"bars of {n:.0%} on both": (both(bars(n)), ALL) for n in (0.06, 0.2)},
-        "bars on B": (only_b(bars(0.15)), ALL),
-        "white bars on both": (both(bars(0.12, "white")), ALL),
+        **{f"bars of {n:.0%} on both": (both(partial(bars, n, "black")), ALL) for n in (0.06, 0.2)},
+        "bars on B": (only_b(partial(bars, 0.15, "black")), ALL),
+        "white bars on both": (both(partial(bars, 0.12, "white")), ALL),
     },
     "warped": lambda rng: {
         "B mirrored": (only_b(ImageOps.mirror), None),
@@ -585,10 +568,10 @@ def photographs_alone(rng):
     alterations = {  # what is done to the picture, and whether the angle is still true
         "negative": (ImageOps.invert, True),
         "mirrored": (ImageOps.mirror, False),
-        "JPEG of quality 5": (jpeg(5), True),
+        "JPEG of quality 5": (partial(jpeg, 5), True),
         "contrast of 10%": (contrast(0.1), True),
-        "speckled": (speckle(rng, 0.02), True),
-        "covered": (cover(rng, 0.2), True),
+        "speckled": (partial(speckle, rng, 0.02), True),
+        "covered": (partial(cover, rng, 0.2), True),
         "a watermark": (watermark, True),
         "grey": (grey, True),
         "brighter by 2 stops": (stops(2), True),
@@ -598,7 +581,7 @@ def photographs_alone(rng):
         "in a wide frame": (padded(40, 40), True),
         "cut to a portrait": (padded(-20, -20), True),
         "flat": (lambda p: GREY, False),
-        "noise": (lambda p: noise(rng, 60)(GREY), False),
+        "noise": (lambda p: noise(rng, 60, GREY), False),
         "a disc": (lambda p: disc, False),
     }
     for name, (alter, true) in alterations.items():
@@ -628,7 +611,7 @@ def views(rng):
         yield view(f"far: {far}", far)
     for prompt in ("", "unknown", "A PHOTO", TRAIN["brick"].prompt):
         yield view(f"the prompt {prompt!a}", draw_view(rng), prompt)
-    alterations = {"flat": lambda p: GREY, "mirrored": ImageOps.mirror, "noise": lambda p: noise(rng, 80)(GREY)}
+    alterations = {"flat": lambda p: GREY, "mirrored": ImageOps.mirror, "noise": lambda p: noise(rng, 80, GREY)}
     for name, alter in alterations.items():
         for i in range(2):
             yield view(f"{name} {i}", draw_view(rng), None, alter, False)
