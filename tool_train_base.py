@@ -1,9 +1,9 @@
-"""Train a small latent diffusion model like models/tiny_sd, which ships with this repository, from nothing.
+"""Train a small latent diffusion model like models/tiny_sd, which ships with this repository, from scratch.
 
     python tool_train_base.py out_dir=runs/tiny_sd
 
 Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
-A VAE that lies in out_dir already is not trained again.
+A VAE that lies in out_dir already is kept.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
@@ -12,7 +12,7 @@ settings = dict(
     out_dir="runs/tiny_sd",
     image_size=128,  # pixels
     vae_views=6000,  # pictures drawn from the photographs
-    vae_details=0.4,  # share of details among them; the rest show a subject in its framing
+    vae_details=0.4,  # the share of them that are details; the others show a subject in its framing
     vae_steps=5500,
     unet_views=4000,
     unet_details=0.1,
@@ -21,7 +21,7 @@ settings = dict(
     learning_rate=1e-3,
     prompt_dropout=0.1,
     seed=0,
-    overwrite=False,  # True: text encoder and UNet that lie in out_dir are replaced
+    overwrite=False,  # True: the text encoder and UNet in out_dir are replaced
 )
 if __name__ == "__main__":
     answer(__file__)
@@ -52,7 +52,7 @@ VAE = dict(
     layers_per_block=1,
     latent_channels=4,
     norm_num_groups=16,
-    mid_block_add_attention=False,  # convolutions alone: small crops train it for whole pictures
+    mid_block_add_attention=False,  # only convolutions, so that small crops train it for whole pictures
 )
 UNET = dict(
     in_channels=4,
@@ -60,12 +60,12 @@ UNET = dict(
     block_out_channels=[48, 96, 128, 128],
     layers_per_block=1,
     norm_num_groups=16,
-    # attention where it is cheap: at 8 x 8 and 4 x 4 of the 32 x 32 latents
+    # attention where it is cheap: at 8 x 8 and 4 x 4, of 32 x 32 latents
     down_block_types=["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
     attention_head_dim=4,
     cross_attention_dim=64,
-    # the prompt, pooled, beside the time, and both scale every block's features: attention alone learns slowly
+    # the pooled prompt joins the timestep in scaling every block's features: attention alone learns slowly
     addition_embed_type="text",
     resnet_time_scale_shift="scale_shift",
 )
@@ -80,7 +80,7 @@ TEXT = dict(
     bos_token_id=49406,
     eos_token_id=49407,
 )
-# Lin et al. 2024: pure noise at the last timestep and v-prediction, so that nothing leaks from the start picture.
+# Lin et al. 2024: pure noise at the last timestep and v-prediction, so that nothing of a start picture leaks.
 SCHEDULER = dict(
     beta_schedule="scaled_linear",
     beta_start=0.00085,
@@ -94,7 +94,7 @@ SCHEDULER = dict(
 
 
 def draw_view(rng, size, details):
-    """Draw a subject in its framing, or, of a share `details`, a detail of any photograph, at a random angle.
+    """Draw at a random angle a detail of any photograph (a share `details` of the time) or a subject in its framing.
 
     Returns: (PIL picture, prompt).
     """
@@ -111,7 +111,7 @@ def draw_view(rng, size, details):
         center = rng.uniform(reach, photo.width - reach), rng.uniform(reach, photo.height - reach)
         picture = render(photo, size, side, rng.uniform(-180, 180), center)
         prompt = f"a detail of {prompt}" if prompt else "a detail"
-        if rng.random() < 0.5:  # other colours, so that the VAE is not tied to those of a few photographs
+        if rng.random() < 0.5:  # so that the VAE knows more colours than those of a few photographs
             channels = list(picture.split())
             rng.shuffle(channels)
             picture = Image.merge("RGB", channels)
@@ -123,25 +123,19 @@ def draw_view(rng, size, details):
 
 
 def draw_views(seed, count, size, details):
-    """Returns: (count, 3, size, size) bytes, and their prompts."""
+    """Returns: (count, 3, size, size) bytes; their prompts."""
     rng = random.Random(seed)
     views = [draw_view(rng, size, details) for _ in tqdm(range(count), desc="drawing views")]
-    return torch.cat([pictures_to_tensor([picture], scaled=False) for picture, _ in views]), [p for _, p in views]
-
-
-def learning_rate(step, steps, peak, warmup=100):
-    """Returns: the rate at a step: linear warm-up, then half a cosine down to zero."""
-    return peak * min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return pictures_to_tensor([picture for picture, _ in views], scaled=False), [prompt for _, prompt in views]
 
 
 def train_steps(parameters, steps, peak, loss_at, label):
-    """Minimise loss_at(step) by AdamW over `steps` steps, with a progress bar."""
+    """Minimise loss_at(step) by AdamW; the learning rate warms up linearly and falls as half a cosine."""
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01)
-    smooth = None
-    bar = tqdm(range(steps), desc=label, mininterval=5)
+    smooth, bar = None, tqdm(range(steps), desc=label, mininterval=5)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+        rate = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
@@ -152,14 +146,14 @@ def train_steps(parameters, steps, peak, loss_at, label):
 
 
 def train_vae(s, pictures):
-    """Train the VAE on the views: L1 on pixels, and a slight pull of its latents toward a normal distribution."""
+    """Train the VAE on the views: L1 loss on pixels, and a weak KL loss on its latents."""
     vae = AutoencoderKL(**VAE, sample_size=s.image_size)
-    torch.nn.init.constant_(vae.quant_conv.bias[VAE["latent_channels"] :], -4.0)  # start nearly without noise
+    torch.nn.init.constant_(vae.quant_conv.bias[VAE["latent_channels"] :], -4.0)  # log variances: hardly any noise
     generator = torch.Generator().manual_seed(s.seed)
     crop = s.image_size // 2
 
     def loss_at(step):
-        whole = step > 0.85 * s.vae_steps  # small crops first: more variety a second; then whole pictures
+        whole = step > 0.85 * s.vae_steps  # small crops first, since they show more variety in a second
         index = torch.randint(len(pictures), (2 if whole else 4,), generator=generator)
         x, y = (0, 0) if whole else torch.randint(crop + 1, (2,), generator=generator).tolist()
         side = s.image_size if whole else crop
@@ -185,17 +179,17 @@ def train_vae(s, pictures):
 
 @torch.no_grad()
 def encode_all(vae, pictures):
-    """Returns: (N, 4, H/4, W/4) scaled latents of all views."""
+    """Returns: (N, 4, H/4, W/4) scaled latents of the views."""
     batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
     return torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]) * vae.config.scaling_factor
 
 
 def train_unet(s, latents, prompts):
-    """Train text encoder and UNet on v-prediction, the weights averaged; its table of tokens stays as drawn."""
+    """Train text encoder and UNet on v-prediction. Returns: both, their weights averaged over steps; the scheduler."""
     scheduler = DDIMScheduler(**SCHEDULER)
     unet = UNet2DConditionModel(**UNET, sample_size=latents.shape[-1])
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
-    # Words never seen in training must look like words: no token's embedding is trained.
+    # Token embeddings stay random: words that training never saw must look like words.
     text_encoder.get_input_embeddings().requires_grad_(False)
     models = torch.nn.ModuleList([unet, text_encoder])
     averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
