@@ -282,6 +282,7 @@ def train(base_yaml, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     """Fresh pairs in training, stopped and gone on with; pairs on disk, for training, reading and test5."""
     monkeypatch.setattr("cldm.pairs.POOL", 4)
