@@ -64,13 +64,9 @@ COUNT = 1, math.inf
 
 def check(s):
     check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, seed=(0, 2**32 - 1))
-    check_numbers(s, learning_rate=(0, math.inf), prompt_dropout=(0, 1))
-    if s.learning_rate == 0:
-        raise InputError('setting "learning_rate": 0 learns nothing, expected a number above it')
-    if s.pairs:
-        check_used(s, settings, "with pairs, which are cut while training", "data_root")
-    else:
-        check_used(s, settings, "without pairs", "controls")
+    check_numbers(s, learning_rate=(1e-12, math.inf), prompt_dropout=(0, 1))
+    unused = ("with pairs, which are cut while training", "data_root") if s.pairs else ("without pairs", "controls")
+    check_used(s, settings, *unused)
     if s.resume_path:
         check_used(s, settings, "with resume_path, whose control has its own", "hint")
 

@@ -25,7 +25,7 @@ FLAT = 0.02  # val_loss has not changed if it changed by less than this share
 
 
 class Stop:
-    """Ends a training on Ctrl-C or SIGTERM: after the current step, once its checkpoint is written.
+    """While open, Ctrl-C and SIGTERM end a training after the current step, once its checkpoint is written.
 
     Between steps, or at a second signal, it ends at once; either way with one line and the shell's exit code.
     """
@@ -36,6 +36,14 @@ class Stop:
     def listen(self):
         """Returns: {signal: its former handler}."""
         return {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self):
+        self.before = self.listen()
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def reached(self, where, stepping=True):
         """Note where training is, in words, and whether a step is under way."""
@@ -48,34 +56,22 @@ class Stop:
 
     def end(self, number=None):
         number = number or self.signal or signal.SIGTERM  # another process received it
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if rank_zero_only.rank == 0:
+            name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
             print(f"\nstopped by {name} {self.where}; the same command goes on from there", file=sys.stderr)
         sys.exit(128 + number)
 
 
 @contextmanager
-def stoppable():
-    """While open, Ctrl-C and SIGTERM do what the yielded Stop says."""
-    stop = Stop()
-    before = stop.listen()
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def training_run(out_dir, overwrite, inputs):
-    """Hold out_dir for one run, which may be one that goes on. Yields: its Path and the Stop of the run.
+    """Hold out_dir for one run, new or going on. Yields: its Path and the run's Stop.
 
     Of several processes, the first holds the folder and prints. inputs: what is read, which must not lie in it.
     Raises: InputError if another run holds the folder, or something else lies in it and overwrite is false.
     """
     first = rank_zero_only.rank == 0
     path = (output_folder if first else check_writable)(out_dir)
-    with stoppable() as stop, nullcontext() if first else redirect_stdout(None):
+    with Stop() as stop, nullcontext() if first else redirect_stdout(None):
         if not (path / RESUME_FILE).exists():
             own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
             control_folder(path, overwrite, own=own, inputs=inputs)
@@ -126,16 +122,14 @@ def describe_run(model, datasets, resumes, **settings):
 
     datasets: with a `digest` each. resumes: whether the control was trained before. settings: those that matter.
     """
-    scheduler, digests = model.base.scheduler, [dataset.digest for dataset in datasets]
+    run = settings | {"hint": model.control_net.config.hint}
+    for dataset in datasets:
+        for kind, digest in dataset.digest.items():
+            run[f"the {kind}"] = f"{run.get(f'the {kind}', '')} {digest}"
+    scheduler = model.base.scheduler
     base = model.config.image_size, scheduler.config.prediction_type, scheduler.alphas_cumprod.tolist()
-    kinds = dict.fromkeys(kind for digest in digests for kind in digest)
-    return {
-        **settings,
-        "hint": model.control_net.config.hint,
-        **{f"the {kind}": " ".join(digest[kind] for digest in digests if kind in digest) for kind in kinds},
-        "the base": digest_weights(model.base, *base),
-        "the control of resume_path": digest_weights(model.control_net) if resumes else "",
-    }
+    run["the base"] = digest_weights(model.base, *base)
+    return run | {"the control of resume_path": digest_weights(model.control_net) if resumes else ""}
 
 
 def find_checkpoint(out_dir, module):
@@ -154,23 +148,19 @@ def find_checkpoint(out_dir, module):
     other = {key: run.get(key) for key in module.run if run.get(key) != module.run[key] and key != "max_steps"}
     said = [key if key.startswith("the ") else f"{key}={was} (now {module.run[key]})" for key, was in other.items()]
     trained = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
-    problem = ""
-    if other:
-        problem = f"a run with other settings or data: {', '.join(said)}"
-    elif {name: p.shape for name, p in saved.items()} != trained:
-        problem = "checkpoint of another model"
-    elif step > module.steps:
-        problem = f"has done {step} steps already, more than max_steps={module.steps}"
-    if problem:
+    problems = {
+        f"a run with other settings or data: {', '.join(said)}": other,
+        "a checkpoint of another model": {name: p.shape for name, p in saved.items()} != trained,
+        f"has done {step} steps already, more than max_steps={module.steps}": step > module.steps,
+    }
+    for problem in (text for text, holds in problems.items() if holds):
         remedy = "choose another out_dir, or delete the file and give overwrite=true to begin again"
         raise InputError(f"{file}: {problem}; start as before to go on, {remedy}")
     print(f"going on from step {step} of {file}")
     if run["max_steps"] != module.steps:
         rate = 0.5 + 0.5 * math.cos(math.pi * step / module.steps)
-        print(
-            f"max_steps was {run['max_steps']}: the learning rate goes on at {rate:.0%} of its peak, as in a run of "
-            f"{module.steps} steps; the result is close to that of such a run, not the same"
-        )
+        text = f"max_steps was {run['max_steps']}: the learning rate goes on at {rate:.0%} of its peak"
+        print(f"{text}; the result is close to that of {module.steps} steps from the start, not the same")
     return file, step
 
 

@@ -21,7 +21,7 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, tell_bars
 from cldm.model import load_model, save_model
 from cldm.reading import calibrate
-from cldm.runs import SaveBestAndLast, stoppable
+from cldm.runs import SaveBestAndLast, Stop
 from cldm.training import ControlTraining
 from ldm.files import ROOT
 from ldm.settings import InputError, override, read_yaml, write_yaml
@@ -127,7 +127,7 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(train, monkeypatch, tmp_
 
 
 def test_training_is_stopped_at_once_where_no_step_is_under_way(capsys):
-    with stoppable() as stop:
+    with Stop() as stop:
         for again in (False, True):
             with pytest.raises(SystemExit) as stopped:
                 os.kill(os.getpid(), signal.SIGTERM)
