@@ -1,10 +1,12 @@
-"""What the benchmarks share: folders for their reports, choosing what to run, reading as invert.py does."""
+"""What the benchmarks share: reports, choosing what to run, reading as invert.py does, composing changes."""
 
 import json
+import math
 
 import numpy as np
 
 import invert
+from cldm.changes import MOTIONS, NO_CHANGE, similarity
 from ldm.files import report_folder, write_whole
 from ldm.settings import InputError, nearest, override
 
@@ -46,3 +48,29 @@ def read_targets(model_path, rows, out_dir):
 def quantiles(errors, shares, digits=3):
     """Returns: a list of texts, quantiles of absolute errors."""
     return [f"{value:.{digits}f}" for value in np.quantile(np.abs(errors), shares)]
+
+
+def compose(first, second):
+    """first, second: {name: number}, changes. Returns: likewise, the change that both make, one after the other.
+
+    Numbers that are not in CHANGES add up.
+    """
+    given = [{name: change.get(name, none) for name, none in NO_CHANGE.items()} for change in (first, second)]
+    matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
+    whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
+    whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
+    return {name: whole[name] for name in first}
+
+
+def inverse(change):
+    """change: {name: number}. Returns: likewise, the change back, which blurs nothing."""
+    given = {name: change.get(name, none) for name, none in NO_CHANGE.items()}
+    back = {name: -value for name, value in change.items()} | {"blur": 0.0}
+    back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
+    return {name: back[name] for name in change}
+
+
+def decompose(matrix):
+    """matrix: as similarity returns it. Returns: {name: number} of MOTIONS."""
+    rotation, zoom = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])), float(np.linalg.det(matrix)) ** 0.5
+    return dict(zip(MOTIONS, (rotation, zoom, float(matrix[0, 2]), float(matrix[1, 2]))))

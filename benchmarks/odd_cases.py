@@ -13,7 +13,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, draw_change, expose_picture, inverse, similarity
+from benchmarks.common import inverse
+from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, draw_change, expose_picture, similarity
 from cldm.pairs import cut, draw_pair
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, VIEW, draw_view, find_photo, render_framed
 

@@ -47,7 +47,8 @@ from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
-from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, choose_changes, compose, decompose, similarity
+from benchmarks.common import compose, decompose
+from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, choose_changes, similarity
 from cldm.model import load_model
 from cldm.pairs import POOL, draw_pair, draw_views, open_photo
 from cldm.reading import BATCH, read_controls

@@ -1,4 +1,4 @@
-"""What a change does to a picture: its numbers, their geometry and light, how they are drawn, inverted and composed."""
+"""What a change does to a picture: its numbers, how they are drawn, their geometry and light."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -81,29 +81,3 @@ def expose_picture(picture, stops):
     """Returns: the RGB PIL picture with its light multiplied by 2^stops."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     return picture.point((255 * expose(levels, stops)).round().int().tolist() * 3)
-
-
-def compose(first, second):
-    """first, second: {name: number}, changes. Returns: likewise, the change that both make, one after the other.
-
-    Numbers that are not in CHANGES add up.
-    """
-    given = [{name: change.get(name, none) for name, none in NO_CHANGE.items()} for change in (first, second)]
-    matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
-    whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
-    whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
-    return {name: whole[name] for name in first}
-
-
-def inverse(change):
-    """change: {name: number}. Returns: likewise, the change back, which blurs nothing."""
-    given = {name: change.get(name, none) for name, none in NO_CHANGE.items()}
-    back = {name: -value for name, value in change.items()} | {"blur": 0.0}
-    back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
-    return {name: back[name] for name in change}
-
-
-def decompose(matrix):
-    """matrix: as similarity returns it. Returns: {name: number} of MOTIONS."""
-    rotation, zoom = math.degrees(math.atan2(matrix[0, 1], matrix[0, 0])), float(np.linalg.det(matrix)) ** 0.5
-    return dict(zip(MOTIONS, (rotation, zoom, float(matrix[0, 2]), float(matrix[1, 2]))))

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import invert
 import test5
 import tutorial_train
-from cldm.changes import NO_CHANGE, choose_changes, compose, inverse
+from benchmarks.common import compose, inverse
+from cldm.changes import NO_CHANGE, choose_changes
 from cldm.controlnet import ReferenceHint, sample_bilinear
 from cldm.dataset import read_rows, split_rows
 from cldm.model import load_model, save_model
