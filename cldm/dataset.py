@@ -63,15 +63,12 @@ def parse_control(source):
     Raises: ValueError if it is none of these, not finite, or a whole number with more digits than a float holds.
     """
     values = source if isinstance(source, (list, tuple)) else [source]
-    no_number = ValueError("must be a finite number or a list of them")
-    if not values or any(isinstance(v, bool) or not isinstance(v, (int, float, str)) for v in values):
-        raise no_number
     try:
-        control = tuple(float(v) for v in values)
-    except (ValueError, OverflowError):
-        raise no_number from None
-    if not all(map(math.isfinite, control)):
-        raise no_number
+        control = tuple(math.nan if isinstance(value, bool) else float(value) for value in values)
+    except (TypeError, ValueError, OverflowError):
+        control = ()
+    if not control or not all(map(math.isfinite, control)):
+        raise ValueError("must be a finite number or a list of them")
     whole = [int(v) for v in values if isinstance(v, int) or isinstance(v, str) and v.strip().lstrip("+-").isdigit()]
     if any(number != float(number) for number in whole):
         raise ValueError("must have no more digits than 64 bits hold (subtract what all rows have in common)")

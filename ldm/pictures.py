@@ -175,11 +175,11 @@ def describe_fit(sizes, image_size):
     others = sorted(set(sizes) - {(image_size, image_size)})
     if not others:
         return ""
-    found = ", ".join(f"{width} x {height}" for width, height in others[:3])
-    cut = "cut to their middle squares and " if any(width != height for width, height in others) else ""
-    line = f"pictures of {found}{' and more' if len(others) > 3 else ''} {cut}resized to {image_size} x {image_size}"
+    found = ", ".join(f"{width} x {height}" for width, height in others[:3]) + " and more" * (len(others) > 3)
+    cut = "cut to their middle squares and " * any(width != height for width, height in others)
     times = image_size / min(map(min, others))
-    return line + (f"; enlarged up to {times:.1f} times, they show less than the model expects" * (times >= ENLARGED))
+    few = f"; enlarged up to {times:.1f} times, they show less than the model expects" * (times >= ENLARGED)
+    return f"pictures of {found} {cut}resized to {image_size} x {image_size}{few}"
 
 
 def describe_shapes(first, second):
