@@ -181,12 +181,9 @@ SHARDED = {"max_shard_size": "20KB"}
     [
         {},
         {"variant": "fp16"},
-        {"variant": "bf16"},
         {"variant": "non_ema"},
         SHARDED,
-        {"variant": "fp16", **SHARDED},
         {"safe_serialization": False},
-        {"safe_serialization": False, "variant": "fp16"},
     ],
     ids=str,
 )

@@ -81,17 +81,15 @@ class TestBeforeTheImports:
             assert " ".join(told.split()).startswith(f"{key}={default} {comment}".strip())
         assert max(map(len, done.stdout[len(docstring) :].splitlines())) <= 80
 
-    @pytest.mark.parametrize("script", SCRIPTS)
-    def test_a_misspelt_setting_is_named(self, script, call):
-        name = list(read_settings(ROOT / script)[0])[0]
-        done = call(script, *["in", "out"][: 2 * script.endswith("control.py")], f"{name}x=1")
+    @pytest.mark.parametrize("script, name", [("test5_s1.py", "warm_steps"), ("tool_add_control.py", "hint")])
+    def test_a_misspelt_setting_is_named(self, script, name, call):
+        done = call(script, *["in", "out"][: 2 * script.startswith("tool")], f"{name}x=1")
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr == f'error: unknown setting "{name}x" (did you mean "{name}"?)\n'
 
-    @pytest.mark.parametrize("script", ["tool_add_control.py", "tool_export_control.py"])
-    def test_without_arguments_the_usage_is_shown(self, script, call):
-        done = call(script)
-        assert done.returncode == 2 and f"python {script} " in done.stderr and "  overwrite=False" in done.stderr
+    def test_without_arguments_the_usage_is_shown(self, call):
+        done = call("tool_export_control.py")
+        assert done.returncode == 2 and "tool_export_control.py MODEL" in done.stderr and "  overwrite=" in done.stderr
 
     def test_help_can_be_read_on_any_console(self, call):
         done = call("tool_export_control.py", "--help", PYTHONIOENCODING="ascii")
@@ -222,14 +220,8 @@ class TestOverwrite:
         assert f"{control_folder}: cannot be written" in line and digest([control_folder]) == before
 
 
-def test_a_base_is_trained_into_what_can_be_written(unwritable, fails_in_one_line, monkeypatch):
-    monkeypatch.setattr(tool_train_base, "draw_views", lambda *_: pytest.fail("work before the check"))
-    line = fails_in_one_line(tool_train_base.main, tool_train_base.settings, [f"out_dir={unwritable}"])
-    assert f"{unwritable}: cannot be written" in line
-
-
 @pytest.mark.parametrize(
-    "control_range", ["5", "abc", "[a,b]", "[5,-5]", "-5,5", "[1]", "[1,2,3]", "[.inf,5]", "[1,.inf]", "true", "{a: 1}"]
+    "control_range", ["5", "abc", "[a,b]", "[5,-5]", "-5,5", "[1]", "[1,2,3]", "[.inf,5]", "true", "{a: 1}"]
 )
 def test_a_range_that_is_none_is_named(fails_in_one_line, tmp_path, control_range):
     arguments, script = ["in", str(tmp_path / "out"), f"control_range={control_range}"], tool_add_control
@@ -392,13 +384,7 @@ def test_bad_picture_is_named(arguments, out_dir, tmp_path, fails_in_one_line, k
     assert nothing_in(out_dir)
 
 
-@INFERENCE
-def test_unwritable_out_dir_of_an_inference_is_named(script, arguments, unwritable, fails_in_one_line):
-    line = fails_in_one_line(script.main, script.settings, [*arguments, f"out_dir={unwritable}"])
-    assert f"{unwritable}: cannot be written" in line
-
-
-@pytest.mark.parametrize("script", [tutorial_train, make_dataset], ids=["tutorial_train", "make_dataset"])
+@pytest.mark.parametrize("script", [test5, test5_s1, invert, tutorial_train, make_dataset, tool_train_base])
 def test_unwritable_out_dir_is_named(script, unwritable, fails_in_one_line):
     line = fails_in_one_line(script.main, script.settings, [f"out_dir={unwritable}"])
     assert f"{unwritable}: cannot be written" in line

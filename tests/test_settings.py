@@ -41,24 +41,17 @@ TEXTS = ["a ${seed} b", "costs ${", "${oc.env:HOME}", "photo #3", "???", "2024-0
     "argument, expected",
     [
         ("name=runs/x", "runs/x"),
-        ("name=5", "5"),
         ("name=", ""),
         ("name=a=b", "a=b"),
         ("steps=3", 3),
-        ("steps=-3", -3),
         ("rate=2", 2.0),
         ("rate=1e-3", 1e-3),
-        ("rate=1E-3", 1e-3),
         ("locked=false", False),
-        ("locked=True", True),
         ("control=2", [2]),
-        ("control=-2.5", [-2.5]),
         ("control=[1, 2.5]", [1, 2.5]),
         ("control=1e-3", [1e-3]),
         ("names=[angle, zoom]", ["angle", "zoom"]),
-        ("names=angle", ["angle"]),
         ("scale=9", 9),
-        ("scale=null", None),
         ("scale=a text", "a text"),
         ("scale=[1, 2]", [1, 2]),
         ("scale=None", None),
@@ -86,35 +79,23 @@ def test_without_arguments_the_defaults_stand_and_are_not_shared():
     assert DEFAULTS["control"] == [-4.0] and DEFAULTS["name"] == "a"
 
 
-def test_the_last_of_two_wins():
-    assert override(DEFAULTS, ["steps=1", "steps=2"]).steps == 2
-
-
 @pytest.mark.parametrize(
     "argument, message",
     [
         ("stesp=3", r'unknown setting "stesp" \(did you mean "steps"\?\)'),
-        ("lokced=1", r'"locked"'),
         ("qqqq=3", r"known: name, steps, rate"),
         ("--steps=3", r'"--steps" \(did you mean "steps"\?\)'),
         ("steps", "expected key=value"),
         ("steps=2.5", 'setting "steps": expected a whole number, got "2.5"'),
         ("steps=many", "expected a whole number"),
-        ("steps=true", "expected a whole number"),
-        ("steps=[3]", "expected a whole number"),
         ("rate=fast", "expected a number"),
-        ("rate=true", "expected a number"),
         ("rate=[1, 2", "expected a number"),
         ("locked=1", "expected true or false"),
         ("rate=inf", 'setting "rate": expected a finite number, got "inf"'),
         ("rate=1e999", "expected a finite number"),
         ("rate=" + "9" * 400, "expected a number"),
         ("scale=nan", "expected a finite number"),
-        ("steps=1.5e0", "expected a whole number"),
-        ("locked=maybe", "expected true or false"),
         ("steps=", 'setting "steps"'),
-        ("rate=null", 'setting "rate"'),
-        ("locked=null", 'setting "locked"'),
     ],
 )
 def test_mistake_is_named_with_its_remedy(argument, message):
@@ -151,6 +132,7 @@ def test_whole_folder_replaces_earlier_files_and_folders(tmp_path):
             (folder / "sub").mkdir()
             (folder / "sub" / text).write_text(text)
             (folder / "file").write_text(text)
+            assert not (tmp_path / "out" / "file").exists() or text == "new"  # not before it is whole
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert files == ["out/file", "out/sub/new"] and (tmp_path / "out" / "file").read_text() == "new"
 
@@ -164,23 +146,12 @@ def test_whole_folder_leaves_nothing_of_a_body_that_raises(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
 
 
-def test_whole_folder_shows_nothing_before_it_is_whole(tmp_path):
-    with whole_folder(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "out" / "file").exists()
-    assert (tmp_path / "out" / "file").exists()
-
-
 @pytest.mark.parametrize("make", [output_folder, lambda path: whole_folder(path).__enter__()])
 def test_unwritable_folder_is_named(unwritable, make):
     with pytest.raises(InputError, match=f"{unwritable}: cannot be written"):
         make(unwritable)
     with pytest.raises(InputError, match="cannot be written"):
         make(unwritable.parent)  # a file where the folder should be
-
-
-def test_output_folder_is_made_and_left_empty(tmp_path):
-    assert list(output_folder(tmp_path / "a" / "b").iterdir()) == []
 
 
 @pytest.mark.parametrize(
