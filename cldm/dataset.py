@@ -35,6 +35,10 @@ class Row:
     prompt: str
     reference: Path | None = None  # the picture that the control is a change from
 
+    @property
+    def pictures(self):
+        return [picture for picture in (self.target, self.reference) if picture is not None]
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -219,10 +223,6 @@ def recognize_prompt(prompt, known):
     return prompt
 
 
-def _name(picture):
-    return picture if isinstance(picture, Path) else id(picture)
-
-
 class ControlDataset(Dataset):
     """Latents, text embeddings and controls of rows, computed once by a LatentDiffusion.
 
@@ -240,17 +240,14 @@ class ControlDataset(Dataset):
         self.prompt_index = [prompts.index(row.prompt) for row in rows]
         self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
         self.empty = base.embed([""])[0].float().cpu()
-        pictures = {_name(p): p for row in rows for p in (row.target, row.reference) if p is not None}
-        self.where = {name: i for i, name in enumerate(pictures)}
-        pictures = list(pictures.items())
-        latents, sizes, shown = [], set(), {}
+        pictures = {_key(picture): picture for row in rows for picture in row.pictures}
+        latents, sizes, shown, pictures = [], set(), [], list(pictures.values())
+        self.where = {_key(picture): i for i, picture in enumerate(pictures)}
         for start in tqdm(range(0, len(pictures), batch_size), desc=label, disable=label is None):
-            fitted = []
-            for name, picture in pictures[start : start + batch_size]:
-                picture = load_picture(picture)
-                sizes.add(picture.size)
-                fitted.append(fit_picture(picture, image_size))
-                shown[name] = hashlib.sha256(fitted[-1].tobytes()).digest()
+            loaded = [load_picture(picture) for picture in pictures[start : start + batch_size]]
+            sizes |= {picture.size for picture in loaded}
+            fitted = [fit_picture(picture, image_size) for picture in loaded]
+            shown += [hashlib.sha256(picture.tobytes()).digest() for picture in fitted]
             latents.append(base.encode(pictures_to_tensor(fitted).to(base.device)).float().cpu())
         self.latents = torch.cat(latents)
         if line := describe_fit(sizes, image_size):
@@ -258,23 +255,20 @@ class ControlDataset(Dataset):
         texts, pixels = hashlib.sha256(), hashlib.sha256()
         for row in rows:
             texts.update(json.dumps([row.control, row.prompt]).encode())
-            pixels.update(b"".join(shown[_name(p)] for p in (row.target, row.reference) if p is not None))
+            pixels.update(b"".join(shown[self.where[_key(picture)]] for picture in row.pictures))
         self.digest = dict(rows=texts.hexdigest(), pictures=pixels.hexdigest())
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        row = self.rows[i]
-        item = dict(
-            latents=self.latents[self.where[_name(row.target)]],
-            embeddings=self.embeddings[self.prompt_index[i]],
-            empty=self.empty,
-            control=self.controls[i],
-        )
-        if row.reference is not None:
-            item["reference"] = self.latents[self.where[_name(row.reference)]]
-        return item
+        latents = [self.latents[self.where[_key(picture)]] for picture in self.rows[i].pictures]
+        words = dict(embeddings=self.embeddings[self.prompt_index[i]], empty=self.empty)
+        return dict(zip(("latents", "reference"), latents)) | words | dict(control=self.controls[i])
+
+
+def _key(picture):
+    return picture if isinstance(picture, Path) else id(picture)
 
 
 class TrainingOrder(Sampler):
