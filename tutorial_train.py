@@ -4,31 +4,31 @@ The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
 "prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. With
 "reference": "y.png" in every row, source is the change from that picture to the target; pairs=FOLDER cuts such pairs
-from any pictures. Everything of a run goes to out_dir, which is then the model_path of test5.py, test5_s1.py and
-invert.py. A run that was killed goes on when started again with the same out_dir.
+from any pictures. All results go to out_dir, which is then the model_path of test5.py, test5_s1.py and invert.py.
+A run that was killed goes on when started again with the same out_dir.
 """
 
 from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
-    # what is trained on what
+    # what is trained, on what
     data_root="dataForTrain",
-    pairs="",  # a folder of pictures, or "train": pairs are cut from them while training, in place of data_root
-    controls=None,  # of pairs: ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"], some; None: all
+    pairs="",  # a folder of pictures, or "train": cut pairs from them while training, instead of reading data_root
+    controls=None,  # of pairs: some of ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"]; None: all
     base="models/tiny.yaml",  # the frozen base
-    resume_path="",  # a control to start from (tool_add_control.py, or an earlier out_dir); "": a fresh one of the base
-    hint="dense",  # of a fresh control: dense (as the original: one resolution) or coordinate (any)
+    resume_path="",  # a control to start from, of tool_add_control.py or an earlier run; "": a fresh one
+    hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
     out_dir="runs/control_tiny",
-    overwrite=False,  # True: a control that lies in out_dir, of no run that goes on, is replaced
+    overwrite=False,  # True: replace a control in out_dir that belongs to no unfinished run
     # how
     batch_size=16,
     max_steps=1400,
     logger_freq=500,  # steps between pictures, validations and checkpoints; the last step has its own
-    learning_rate=1e-3,  # at its peak; falls to zero as half a cosine
+    learning_rate=1e-3,  # at its peak; it falls to zero as half a cosine
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
     sd_locked=True,  # False: the UNet's decoder learns too
     only_mid_control=False,
-    save_memory=False,  # True: activations are computed twice and not kept
+    save_memory=False,  # True: recompute activations instead of keeping them
     seed=0,
     # passed on to Lightning's Trainer
     accelerator="auto",
@@ -63,6 +63,7 @@ COUNT = 1, math.inf
 
 
 def check(s):
+    """Raises: InputError for settings that cannot be, or that would have no effect."""
     check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=(1e-12, math.inf), prompt_dropout=(0, 1))
     unused = ("with pairs, which are cut while training", "data_root") if s.pairs else ("without pairs", "controls")
