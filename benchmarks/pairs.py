@@ -3,9 +3,9 @@
     python benchmarks/pairs.py                                  # all, about 90 minutes on two cores
     python benchmarks/pairs.py methods=ours,ecc                 # some
 
-Pairs are cut from photographs that no training has seen. Prints the README's tables: rotation alone; all six numbers;
-pictures of 320 x 320 pixels turned about a point that is not their middle; how often intervals hold the truth and what
-is flagged, of true pairs and of pairs of different photographs. out_dir/errors.json has every error.
+Pairs are cut from photographs that no training has seen. Prints the tables of docs/results.md: rotation alone; all six
+numbers; pictures of 320 x 320 pixels turned about a point that is not their middle; how often intervals hold the truth
+and what is flagged, of true pairs and of pairs of different photographs. out_dir/errors.json has every error.
 """
 
 import sys
