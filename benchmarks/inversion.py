@@ -4,9 +4,9 @@
     python benchmarks/inversion.py methods=lm_denoising             # some
 
 Targets are photographs at random angles that training never saw; the slow methods take a share of them. Every method
-runs in a process of its own, for its memory. Prints the table of docs/results.md; out_dir has results.jsonl, plot.png. Then:
-what is flagged of targets at +-8 degrees, and of photographs never trained on. Started again with the same settings, it
-goes on after the last method in results.jsonl.
+runs in a process of its own, for its memory. Prints the table of docs/results.md; out_dir has results.jsonl, plot.png.
+Then: what is flagged of targets at +-8 degrees, and of photographs never trained on. Started again with the same
+settings, it goes on after the last method in results.jsonl.
 """
 
 import sys

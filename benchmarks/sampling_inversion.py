@@ -4,8 +4,8 @@
     python benchmarks/sampling_inversion.py model_path=runs/mine
 
 The targets of a photograph are inverted as one batch, which gives what each alone would give; the two scripts take
-turns photograph by photograph, so that a busy machine slows both. Prints the table of docs/results.md; out_dir/results.jsonl
-has every inversion.
+turns photograph by photograph, so that a busy machine slows both. Prints the table of docs/results.md;
+out_dir/results.jsonl has every inversion.
 """
 
 import sys
