@@ -47,37 +47,17 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cldm.dataset import Row, parse_control, read_rows, recognize_prompt
+from cldm.confidence import FLAGS
+from cldm.dataset import Row, parse_control, read_rows
 from cldm.evidence import check_evidence
 from cldm.model import load_model
 from cldm.pairs import SUFFIXES, list_pictures
-from cldm.reading import FLAGS, find_lower, profile, read_controls
+from cldm.reading import read_and_profile, read_controls
 from cldm.report import describe_reading, draw_pictures, draw_reading
 from ldm.files import digest, find_path, report_folder, write_whole
-from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
-
-
-@torch.no_grad()
-def encode(model, s, rows):
-    """Returns: for some rows pairs of PIL pictures, target and reference or None; latents of targets (B, C, h, w), and
-    of references or None; embeddings (B, 77, D).
-    """
-
-    def load(files):
-        if files[0] is None:
-            return files, None
-        pictures = [fit_picture(load_picture(file), model.config.image_size) for file in files]
-        return pictures, model.base.encode(pictures_to_tensor(pictures).to(model.base.device))
-
-    targets, latents = load([row.target for row in rows])
-    references, reference = load([row.reference for row in rows])
-    added = model.config.a_prompt if s.a_prompt is None else s.a_prompt
-    prompts = [recognize_prompt(row.prompt, tuple(model.control_net.config.prompts or ())) for row in rows]
-    embeddings = model.base.embed([", ".join(filter(None, [prompt, added])) for prompt in prompts])
-    return list(zip(targets, references)), latents, reference, embeddings
+from ldm.pictures import check_picture, fit_picture, load_picture, tell_fit
 
 
 def read_rows_at_once(model, s, rows, unlike, out_dir, figures):
@@ -87,40 +67,32 @@ def read_rows_at_once(model, s, rows, unlike, out_dir, figures):
     Raises: InputError if a number that was read is not finite.
     """
     began = time.perf_counter()
-    pictures, latents, reference, embeddings = encode(model, s, rows)
-    inputs, how = (latents, embeddings, reference), dict(known=s.known, draws=s.draws, seed=s.seed)
-    reading = read_controls(model, *inputs, **how)
+
+    def load(file):
+        return file and fit_picture(load_picture(file), model.config.image_size)
+
+    pictures = [(load(row.target), load(row.reference)) for row in rows]
+    targets, references = zip(*pictures)
+    prompts = [row.prompt for row in rows]
+    target = model.encode(prompts, targets, references if rows[0].reference else None, s.a_prompt)
     if figures:
-        profiles = profile(model, reading.control, *inputs, seed=s.seed)
-        sought = torch.tensor([name not in s.known for name in model.control_net.config.control_names])
-        lower = find_lower(model.control_net.config, reading.control, *profiles, sought.to(latents.device))
-        if (lower != reading.control).any():  # a valley that no probe met
-            reading = read_controls(model, *inputs, start=places(reading, lower), **how)
-            profiles = profile(model, reading.control, *inputs, seed=s.seed)
+        reading, profiles = read_and_profile(model, target, s.known, s.draws, s.seed)
+    else:
+        reading = read_controls(model, target, s.known, s.draws, s.seed)
     for i, row in enumerate(rows):
         if not reading.control[i].isfinite().all():
             raise InputError(f"{row.target}: what was read is not finite ({reading.control[i].tolist()})")
         reading.flags[i] += ["unlike_shapes"] * unlike[i]
-    if reference is not None:
+    if rows[0].reference:
         reading = check_evidence(reading, pictures, model.control_net.config, s.known)
     reading.seconds = (time.perf_counter() - began) / len(rows)
 
     def save_figure(i):
-        one = slice(i, i + 1)
-        given = latents[one], embeddings[one], reading.control[one], None if reference is None else reference[one]
-        shown = *pictures[i], *draw_pictures(model, *given, s.seed)
-        figure = draw_reading(model.control_net.config, reading, i, profiles, rows[i], shown)
+        drawn = draw_pictures(model, target.select(slice(i, i + 1)), reading.control[i : i + 1], s.seed)
+        figure = draw_reading(model.control_net.config, reading, i, profiles, rows[i], (*pictures[i], *drawn))
         write_whole(out_dir / figures[i], partial(figure.savefig, format="png", dpi=100))
 
     return reading, save_figure
-
-
-def places(reading, lower):
-    """Returns: (B, S, d), all the places that a Reading knows of, and `lower` (B, d), to start from again."""
-    most = max(map(len, reading.others))
-    others = [own + control[None].expand(most - len(own), -1).tolist() for own, control in zip(reading.others, lower)]
-    others = lower.new_tensor(others).view(len(lower), most, lower.shape[1])
-    return torch.cat([reading.control[:, None], lower[:, None], others], 1)
 
 
 def parse_known(text, names):

@@ -17,14 +17,16 @@ settings = dict(
     ddim_steps=32,
     num_samples=4,  # pictures drawn in every iteration, each from noise of its own; their losses are averaged
     strength=1.0,  # factor on what the ControlNet adds
-    scale=1.0,  # of the guidance; 1: none
+    scale=1.0,  # of classifier-free guidance; 1: none
     seed=0,
     eta=1.0,  # 0: deterministic DDIM; 1: fresh noise at every step
-    denoise_strength=1.0,  # how much of the input picture is noised away before it is drawn anew; 1: all
-    learning_rate=None,  # of plain SGD; None: found from the first gradient
-    iterations=100,  # at the most; ends earlier when the control has settled
-    guess_mode=False,  # True: the control acts less the further out, and not on the negative prompt
-    save_memory=False,  # True: the chain's activations are computed twice and not kept
+    denoise_strength=1.0,  # share of the noise that the input picture is given before it is drawn anew; 1: all
+    warm_steps=None,  # None: every generation starts from the input picture; a number: test5_s1.py tells
+    warm_denoise_strength=0.9,
+    learning_rate=None,  # of plain SGD; None: found from the first gradient, then Barzilai-Borwein steps
+    iterations=100,  # at most; it ends earlier once the control has settled
+    guess_mode=False,  # True: the control acts less in the outer blocks, and not on the negative prompt
+    save_memory=False,  # True: activations are computed twice instead of kept
     device="auto",  # a GPU where there is one
     out_dir="outputs/test5",
 )
@@ -32,99 +34,103 @@ if __name__ == "__main__":
     answer(__file__)
 
 import math
+import time
+from dataclasses import replace
 
 import torch
-from tqdm import tqdm
+from tqdm import trange
 
-from cldm.dataset import parse_control, recognize_prompt
-from cldm.inversion import invert_by_sampling
-from cldm.model import load_model
-from cldm.reading import FLAGS
-from cldm.report import save_inversion
+from cldm.confidence import FLAGS, flag_inversion
+from cldm.dataset import parse_control
+from cldm.model import Sampling, load_model
+from cldm.report import Inversion, save_inversion
+from cldm.solvers import GradientDescent
+from ldm.ddim import ddim_schedule, draw_noise
 from ldm.files import find_path, report_folder
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
+from ldm.pictures import fit_picture, load_picture, tell_fit
 
 
-def complete(s, model):
-    """Fill in the prompts that the base's YAML adds where `s` says None. Raises: InputError for what cannot be."""
-    for key in ("a_prompt", "n_prompt"):
-        s[key] = model.config[key] if s[key] is None else s[key]
+def infer(model, s, start, target, control):
+    """Find the control at which the model generates the target.
+
+    model: ControlLDM, frozen. start: (1, C, h, w), latents of the input picture. target: Target of one picture.
+    control: (d,) float64, where to start.
+    Returns: Inversion.
+    """
+    began, config = time.perf_counter(), model.control_net.config
+    sampling = Sampling(s.ddim_steps, s.scale, s.strength, s.eta, s.denoise_strength, s.guess_mode)
+    warm = (
+        replace(sampling, ddim_steps=s.warm_steps, denoise_strength=s.warm_denoise_strength) if s.warm_steps else None
+    )
+    if warm:  # whatever does not fit is said before the first iteration
+        ddim_schedule(model.base.scheduler, warm.ddim_steps, warm.denoise_strength)
+    noise = draw_noise(start.shape, 1 + max(s.ddim_steps, s.warm_steps or 0), s.seed, start.device, s.num_samples)
+    samples = target.select(torch.zeros(s.num_samples, dtype=torch.long))
+    start, control = start.expand_as(samples.latents), control.to(start.device)
+    descent = GradientDescent(model.control_net.spread(control), s.learning_rate)
+    result = Inversion(start=control)
+    bar = trange(s.iterations, desc="inferring", leave=False)
+    for _ in bar:
+        # generate: all DDIM steps, with the same noise in every iteration
+        control = control.detach().requires_grad_(True)
+        drawn = model.generate(noise, control.expand(s.num_samples, -1), samples, sampling, start)
+        # loss: the difference from the target, in latents
+        loss = (drawn - target.latents).square().mean()
+        # backward: through all DDIM steps, into the control alone
+        (gradient,) = torch.autograd.grad(loss, control)
+        control, drawn = control.detach(), drawn.detach()
+        result.add(control, loss.item(), drawn[:1])
+        found = ", ".join(f"{name} {value:+.3f}" for name, value in zip(config.control_names, control.tolist()))
+        bar.set_postfix_str(f"loss {loss:.5f}, {found}")
+        # step, until it has settled
+        step = descent.step(gradient)
+        if descent.settled:
+            break
+        control = control + step
+        if warm:  # the next generation starts from this one, and takes fewer steps
+            start, sampling = drawn, warm
+    result.flags = flag_inversion(config, result.control, result.loss, descent.settled)
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def check(s, model):
+    """Returns: the control to start from, (d,). Raises: InputError for a setting that cannot be."""
     check_kinds(s, str, "a_prompt", "n_prompt")
     check_numbers(s, int, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1))
     check_numbers(s, learning_rate=(1e-6, math.inf), scale=(0, math.inf), strength=(0, math.inf))
-
-
-def infer(model, s, input_pictures, target_pictures, control):
-    """Invert B targets (PIL pictures) of one prompt as the settings `s` say.
-
-    control: (B, d), where to start.
-    Returns: Inversion.
-    """
-    complete(s, model)
+    if s.scale == 1:
+        check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
+    try:
+        control = parse_control(list(s.control))
+    except ValueError:
+        raise InputError(f"control: expected finite numbers, got {s.control}") from None
     names = model.control_net.config.control_names
-    if control.shape[1] != len(names):
-        expected = f"{len(names)} number(s) ({', '.join(names)})"
-        raise InputError(f"control: the model takes {expected}, got {control.shape[1]}: {control[0].tolist()}")
-    with torch.no_grad():
-        pictures = pictures_to_tensor([*input_pictures, *target_pictures]).to(model.base.device)
-        start, target = model.base.encode(pictures).chunk(2)
-        prompt = recognize_prompt(s.prompt, tuple(model.control_net.config.prompts or ()))
-        prompt = ", ".join(filter(None, [prompt, s.a_prompt]))
-        embeddings, negative = model.base.embed([prompt, s.n_prompt]).repeat_interleave(len(control), 0).chunk(2)
-    with tqdm(total=s.iterations, desc="inferring", leave=False) as bar:
-
-        def show(entry):
-            found = ", ".join(f"{name} {value:+.3f}" for name, value in zip(names, entry["control"][0]))
-            bar.set_postfix_str(f"loss {entry['loss'][0]:.5f}, {found}")
-            bar.update()
-
-        return invert_by_sampling(
-            model,
-            start,
-            target,
-            embeddings,
-            control.to(target.device),
-            negative=negative,
-            ddim_steps=s.ddim_steps,
-            denoise_strength=s.denoise_strength,
-            warm_steps=s.get("warm_steps"),
-            warm_denoise_strength=s.get("warm_denoise_strength"),
-            num_samples=s.num_samples,
-            scale=s.scale,
-            strength=s.strength,
-            eta=s.eta,
-            guess_mode=s.guess_mode,
-            seed=s.seed,
-            learning_rate=s.learning_rate,
-            iterations=s.iterations,
-            on_iteration=show,
-        )
+    if len(control) != len(names):
+        raise InputError(f"control: the model takes {len(names)} number(s) ({', '.join(names)}), got {s.control}")
+    return torch.tensor(control, dtype=torch.float64)
 
 
 def main(s):
     out_dir = report_folder(s.out_dir, "result.json", "history", "figure.png")
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
-    try:
-        control = torch.tensor([parse_control(list(s.control))], dtype=torch.float64)
-    except ValueError:
-        raise InputError(f"control: expected finite numbers, got {s.control}") from None
-    paths = (s.input_image_path, s.target_image_path)
-    pictures = [load_picture(find_path(path)) for path in paths]
+    control = check(s, model)
+    pictures = [load_picture(find_path(path)) for path in (s.input_image_path, s.target_image_path)]
     tell_fit([[picture.size] for picture in pictures], model.config.image_size)
     pictures = [fit_picture(picture, model.config.image_size) for picture in pictures]
-    if s.scale == 1:
-        check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
-    complete(s, model)
-    result = infer(model, s, pictures[:1], pictures[1:], control)
+    start, target = (model.encode([s.prompt], [p], a_prompt=s.a_prompt, n_prompt=s.n_prompt) for p in pictures)
+    if model.control_net.uses_reference:
+        target = replace(target, reference=start.latents)
+    result = infer(model, s, start.latents, target, control)
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config
-    for name, unit, value in zip(config.control_names, config.control_units, result.control[0].tolist()):
+    for name, unit, value in zip(config.control_names, config.control_units, result.control.tolist()):
         print(f"{name}: {value:+.3f} {unit}".rstrip())
-    for flag in result.flags[0]:
+    for flag in result.flags:
         print(f"{flag}: {FLAGS[flag]}")
-    print(f"{result.iterations[0]} iterations, {result.seconds:.1f} seconds; {out_dir}/figure.png shows them")
+    print(f"{len(result.history)} iterations, {result.seconds:.1f} seconds; {out_dir}/figure.png shows them")
 
 
 if __name__ == "__main__":

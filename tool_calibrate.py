@@ -18,11 +18,12 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
+from cldm.calibration import calibrate
 from cldm.conversion import MOST_PROMPTS
 from cldm.logger import tell_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
-from cldm.reading import calibrate, search_bounds
+from cldm.reading import search_bounds
 from ldm.files import find_path, output_folder
 from tutorial_train import read
 

@@ -47,13 +47,13 @@ import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
+from cldm.calibration import calibrate
 from cldm.changes import choose_changes
 from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_data, tell_bars
 from cldm.model import load_base, load_model
 from cldm.pairs import read_photos, training_set, validation_set
-from cldm.reading import calibrate
 from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, make_trainer, training_run
 from cldm.training import ControlTraining, checkpointing
 from dataForTrain.make_dataset import find_pictures

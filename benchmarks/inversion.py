@@ -40,6 +40,7 @@ from multiprocessing import get_context
 
 import numpy as np
 import torch
+from cldm.objectives import SamplingObjective
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -49,7 +50,6 @@ import test5
 import test5_s1
 from cldm.dataset import split_rows
 from cldm.model import load_model
-from cldm.objectives import SamplingObjective
 from cldm.reading import BATCH, read_controls, search_bounds
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path, report_folder

@@ -33,6 +33,7 @@ from multiprocessing import get_context
 
 import psutil
 import torch
+from cldm.objectives import SamplingObjective
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -42,7 +43,6 @@ import test5_s1
 import tool_add_control
 import tutorial_train
 from cldm.model import load_model
-from cldm.objectives import SamplingObjective
 from cldm.training import ControlTraining, checkpointing
 from ldm.base import LatentDiffusion
 from ldm.files import ROOT, output_folder, report_folder, write_whole

@@ -1,200 +1,18 @@
 """A ControlNet whose hint is a vector of numbers: diffusers' ControlNetModel with an MLP for its hint CNN."""
 
-import math
-
 import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from torch import nn
-from torch.nn import functional as F
 
+from cldm.hints import HINTS, CoordinateHint, DenseHint
+from cldm.reference import ReferenceHint
 from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_json
 from ldm.settings import InputError
-
-# and their hidden widths
-HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512), "reference": (256, 256)}
-
-REFERENCE_FEATURES = 64
 
 
 def default_names(control_dim):
     """Returns: names for control_dim numbers that nobody named."""
     return ["control"] if control_dim == 1 else [f"control {i + 1}" for i in range(control_dim)]
-
-
-def initialize_hint(mlp):
-    """Draw weights that keep the control's variance through the layers: PyTorch's own shrink it twentyfold."""
-    for layer in mlp[::2]:
-        torch.nn.init.kaiming_normal_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-
-
-class Hint(nn.Module):
-    """What a control adds to the ControlNet's first features.
-
-    Its weights stay in float32 where the network's are in half precision, and what it does to the number is left out of
-    autocast: both would round the number itself.
-    """
-
-    dtype = torch.float32  # of the network
-
-    def forward(self, control):  # (B, d, h, w), constant over h and w
-        return self.features(control).to(self.dtype)  # (B, channels, h, w)
-
-
-class CoordinateHint(Hint):
-    """A 3-layer MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
-
-    x and y run from -1 to 1 between the outermost positions of the longer side, and come with their sines and
-    cosines at `octaves` frequencies, without which an MLP is slow to learn detail.
-    Source: Tancik et al. 2020, Fourier features.
-    """
-
-    def __init__(self, control_dim, channels, hidden, octaves):
-        super().__init__()
-        self.octaves = octaves
-        self.mlp = nn.Sequential(
-            nn.Conv2d(control_dim + 2 + 4 * octaves, hidden[0], 1),
-            nn.SiLU(),
-            nn.Conv2d(hidden[0], hidden[1], 1),
-            nn.SiLU(),
-            nn.Conv2d(hidden[1], channels, 1),
-        )
-        initialize_hint(self.mlp)
-
-    def features(self, control):
-        height, width = control.shape[2:]
-        longer = max(height, width, 2) - 1
-        y, x = torch.meshgrid(
-            (2 * torch.arange(height, device=control.device) - height + 1) / longer,
-            (2 * torch.arange(width, device=control.device) - width + 1) / longer,
-            indexing="ij",
-        )
-        phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
-        features = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
-        first, *rest = self.mlp
-        weights = first.weight.split([control.shape[1], len(features)], 1)
-        with torch.autocast(control.device.type, enabled=False):
-            number = F.linear(control[:, :, 0, 0], weights[0].flatten(1))  # no convolution: a GPU rounds those to TF32
-            hidden = F.conv2d(features.to(control.dtype)[None], weights[1], first.bias) + number[:, :, None, None]
-            return nn.Sequential(*rest)(hidden)
-
-
-class DenseHint(Hint):
-    """A 3-layer MLP from the control to the whole feature map: one latent size only.
-
-    original: with ReLU after every layer, the last too, as in the original fork, in place of SiLU between them.
-    """
-
-    def __init__(self, control_dim, channels, hidden, latent_size, original):
-        super().__init__()
-        self.shape = (channels, latent_size, latent_size)
-        activation = nn.ReLU if original else nn.SiLU
-        self.mlp = nn.Sequential(
-            nn.Linear(control_dim, hidden[0]),
-            activation(),
-            nn.Linear(hidden[0], hidden[1]),
-            activation(),
-            nn.Linear(hidden[1], channels * latent_size**2),
-        )
-        initialize_hint(self.mlp)
-        if original:
-            self.mlp.append(nn.ReLU())
-
-    def features(self, control):
-        if control.shape[2:] != self.shape[1:]:
-            raise InputError(
-                f"this hint was made for latents of {self.shape[1]} x {self.shape[2]}, got "
-                f"{tuple(control.shape[2:])}: use hint=coordinate"
-            )
-        with torch.autocast(control.device.type, enabled=False):
-            return self.mlp(control[:, :, 0, 0]).unflatten(1, self.shape)
-
-
-class ReferenceHint(Hint):
-    """What a change does to a reference picture: its features, moved and scaled as a 3-layer MLP on the control says.
-
-    A position in the target is taken to one in the reference by an affine map, the exponential of a sum of generators,
-    one for each number, as a group of motions has them, and of what the MLP adds. Its other outputs are the scales and
-    shifts of features before both convolutions that follow.
-    Source: Jaderberg et al. 2015, spatial transformers; Perez et al. 2018, FiLM.
-    """
-
-    def __init__(self, control_dim, channels, hidden, latent_channels):
-        super().__init__()
-        self.control_dim = control_dim
-        self.widths = (6, *2 * [REFERENCE_FEATURES + 1], *2 * [2 * REFERENCE_FEATURES])
-        self.mlp = nn.Sequential(
-            nn.Linear(control_dim, hidden[0]),
-            nn.SiLU(),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.SiLU(),
-            nn.Linear(hidden[1], sum(self.widths)),
-        )
-        initialize_hint(self.mlp)
-        nn.init.normal_(self.mlp[-1].weight, std=1e-3)  # hardly any change at first
-        self.generators = nn.Linear(control_dim, 6, bias=False)
-        nn.init.zeros_(self.generators.weight)
-        self.extract = nn.Sequential(  # to twice the resolution, so that a position between two latents means something
-            nn.Conv2d(latent_channels, 2 * REFERENCE_FEATURES, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(2 * REFERENCE_FEATURES, 4 * REFERENCE_FEATURES, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
-        self.mix = nn.Conv2d(REFERENCE_FEATURES + 1, 2 * REFERENCE_FEATURES, 3, padding=1)
-        self.out = nn.Conv2d(2 * REFERENCE_FEATURES, channels, 3, padding=1)
-
-    def features(self, condition):
-        control, reference = condition[:, : self.control_dim, 0, 0], condition[:, self.control_dim :]
-        positions, inside, modulation = self.motion(control, *reference.shape[2:])
-        scale, shift, scale2, shift2 = (part[:, :, None, None] for part in modulation)
-        moved = sample_bilinear(self.extract(reference), 2 * positions + 0.5)
-        moved = torch.cat([moved, inside], 1) * (1 + scale) + shift
-        mixed = self.mix(F.silu(moved)) * (1 + scale2) + shift2
-        return self.out(F.silu(mixed))
-
-    def motion(self, control, height, width):
-        """control: (B, d), normalised. height, width: of the latents.
-
-        Returns: where every latent of the target lies in the reference, x and y in latents (B, 2, h, w); how far
-        inside that is, from 0 to 1 (B, 1, h, w); the MLP's other outputs.
-        """
-        with torch.autocast(control.device.type, enabled=False):
-            motion, *modulation = self.mlp(control).split(self.widths, 1)
-            motion = F.pad((motion + self.generators(control)).unflatten(1, (2, 3)), (0, 0, 0, 1))
-            positions = self.positions(torch.linalg.matrix_exp(motion), height, width)
-        size = positions.new_tensor([width, height])[:, None, None]
-        inside = (torch.minimum(positions, size - 1 - positions) + 1).clamp(0, 1).prod(1, keepdim=True)
-        return positions, inside, modulation
-
-    @staticmethod
-    def positions(affine, height, width):
-        """Returns: (B, 2, h, w), x and y in the reference, in latents, of every latent of the target.
-
-        affine: (B, 3, 3), from the target to the reference, from the middle in units of half the longer side.
-        """
-        half = affine.new_tensor([width, height]) / 2
-        y, x = torch.meshgrid(*(torch.arange(n, device=affine.device) + 0.5 for n in (height, width)), indexing="ij")
-        here = (torch.stack([x, y]) - half[:, None, None]) / half.max()  # (2, h, w)
-        there = torch.einsum("bij,jhw->bihw", affine[:, :2, :2], here) + affine[:, :2, 2, None, None]
-        return there * half.max() + half[:, None, None] - 0.5
-
-
-def sample_bilinear(features, positions):
-    """Interpolate between four neighbours, with a forward-mode derivative, which torch's grid_sample lacks.
-
-    features: (B, C, H, W). positions: (B, 2, h, w), x and y in units of the grid; beyond the border, the border.
-    Returns: (B, C, h, w).
-    """
-    width, size = features.shape[3], features.new_tensor(features.shape[:1:-1], dtype=positions.dtype)[:, None, None]
-    positions = torch.minimum(positions.clamp_min(0), size - 1)
-    corner = torch.minimum(positions.detach().floor(), size - 2)
-    right, down = (positions - corner)[:, :, None].unbind(1)  # (B, 1, h, w) each
-    index = (corner[:, 1] * width + corner[:, 0]).long().flatten(1)[:, None].expand(-1, features.shape[1], -1)
-    flat = features.flatten(2)
-    neighbours = (flat.gather(2, index + k).unflatten(2, positions.shape[2:]) for k in (0, 1, width, width + 1))
-    top, top_right, bottom, bottom_right = neighbours
-    return (top * (1 - right) + top_right * right) * (1 - down) + (bottom * (1 - right) + bottom_right * right) * down
 
 
 def check_control(file):
@@ -245,15 +63,14 @@ def check_control(file):
 class NumericControlNet(ControlNetModel):
     """ControlNet (Zhang et al. 2023) on a control vector of d numbers in the units of its dataset.
 
-    hint: "coordinate", "dense", "original", or "reference": the control is then the change from a reference picture,
-    whose latents go in beside it. hint_hidden: widths of its MLP's hidden layers; None: as HINTS says.
-    hint_octaves: frequencies of the positions, used by "coordinate" alone.
+    hint: one of HINTS; with "reference", the control is a change from a reference picture, whose latents go in too.
+    hint_hidden: widths of the MLP's hidden layers; None: as in HINTS. hint_octaves: of "coordinate" alone.
     latent_size: side of the latents, needed by "dense" and "original" alone.
-    control_names, control_units: d texts. control_mean, control_std: the training set's statistics, by which a
-    control is normalised. control_low, control_high: the trained range, None before training. prompts: what it was
-    trained with, distinct, the most frequent first. error_scale, error_floor, explained_loss,
-    sampling_loss, probes: what cldm.reading.calibrate found, None before.
-    only_mid_control: act on the UNet's middle alone. The rest are ControlNetModel's own.
+    control_names, control_units: d texts. control_mean, control_std: the training set's statistics, which normalise a
+    control. control_low, control_high: the trained range, None before training. prompts: those of training, distinct,
+    the most frequent first. error_scale, error_floor, explained_loss, sampling_loss, probes: what
+    cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's middle alone.
+    The rest are ControlNetModel's own.
     """
 
     ignore_for_config = ["kwargs"]
@@ -295,7 +112,7 @@ class NumericControlNet(ControlNetModel):
 
     @staticmethod
     def _get_init_keys(input_class):
-        # diffusers reads the keys of a config off one signature; ours is that of both classes together
+        # diffusers reads a config's keys off one signature; ours is the union of both classes'
         return ConfigMixin._get_init_keys(input_class) | ConfigMixin._get_init_keys(ControlNetModel)
 
     @classmethod
@@ -315,10 +132,11 @@ class NumericControlNet(ControlNetModel):
         return len(self.config.control_mean)
 
     def to_precision(self, dtype):
-        """All weights but the hint's, in place. Returns: itself."""
+        """Convert all weights but the hint's, in place. Returns: self."""
         for name, part in self.named_children():
             if name != "controlnet_cond_embedding":
                 part.to(dtype)
+        self.controlnet_cond_embedding.output_dtype = dtype
         return self
 
     def normalize(self, control):
@@ -346,8 +164,6 @@ class NumericControlNet(ControlNetModel):
             what = f"{self.control_dim} numbers ({', '.join(self.config.control_names)})"
             what += " and the latents of a reference" if self.uses_reference else ""
             raise InputError(f"control: expected {what}, got shape {tuple(controlnet_cond.shape)}")
-        hint = self.controlnet_cond_embedding
-        hint.dtype = sample.dtype
         control, reference = maps.tensor_split([self.control_dim], 1)
         control = self.normalize(control[:, :, 0, 0])[:, :, None, None].expand(-1, -1, *sample.shape[2:])
         if self.uses_reference:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.data import default_collate
 
-from cldm.reading import CALIBRATION
+from cldm.calibration import PICTURES
+from cldm.model import Target
 from cldm.report import draw_pictures, plain
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
@@ -42,7 +43,7 @@ def describe_data(data, config):
 
 def tell_bars(dataset, seen):
     """Returns: a line on what error bars were learned from. seen: whether the control was trained on it."""
-    count = min(CALIBRATION, len(dataset))
+    count = min(PICTURES, len(dataset))
     values = min(count, len(set(map(tuple, dataset.controls.tolist()))))
     kind = "training" if seen else "validation"
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"
@@ -102,8 +103,8 @@ class PictureLogger(pl.Callback):
         drawn = []
         for start in range(0, len(self.targets), self.batch):
             some = {key: part[start : start + self.batch].to(module.device) for key, part in self.items.items()}
-            given = (some.get(key) for key in ("embeddings", "control", "reference"))
-            drawn += draw_pictures(module.model, torch.zeros_like(some["latents"]), *given)
+            target = Target(some["embeddings"], reference=some.get("reference"))
+            drawn += draw_pictures(module.model, target, some["control"])
         pixels = self.compose(module.model.control_net.config, drawn)
         write_whole(self.folder / f"{step:06d}.png", lambda file: Image.fromarray(pixels).save(file, "png"))
         if trainer.logger:

@@ -5,6 +5,7 @@ NumericControlNet), and unet/ where sd_locked=False trained the base's decoder t
 """
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cldm.controlnet import NumericControlNet, check_control
+from cldm.dataset import recognize_prompt
 from ldm.base import LatentDiffusion, load_part
 from ldm.checkpoints import SD2, check_finite, identify, read_weights, to_half
-from ldm.ddim import ddim_sample
+from ldm.ddim import ddim_sample, ddim_schedule
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder
+from ldm.pictures import fit_picture, pictures_to_tensor
 from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_json
 from ldm.settings import InputError, Settings, read_yaml, write_yaml
 from ldm.unet import decode_unet, encode_unet
@@ -39,6 +42,35 @@ YAML = {
 REQUIRED = ("base", "image_size", "a_prompt", "n_prompt")
 
 
+@dataclass(frozen=True)
+class Target:
+    """B pictures as the model sees them: what is to be drawn, or read."""
+
+    embeddings: torch.Tensor  # (B, 77, D), of the prompts
+    latents: torch.Tensor | None = None  # (B, C, h, w), of the pictures; None where they are yet to be drawn
+    reference: torch.Tensor | None = None  # (B, C, h, w), latents of the pictures that controls are changes from
+    negative: torch.Tensor | None = None  # (B, 77, D), of the prompts that guidance leads away from
+
+    def __len__(self):
+        return len(self.embeddings)
+
+    def select(self, index):
+        """Returns: the Target of some pictures; index: a slice, or a (B',) tensor of integers."""
+        return Target(**{name: None if part is None else part[index] for name, part in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is generated."""
+
+    ddim_steps: int = 32
+    scale: float = 1.0  # of classifier-free guidance; 1: none
+    strength: float = 1.0  # factor on what the ControlNet adds
+    eta: float = 1.0  # 0: deterministic DDIM; 1: fresh noise at every step, as DDPM
+    denoise_strength: float = 1.0  # share of the noise schedule that the chain runs through; 1: from pure noise
+    guess_mode: bool = False  # the control acts less in the outer blocks, and not on the negative prompt
+
+
 class ControlLDM(nn.Module):
     """A LatentDiffusion `base` steered by a NumericControlNet `control_net`, as its YAML `config` says."""
 
@@ -46,7 +78,7 @@ class ControlLDM(nn.Module):
         super().__init__()
         self.base, self.control_net, self.config = base, control_net, config
         self.own_unet = False  # whether the UNet was trained with this control, and so belongs to its folder
-        self.save_memory = False  # time for memory: guidance in two passes, gradients that compute each step again
+        self.save_memory = False  # trade time for memory: guidance in two passes, each step recomputed for gradients
 
     def predict(
         self, latents, timesteps, embeddings, control, reference=None, strength=1.0, encoded=None, guess_mode=False
@@ -54,11 +86,10 @@ class ControlLDM(nn.Module):
         """One call of ControlNet and UNet.
 
         latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D).
-        control: (B, d), in the dataset's units; None: the base alone. reference: (B, C, h, w), the latents of the
-        picture that the control is a change from, for a control that knows references.
-        strength: factor on what the ControlNet adds.
-        encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, to spare its time.
-        guess_mode: let the ControlNet act the less the further out, from 1 in the middle to 0.1.
+        control: (B, d), in the dataset's units; None: the base alone. reference: (B, C, h, w), latents of the picture
+        that the control is a change from, for a control that takes one. strength: factor on what the ControlNet adds.
+        encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, where it is known.
+        guess_mode: scale the ControlNet's outputs from 0.1 at the outermost block to 1 in the middle.
         Returns: (B, C, h, w), noise or velocity, whichever the base was trained to predict.
         """
         if encoded is None:
@@ -78,50 +109,64 @@ class ControlLDM(nn.Module):
         down = [torch.zeros_like(r) if self.control_net.config.only_mid_control else r.to(dtype) for r in down]
         return decode_unet(self.base.unet, encoded, down, mid.to(dtype)).to(latents.dtype)
 
-    def generate(
-        self,
-        latents,
-        timesteps,
-        embeddings,
-        control,
-        *,
-        reference=None,
-        negative=None,
-        scale=1.0,
-        strength=1.0,
-        eta=0.0,
-        noise=None,
-        guess_mode=False,
-        recompute=False,
-    ):
-        """Draw pictures' latents by DDIM with classifier-free guidance (Ho & Salimans 2022).
+    @torch.no_grad()
+    def encode(self, prompts, pictures=None, references=None, a_prompt=None, n_prompt=None):
+        """Returns: the Target of B prompts, and of as many PIL pictures and references, cut to the model's size.
 
-        latents, timesteps, eta, noise: as ldm.ddim.ddim_sample has them. embeddings, negative: (B, 77, D).
-        control: (B, d). reference: (B, C, h, w) or None, as in predict.
-        scale: of the guidance; at 1 `negative` is not used. strength: of the control.
-        guess_mode: as in predict, and the negative prompt goes without control (Zhang et al. 2023, sec. 3.3).
-        recompute: for a gradient in the memory of one step: forget a step's activations and compute them again (Chen et
-        al. 2016), a third more time. save_memory asks for it too, and for guidance's two predictions one by one.
+        a_prompt: added to every prompt. n_prompt: what guidance leads away from. None: as the base's YAML says.
+        """
+        added, negative = (
+            self.config[key] if given is None else given
+            for key, given in dict(a_prompt=a_prompt, n_prompt=n_prompt).items()
+        )
+        known = tuple(self.control_net.config.prompts or ())
+        texts = [", ".join(filter(None, [recognize_prompt(prompt, known), added])) for prompt in prompts]
+        embeddings, negative = self.base.embed(texts), self.base.embed([negative]).expand(len(texts), -1, -1)
+
+        def latents(pictures):
+            if pictures is None:
+                return None
+            fitted = [fit_picture(picture, self.config.image_size) for picture in pictures]
+            return self.base.encode(pictures_to_tensor(fitted).to(self.base.device))
+
+        return Target(embeddings, latents(pictures), latents(references), negative)
+
+    def generate(self, noise, control, target, sampling=Sampling(), start=None):  # noqa: B008 (frozen)
+        """Draw latents at a control: DDIM with classifier-free guidance (Ho & Salimans 2022).
+
+        noise: (1 + ddim_steps, B or 1, C, h, w), standard normal, one for the start and one for each step.
+        control: (B, d). target: a Target of B pictures, whose own latents are not looked at.
+        start: (B, C, h, w), latents that are noised as far as the first step asks; None: nothing but noise.
+        In guess mode the negative prompt goes without control (Zhang et al. 2023, sec. 3.3). With save_memory,
+        a gradient computes the activations of every step again (Chen et al. 2016), a third more time.
         Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
         """
+        scheduler, timesteps = ddim_schedule(self.base.scheduler, sampling.ddim_steps, sampling.denoise_strength)
+        first, *others = noise.expand(-1, len(control), -1, -1, -1)
+        noisy = first if start is None else scheduler.add_noise(start, first, timesteps[:1].to(first.device))
 
-        def with_prompt(x, t):
-            return self.predict(x, t, embeddings, control, reference, strength, guess_mode=guess_mode)
+        def prompted(latents, timestep):
+            how = dict(strength=sampling.strength, guess_mode=sampling.guess_mode)
+            return self.predict(latents, timestep, target.embeddings, control, target.reference, **how)
 
-        def guided(x, t):
-            if not self.save_memory and not guess_mode:
-                both = torch.cat([negative, embeddings])
-                twice = [None if part is None else torch.cat([part, part]) for part in (control, reference)]
-                without, prompted = self.predict(torch.cat([x, x]), t, both, *twice, strength).chunk(2)
-            else:
-                without = self.predict(x, t, negative, None if guess_mode else control, reference, strength)
-                prompted = with_prompt(x, t)
-            return without + scale * (prompted - without)
+        def guided(latents, timestep):
+            if self.save_memory or sampling.guess_mode:
+                without = None if sampling.guess_mode else control
+                negative = self.predict(
+                    latents, timestep, target.negative, without, target.reference, sampling.strength
+                )
+                positive = prompted(latents, timestep)
+            else:  # both in one call
+                embeddings = torch.cat([target.negative, target.embeddings])
+                twice = [None if part is None else torch.cat([part, part]) for part in (control, target.reference)]
+                both = self.predict(torch.cat([latents, latents]), timestep, embeddings, *twice, sampling.strength)
+                negative, positive = both.chunk(2)
+            return negative + sampling.scale * (positive - negative)
 
-        predict = with_prompt if scale == 1.0 else guided
-        if (recompute or self.save_memory) and torch.is_grad_enabled():
+        predict = prompted if sampling.scale == 1 else guided
+        if self.save_memory and torch.is_grad_enabled():
             predict = partial(checkpoint, predict, use_reentrant=False)
-        return ddim_sample(self.base.scheduler, predict, latents, timesteps, eta, noise)
+        return ddim_sample(scheduler, timesteps, predict, noisy, sampling.eta, others)
 
 
 def read_model_yaml(path):

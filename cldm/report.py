@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cldm.evidence import unseen_numbers
-from cldm.objectives import draw_noise
-from ldm.ddim import ddim_timesteps
+from cldm.model import Sampling
+from ldm.ddim import draw_noise
 from ldm.files import write_whole
 from ldm.pictures import tensor_to_pictures
 
-DRAWN_STEPS = 16  # of DDIM, for pictures that are only looked at
+DRAWN = Sampling(ddim_steps=16)  # pictures that are only looked at
 
 
 def number(values):
@@ -29,16 +30,15 @@ def plain(text):
 
 
 @torch.no_grad()
-def draw_pictures(model, start, embeddings, control, reference=None, seed=0):
-    """Generate pictures to look at, all from the same noise.
+def draw_pictures(model, target, control, seed=0):
+    """Generate pictures to look at, all from the same noise, starting from the latents of a Target where it has them.
 
-    start, reference: (B, C, h, w) latents. embeddings: (B, 77, D). control: (B, d). Returns: list of B PIL pictures.
+    control: (B, d). Returns: list of B PIL pictures.
     """
-    timesteps = ddim_timesteps(model.base.scheduler, DRAWN_STEPS)
-    first, *noise = draw_noise(start.shape, DRAWN_STEPS + 1, seed, start.device)
-    noisy = model.base.scheduler.add_noise(start, first.expand_as(start), timesteps[:1])
-    drawn = model.generate(noisy, timesteps, embeddings, control, reference=reference, eta=1.0, noise=noise)
-    return tensor_to_pictures(model.base.decode(drawn))
+    base, side = model.base, model.config.image_size // model.base.downsampling
+    noise = draw_noise((1, base.unet.config.in_channels, side, side), 1 + DRAWN.ddim_steps, seed, base.device)
+    drawn = model.generate(noise, control, target, DRAWN, target.latents)
+    return tensor_to_pictures(base.decode(drawn))
 
 
 def show_panels(figure, panels):
@@ -55,17 +55,45 @@ def difference(first, second):
     return np.abs(np.asarray(first, float) - np.asarray(second, float)).mean(2)
 
 
+@dataclass
+class Inversion:
+    """What test5.py found for one target, d numbers."""
+
+    start: torch.Tensor  # (d,), in the dataset's units
+    history: list = field(
+        default_factory=list
+    )  # of every iteration: {"control": d numbers, "loss": latent mean square}
+    first: torch.Tensor = None  # (1, C, h, w), latents generated at the start, the first sample's
+    last: torch.Tensor = None  # (1, C, h, w), latents generated at the control, likewise
+    flags: list = field(default_factory=list)  # of confidence.FLAGS
+    seconds: float = 0.0
+
+    def add(self, control, loss, drawn):
+        """Note what an iteration drew, (1, C, h, w), at a control (d,), and its loss."""
+        self.history.append({"control": control.tolist(), "loss": loss})
+        self.first, self.last = drawn if self.first is None else self.first, drawn
+
+    @property
+    def control(self):
+        """(d,), that of the last generation."""
+        return torch.tensor(self.history[-1]["control"], dtype=torch.float64)
+
+    @property
+    def loss(self):
+        return self.history[-1]["loss"]
+
+
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
-    """Write result.json and figure.png of the inversion of one target (B = 1) to the folder out_dir."""
+    """Write result.json and figure.png of an Inversion to the folder out_dir."""
     report = {
-        "control": number(result.control[0].tolist()),
-        "start": number(result.start[0].tolist()),
-        "loss": result.loss[0].item(),
-        "flags": result.flags[0],
-        "iterations": result.iterations[0].item(),
+        "control": number(result.control.tolist()),
+        "start": number(result.start.tolist()),
+        "loss": result.loss,
+        "flags": result.flags,
+        "iterations": len(result.history),
         "seconds": result.seconds,
         "seed": seed,
-        "history": [{"control": number(entry["control"][0]), "loss": entry["loss"][0]} for entry in result.history],
+        "history": [{"control": number(entry["control"]), "loss": entry["loss"]} for entry in result.history],
     }
     write_whole(Path(out_dir) / "result.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
     with torch.no_grad():
@@ -86,18 +114,18 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     panels = {
         "input": input_picture,
-        f"first generation\n{describe(result.start[0].tolist())}": first,
-        f"final generation\n{describe(result.control[0].tolist())}": last,
+        f"first generation\n{describe(result.start.tolist())}": first,
+        f"final generation\n{describe(result.control.tolist())}": last,
         "target": target_picture,
         f"final − target\nmean {missed.mean():.1f} of 255": missed,
     }
     show_panels(above, panels)
     loss_axes, control_axes = below.subplots(1, 2)
     iterations = range(1, len(result.history) + 1)
-    loss_axes.semilogy(iterations, [entry["loss"][0] for entry in result.history], color="tab:red")
+    loss_axes.semilogy(iterations, [entry["loss"] for entry in result.history], color="tab:red")
     loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
     for i, (name, unit) in enumerate(numbers):
-        values = [entry["control"][0][i] for entry in result.history]
+        values = [entry["control"][i] for entry in result.history]
         control_axes.plot(iterations, values, label=plain(f"{name} ({unit})" if unit else name))
     control_axes.set(xlabel="iteration", ylabel="control")
     control_axes.legend()

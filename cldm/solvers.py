@@ -1,24 +1,38 @@
-"""Solvers for a few controls and many residuals. Targets are independent, solved as a batch."""
+"""Least squares for a few controls and many residuals; and steps of gradient descent. Targets are solved as a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from einops import einsum, rearrange
 
-FAR = 0.1  # a step longer than this share of the range asks for a new Jacobian
-EAGER = 1.6  # a step that lowers the loss by this many times what was expected of it is doubled, while that helps
+DAMPING = 1e-3  # at first, as a share of the curvature's own diagonal
+LONG_STEP = 0.1  # share of the range; a longer step asks for a new Jacobian
+GAIN = 1.6  # a step that lowers the loss by this many times what was predicted is doubled
+SAME = 0.02  # solutions closer than this share of the searched range are one
+RIVAL = 1.5  # a valley whose loss is this many times the best is left alone
 
 
 @dataclass
 class Solution:
+    """P solutions, each with K draws of N residuals and their derivatives by the f free numbers."""
+
     control: torch.Tensor  # (P, d)
     residuals: torch.Tensor  # (P, K, N)
-    jacobian: torch.Tensor  # (P, K, N, d)
+    jacobian: torch.Tensor  # (P, K, N, f)
     iterations: torch.Tensor  # (P,)
-    weights: torch.Tensor | None = None  # (P, 1, N), of the residuals; None: all 1
+    weights: torch.Tensor  # (P, 1, N), of the residuals
 
-    def __post_init__(self):
-        if self.weights is None:
-            self.weights = torch.ones_like(self.residuals[:, :1])
+    @staticmethod
+    def at(objective, control, index, draws=None):
+        """Returns: the Solution that consists of controls (P, d) as they are, for the targets `index` (P,)."""
+        residuals, jacobian = objective.linearize(control, index, draws)
+        return Solution(
+            control.clone(), residuals, jacobian, torch.zeros_like(index), torch.ones_like(residuals[:, :1])
+        )
+
+    def select(self, index):
+        """index: (P',) integers. Returns: the Solution of those."""
+        return Solution(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
     def losses(self):
@@ -27,82 +41,60 @@ class Solution:
 
     @property
     def gradients(self):
-        """(P, K, d), of half the weighted mean squares, in the control's precision."""
-        summed = torch.einsum("pkn,pknd->pkd", self.weights * self.residuals, self.jacobian)
+        """(P, K, f), of half the weighted mean squares, in the control's precision."""
+        summed = einsum(self.weights * self.residuals, self.jacobian, "p k n, p k n f -> p k f")
         return summed.to(self.control) / self.residuals.shape[2]
 
     @property
     def curvature(self):
-        """(P, d, d), Gauss-Newton's, of half the loss."""
+        """(P, f, f), Gauss-Newton's approximation of the Hessian of half the loss."""
         weighted = self.weights[..., None] * self.jacobian
-        summed = torch.einsum("pknd,pkne->pde", weighted, self.jacobian)
-        return summed.to(self.control) / self.residuals[0].numel()
+        return einsum(weighted, self.jacobian, "p k n e, p k n f -> p e f").to(self.control) / self.residuals[0].numel()
 
 
-def levenberg_marquardt(
-    objective, control, targets, low, high, *, draws=None, scale=None, iterations=20, tolerance=5e-3, damping=1e-3
-):
-    """Minimise objective's loss by damped Gauss-Newton steps within bounds.
+def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None, iterations=20, tolerance=5e-3):
+    """Minimise an objective's loss over its free numbers by damped Gauss-Newton steps within bounds.
 
-    The Jacobian is exact at the start and after a long step; after a short one, Broyden's rank-one update corrects it.
-    control: (P, d), where to start, or a Solution to go on from. targets: (P,) which target each is for. low, high:
-    (d,), bounds.
-    draws: (k,), of noise, by default all.
-    scale: (P,), of the Cauchy loss: places in the picture whose mean square is larger count for less. None: the loss is
-    the mean square.
-    tolerance: a control whose step is shorter than this share of the range has settled. damping: the first, as a share
-    of the curvature's own diagonal; a step that does not lower the loss is taken back and the damping raised tenfold.
-    Far from a minimum, where the curvature promises too little, steps are doubled.
+    start: controls (P, d), or a Solution to go on from. index: (P,), the target that each is for. bounds: (2, d).
+    draws: (k,), of noise; None: all.
+    scale: (P,), of the Cauchy loss; None: the loss is the mean square. tolerance: a control whose step is shorter than
+    this share of the range has settled.
+    A step that does not lower the loss is taken back and the damping raised tenfold; otherwise it falls tenfold. The
+    Jacobian is exact at the start and after long steps; Broyden's update serves after short ones.
     Returns: Solution.
-    Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version; Holland & Welsch 1977,
-    iteratively reweighted least squares.
+    Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
     """
-    width, at = high - low, control
-    if not isinstance(at, Solution):
-        at = Solution(control.clone(), *objective.linearize(control, targets, draws), torch.zeros_like(targets))
-    damping = torch.full_like(at.control[:, 0], damping)
-    scale = at.residuals.new_full(targets.shape, torch.inf) if scale is None else scale
-
-    def weigh(residuals, scale):
-        """Returns: loss (P,), weights (P, 1, N)."""
-        squares = residuals.unflatten(2, (objective.channels, -1)).square().mean((1, 2))  # (P, places)
-        excess = squares / scale[:, None]
-        loss = torch.where(excess > 0, excess.log1p() / excess, 1) * squares
-        weights = (1 / (1 + excess))[:, None].repeat(1, 1, objective.channels)
-        return loss.mean(1), weights
-
-    loss, at.weights = weigh(at.residuals, scale)
-    active = torch.arange(len(targets), device=targets.device)
+    free = objective.free
+    low, high = bounds[:, free]
+    width = high - low
+    at = start if isinstance(start, Solution) else Solution.at(objective, start, index, draws)
+    damping = torch.full_like(at.control[:, 0], DAMPING)
+    scale = torch.full_like(at.residuals[:, 0, 0], torch.inf) if scale is None else scale
+    loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
+    active = torch.arange(len(index), device=index.device)  # those that have not settled
     for _ in range(iterations):
-        now = Solution(*(part[active] for part in vars(at).values()))
+        now = at.select(active)
+
+        def attempt(step, rows, now=now, active=active):
+            """Returns: controls, residuals, losses, weights after steps (P', f), in units of the range."""
+            control = now.control[rows]
+            control[:, free] = (control[:, free] + step * width).clamp(low, high)
+            residuals = objective.evaluate(control, index[active[rows]], draws)
+            return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
+
         step = gauss_newton_step(now.gradients.mean(1), now.curvature, damping[active], width)
-        proposal = (now.control + step).clamp(low, high)
-        step = (proposal - now.control) / width
-        residuals = objective.evaluate(proposal, targets[active], draws)
-        before, (after, weights) = loss[active], weigh(residuals, scale[active])
-        slope = now.gradients.mean(1) + 0.5 * torch.einsum("pde,pe->pd", now.curvature, step * width)
-        expected = -2 * (slope * step * width).sum(1)
-        eager = ((before - after > EAGER * expected) & (step.abs().amax(1) > tolerance)).nonzero()[:, 0]
-        while len(eager):
-            longer = (now.control[eager] + 2 * step[eager] * width).clamp(low, high)
-            tried = objective.evaluate(longer, targets[active][eager], draws)
-            reached = weigh(tried, scale[active][eager])
-            lower = reached[0] < after[eager]
-            eager = eager[lower]
-            proposal[eager], residuals[eager], after[eager] = longer[lower], tried[lower], reached[0][lower]
-            weights[eager] = reached[1][lower]
-            step[eager] = (longer[lower] - now.control[eager]) / width
-        length = step.abs().amax(1)
-        surprise = residuals - now.residuals - torch.einsum("pknd,pd->pkn", now.jacobian, (step * width).to(residuals))
-        direction = step / step.square().sum(1, keepdim=True).clamp_min(1e-12) / width
-        jacobian = now.jacobian + torch.einsum("pkn,pd->pknd", surprise, direction.to(residuals))
-        better = after < before
-        far = better & (length > FAR)
-        if far.any():
-            jacobian[far] = objective.linearize(proposal[far], targets[active][far], draws)[1]
+        trial = attempt(step, torch.arange(len(active), device=index.device))
+        step = (trial[0] - now.control)[:, free] / width  # what the bounds left of it
+        double_steps(trial, now, loss[active], step, width, tolerance, attempt)
+        control, residuals, after, weights = trial
+        step = (control - now.control)[:, free] / width
+        length, better = step.abs().amax(1), after < loss[active]
+        jacobian = broyden_update(now, residuals, step, width)
+        if (long := better & (length > LONG_STEP)).any():
+            jacobian[long] = objective.linearize(control[long], index[active[long]], draws)[1]
         at.jacobian[active] = jacobian
         kept = active[better]
-        at.control[kept], at.residuals[kept], at.weights[kept] = proposal[better], residuals[better], weights[better]
+        at.control[kept], at.residuals[kept], at.weights[kept] = control[better], residuals[better], weights[better]
         loss[kept] = after[better]
         at.iterations[active] += 1
         damping[active] = torch.where(better, damping[active] / 10, damping[active] * 10).clamp(1e-7, 1e7)
@@ -113,76 +105,112 @@ def levenberg_marquardt(
 
 
 def gauss_newton_step(gradient, curvature, damping, width):
-    """gradient: (P, d). curvature: (P, d, d). damping: (P,). width: (d,), the unit of each control. Returns: (P, d)."""
+    """Solve (H + damping diag(H)) step = -gradient in units of the range.
+
+    gradient: (P, f). curvature: (P, f, f). damping: (P,). width: (f,), of the range. Returns: (P, f).
+    """
     gradient, curvature = gradient * width, curvature * width[:, None] * width
     diagonal = curvature.diagonal(dim1=1, dim2=2)
-    floor = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-12)  # a control without effect stays where it is
-    damped = curvature + torch.diag_embed(damping[:, None] * diagonal + floor)
-    return -torch.linalg.solve(damped, gradient) * width
+    floor = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-12)  # a number without effect stays where it is
+    return -torch.linalg.solve(curvature + torch.diag_embed(damping[:, None] * diagonal + floor), gradient)
 
 
-def sgd(
-    objective,
-    control,
-    targets,
-    unit,
-    *,
-    learning_rate=None,
-    max_step=0.5,
-    iterations=100,
-    tolerance=0.002,
-    patience=2,
-    on_iteration=None,
-):
-    """Descend objective's loss by its gradient.
+def double_steps(trial, now, before, step, width, tolerance, attempt):
+    """Far from a minimum, where the curvature promises too little, double steps as long as that lowers the loss.
 
-    control: (P, d), where to start. targets: (P,) which target each is for. unit: (d,), of each control.
-    learning_rate: of plain SGD, in those units. None: such that the first step has length max_step, then SGD-BB, whose
-    rate follows the curvature that the last step met; one setting suits targets of any contrast.
-    max_step, tolerance: lengths in those units. No step is longer than max_step; a control whose steps were shorter
-    than tolerance `patience` times in a row has settled, and stays.
-    on_iteration: called with control (P, d) and its residuals (P, K, N) before every step. The last ones it sees are
-    the result.
-    Returns: (P,) iterations until each settled, or all; (P,) bool, whether it has.
+    trial: controls, residuals, losses and weights after steps from the Solution `now`; replaced where doubling helps.
+    before: (P,), losses at `now`. step: (P, f), in units of the range, width (f,). tolerance: of steps too short to
+    double. attempt: function(steps, rows) -> a trial.
+    """
+    slope = now.gradients.mean(1) + einsum(now.curvature, step * width, "p e f, p f -> p e") / 2
+    predicted = -2 * (slope * step * width).sum(1)  # how far the quadratic says that the loss falls
+    rows, factor = ((before - trial[2] > GAIN * predicted) & (step.abs().amax(1) > tolerance)).nonzero()[:, 0], 2
+    while len(rows):
+        longer = attempt(factor * step[rows], rows)
+        lower = longer[2] < trial[2][rows]
+        rows, factor = rows[lower], 2 * factor
+        for part, own in zip(trial, longer):
+            part[rows] = own[lower]
+
+
+def broyden_update(now, residuals, step, width):
+    """Correct the Jacobian J of a Solution by what a step s showed: J + (r' - r - J s) s^T / (s^T s).
+
+    residuals: (P, K, N), r', after the step. step: (P, f), in units of the range, width (f,), as s^T s needs it.
+    Returns: (P, K, N, f). Source: Broyden 1965.
+    """
+    surprise = residuals - now.residuals - einsum(now.jacobian, (step * width).to(residuals), "p k n f, p f -> p k n")
+    direction = step / step.square().sum(1, keepdim=True).clamp_min(1e-12) / width
+    return now.jacobian + einsum(surprise, direction.to(residuals), "p k n, p f -> p k n f")
+
+
+def cauchy_loss(residuals, scale, channels):
+    """Robust loss: a place in the picture counts for less, the larger its mean square is against the scale.
+
+    residuals: (P, K, C places). scale: (P,); infinite: the mean square.
+    Returns: loss (P,); weights (P, 1, N) of iteratively reweighted least squares.
+    Source: Holland & Welsch 1977.
+    """
+    squares = rearrange(residuals, "p k (c n) -> p k c n", c=channels).square().mean((1, 2))  # (P, places)
+    excess = squares / scale[:, None]
+    loss = torch.where(excess > 0, excess.log1p() / excess, 1) * squares
+    return loss.mean(1), (1 / (1 + excess))[:, None].repeat(1, 1, channels)
+
+
+def distinct_solutions(found, index, width, free):
+    """index: (P,), the target of each. width: (f,), of the searched range of the free numbers, (d,) bool.
+
+    Returns: for every target, the indices of its solutions that are not one (SAME), the best first.
+    """
+    order, place = found.losses.mean(1).argsort(stable=True), found.control[:, free] / width
+    distinct = []
+    for own in (order[index[order] == i].tolist() for i in index.unique()):
+        kept = []
+        for i in own:
+            if ((place[kept] - place[i]).abs().amax(1) > SAME).all():
+                kept.append(i)
+        distinct.append(torch.tensor(kept))
+    return distinct
+
+
+def keep_rivals(found, index, width, free, most=None):
+    """As distinct_solutions. Returns: indices of every target's best solutions, `most` or fewer, close to the best."""
+    losses, kept = found.losses.mean(1), []
+    for own in distinct_solutions(found, index, width, free):
+        kept += [i for i in own[:most].tolist() if losses[i] <= RIVAL * losses[own[0]]]
+    return kept
+
+
+class GradientDescent:
+    """Steps of gradient descent on one control, in units of its spread, until it settles.
+
+    unit: (d,), of each number. learning_rate: of plain SGD, in those units. None: the first step has length MAX_STEP,
+    then the rate follows the curvature that the last step met (SGD-BB), so that one setting suits targets of any
+    contrast. No step is longer than MAX_STEP.
     Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
-    rate = None if learning_rate is None else torch.full_like(control[:, :1], learning_rate)
-    taken, still = torch.full_like(targets, iterations), torch.zeros_like(targets)  # still: short steps in a row
-    kept, moved = None, torch.zeros_like(control)
-    previous = moved  # gradient
-    for iteration in range(iterations):
-        residuals, gradients = objective.gradient(control, targets)
-        gradient = gradients.mean(1) * unit
-        settled = still >= patience
-        kept = residuals if kept is None else torch.where(settled[:, None, None], kept, residuals)
-        if on_iteration:
-            on_iteration(control, kept)
-        if rate is None:
-            rate = max_step / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        if learning_rate is None and iteration:
-            bend = (moved * (gradient - previous)).sum(1, keepdim=True)
-            rate = torch.where(bend > 0, moved.square().sum(1, keepdim=True) / bend, rate)
-        step = rate * gradient
-        length = step.norm(dim=1, keepdim=True)
-        step = step * (max_step / length.clamp_min(max_step))
-        still = torch.where(settled | (length[:, 0] < tolerance), still + 1, 0)
-        taken[still == patience] = iteration + 1
-        if (still >= patience).all():
-            break
-        moved, previous = torch.where((still >= patience)[:, None], 0, -step), gradient
-        control = control + moved * unit
-    return taken, still >= patience
 
+    MAX_STEP, TOLERANCE, PATIENCE = 0.5, 0.002, 2
 
-def adam(objective, control, targets, unit, *, learning_rate=0.1, iterations=100, on_iteration=None):
-    """As sgd, by Adam (Kingma & Ba 2015): no control settles, each takes all iterations."""
-    position = (control / unit).requires_grad_(True)
-    optimizer = torch.optim.Adam([position], learning_rate)
-    for _ in range(iterations):
-        control = position.detach() * unit
-        residuals, gradients = objective.gradient(control, targets)
-        if on_iteration:
-            on_iteration(control, residuals)
-        position.grad = gradients.mean(1) * unit
-        optimizer.step()
-    return torch.full_like(targets, iterations), torch.zeros_like(targets, dtype=torch.bool)
+    def __init__(self, unit, learning_rate=None):
+        self.unit, self.adaptive, self.rate = unit, learning_rate is None, learning_rate
+        self.moved = self.previous = None  # the last step, and the gradient before it
+        self.short = 0  # steps in a row that were shorter than TOLERANCE
+
+    @property
+    def settled(self):
+        return self.short >= self.PATIENCE
+
+    def step(self, gradient):
+        """gradient: (d,), of the loss. Returns: (d,), what is to be added to the control."""
+        gradient = gradient * self.unit
+        if self.rate is None:
+            self.rate = self.MAX_STEP / gradient.norm().clamp_min(1e-12)
+        elif self.adaptive:
+            bend = self.moved @ (gradient - self.previous)
+            self.rate = self.moved @ self.moved / bend if bend > 0 else self.rate
+        step = -self.rate * gradient
+        step = step * (self.MAX_STEP / step.norm().clamp_min(self.MAX_STEP))
+        self.short = self.short + 1 if step.norm() < self.TOLERANCE else 0
+        self.moved, self.previous = step, gradient
+        return step * self.unit

@@ -8,8 +8,9 @@ import torch
 from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE, build_scheduler, build_unet, build_vae
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 
+from cldm.model import Sampling, Target
 from ldm.base import load_scheduler
-from ldm.ddim import ddim_sample, ddim_timesteps, draw_timesteps
+from ldm.ddim import ddim_sample, ddim_schedule, draw_timesteps
 from ldm.settings import InputError
 
 STEPS = 5
@@ -61,18 +62,9 @@ def test_generate_equals_diffusers_pipeline(scene, eta, scale, control):
     ).images
     generator = torch.Generator().manual_seed(3)  # the pipeline draws one noise a step from its own
     noise = torch.stack([torch.randn(start.shape, generator=generator) for _ in range(STEPS)])
+    target, sampling = Target(embeddings, negative=negative), Sampling(STEPS, scale, 0.7, eta)
     with torch.no_grad():
-        found = model.generate(
-            start,
-            ddim_timesteps(model.base.scheduler, STEPS),
-            embeddings,
-            torch.tensor([control]),
-            negative=negative,
-            scale=scale,
-            strength=0.7,
-            eta=eta,
-            noise=noise,
-        )
+        found = model.generate(torch.cat([start[None], noise]), torch.tensor([control]), target, sampling)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -81,21 +73,12 @@ def test_generate_equals_diffusers_pipeline(scene, eta, scale, control):
 def test_gradient_of_the_chain_equals_finite_differences(scene, normal, control, eta):
     model, start, embeddings, negative = scene(len(control))
     model.double()
-    timesteps = ddim_timesteps(model.base.scheduler, STEPS)
     noise, weights = normal(STEPS, *start.shape).double(), normal(*start.shape).double()
+    noise, sampling = torch.cat([start[None].double(), noise]), Sampling(STEPS, scale=2.0, eta=eta)
+    target = Target(embeddings.double(), negative=negative.double())
 
     def objective(control):
-        drawn = model.generate(
-            start.double(),
-            timesteps,
-            embeddings.double(),
-            control[None],
-            negative=negative.double(),
-            scale=2.0,
-            eta=eta,
-            noise=noise,
-        )
-        return (drawn * weights).sum()
+        return (model.generate(noise, control[None], target, sampling) * weights).sum()
 
     control = torch.tensor(control, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(objective(control), control)
@@ -109,13 +92,12 @@ def test_gradient_of_the_chain_equals_finite_differences(scene, normal, control,
 
 def test_pictures_of_a_batch_do_not_mix(scene, normal):
     model, start, embeddings, negative = scene(batch=3)
-    controls, timesteps = torch.tensor([[-3.0], [0.0], [4.0]]), ddim_timesteps(model.base.scheduler, STEPS)
-    options = dict(scale=2.0, eta=1.0, noise=normal(STEPS, 1, *start.shape[1:]))
+    controls, target = torch.tensor([[-3.0], [0.0], [4.0]]), Target(embeddings, negative=negative)
+    noise, sampling = normal(1 + STEPS, 1, *start.shape[1:]), Sampling(STEPS, scale=2.0)
     with torch.no_grad():
-        together = model.generate(start, timesteps, embeddings, controls, negative=negative, **options)
+        together = model.generate(noise, controls, target, sampling)
         alone = [
-            model.generate(start[:1], timesteps, embeddings[:1], control[None], negative=negative[:1], **options)
-            for control in controls
+            model.generate(noise, c[None], target.select(slice(i, i + 1)), sampling) for i, c in enumerate(controls)
         ]
     assert (together[0] - together[2]).abs().max() > 1e-3
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -123,16 +105,16 @@ def test_pictures_of_a_batch_do_not_mix(scene, normal):
 
 def test_guidance_of_one_needs_no_negative_prompt(scene):
     model, start, embeddings, _ = scene()
-    timesteps = ddim_timesteps(model.base.scheduler, 2)
+    noise, control = torch.stack([start] * 3), torch.tensor([[1.0]])
     with torch.no_grad():
-        without = model.generate(start, timesteps, embeddings, torch.tensor([[1.0]]))
-        same = model.generate(start, timesteps, embeddings, torch.tensor([[1.0]]), negative=embeddings, scale=3.0)
+        without = model.generate(noise, control, Target(embeddings), Sampling(2))
+        same = model.generate(noise, control, Target(embeddings, negative=embeddings), Sampling(2, scale=3.0))
     torch.testing.assert_close(without, same, atol=1e-5, rtol=1e-5)  # guidance away from the prompt itself: none
 
 
 @pytest.mark.parametrize("steps, denoise_strength", [(10, 0.8), (10, 0.5), (32, 1.0), (9, 1.0), (9, 0.9)])
 def test_timesteps_cover_the_last_part_of_the_schedule(base, steps, denoise_strength):
-    timesteps = ddim_timesteps(base.scheduler, steps, denoise_strength)
+    timesteps = ddim_schedule(base.scheduler, steps, denoise_strength)[1]
     total = base.scheduler.config.num_train_timesteps
     assert len(timesteps) == steps
     assert (timesteps.diff() < 0).all() and timesteps.min() >= 0
@@ -147,7 +129,7 @@ def sd_scheduler(**own):
 def test_all_numbers_of_steps_that_fit_are_taken(base):
     for scheduler in base.scheduler, sd_scheduler():
         for steps in range(1, 1000):
-            timesteps = ddim_timesteps(scheduler, steps)
+            timesteps = ddim_schedule(scheduler, steps)[1]
             assert len(timesteps) == steps and timesteps.min() >= 0 and timesteps.max() < 1000, steps
             assert (timesteps.diff() < 0).all()
 
@@ -160,9 +142,9 @@ def test_steps_that_do_not_fit_say_which_do(steps, denoise_strength, told):
     """The most, and the least share, that are named do fit."""
     scheduler = sd_scheduler()
     with pytest.raises(InputError, match=told):
-        ddim_timesteps(scheduler, steps, denoise_strength)
-    assert len(ddim_timesteps(scheduler, 999)) == 999 and len(ddim_timesteps(scheduler, 32, 0.033)) == 32
-    assert ddim_timesteps(scheduler, 19, 0.02)[0] == 19
+        ddim_schedule(scheduler, steps, denoise_strength)
+    assert len(ddim_schedule(scheduler, 999)[1]) == 999 and len(ddim_schedule(scheduler, 32, 0.033)[1]) == 32
+    assert ddim_schedule(scheduler, 19, 0.02)[1][0] == 19
 
 
 # What published folders say, of what DDIM has a say in.
@@ -209,14 +191,14 @@ def test_a_foreign_schedule_is_sampled_as_diffusers_own_pipeline_does(read_sched
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    assert ddim_timesteps(found, 10).tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+    assert ddim_schedule(found, 10)[1].tolist() == [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
     clean, noise = 5 * normal(1, 4, 8, 8), normal(1, 4, 8, 8)
 
     def predict(x, t):
         return found.get_velocity(clean, noise, t) if "prediction_type" in config else noise
 
     noisy = found.add_noise(clean, noise, torch.tensor([901]))
-    drawn = ddim_sample(found, predict, noisy, ddim_timesteps(found, 10))
+    drawn = ddim_sample(*ddim_schedule(found, 10), predict, noisy)
     left = found.final_alpha_cumprod
     torch.testing.assert_close(drawn, left.sqrt() * clean + (1 - left).sqrt() * noise, rtol=1e-3, atol=1e-3)
     assert found.config.set_alpha_to_one == (name in ("DDIMScheduler",))
@@ -227,7 +209,7 @@ def test_a_foreign_schedule_is_sampled_as_diffusers_own_pipeline_does(read_sched
 def test_trailing_timesteps_and_pure_noise_are_kept(read_scheduler):
     config = dict(SD_NOISE, _class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True)
     found = read_scheduler({**config, "timestep_spacing": "trailing", "prediction_type": "v_prediction"})
-    assert found.alphas_cumprod[-1] == 0 and ddim_timesteps(found, 10)[0] == 999
+    assert found.alphas_cumprod[-1] == 0 and ddim_schedule(found, 10)[1][0] == 999
 
 
 @pytest.mark.parametrize(
@@ -262,18 +244,18 @@ def test_what_a_folder_leaves_open_the_yaml_says(read_scheduler):
 @pytest.mark.parametrize("steps", [3, 9, 10, 16, 24, 25, 32, 50])
 def test_fresh_noise_gives_numbers_at_any_number_of_steps(base, normal, steps):
     """At the last timestep nothing but noise is left: rounding must not make the rest's variance negative."""
-    timesteps = ddim_timesteps(base.scheduler, steps)
     start, noise = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), normal(steps, 1, CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    drawn = ddim_sample(base.scheduler, lambda x, t: torch.zeros_like(x), start, timesteps, eta=1.0, noise=noise)
+    schedule = ddim_schedule(base.scheduler, steps)
+    drawn = ddim_sample(*schedule, lambda x, t: torch.zeros_like(x), start, eta=1.0, noise=noise)
     assert drawn.isfinite().all()
 
 
 def test_perfect_predictions_lead_back_to_the_clean_latents(base, normal):
     """A part of the schedule, too, must end at the clean picture that the noise was added to."""
     clean, noise = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    timesteps = ddim_timesteps(base.scheduler, 10, 0.5)  # 20 steps divide the 1000 timesteps: no rounding
+    scheduler, timesteps = ddim_schedule(base.scheduler, 10, 0.5)  # 20 steps divide the 1000 timesteps: no rounding
     noisy = base.scheduler.add_noise(clean, noise, timesteps[:1])
-    drawn = ddim_sample(base.scheduler, lambda x, t: base.scheduler.get_velocity(clean, noise, t), noisy, timesteps)
+    drawn = ddim_sample(scheduler, timesteps, lambda x, t: scheduler.get_velocity(clean, noise, t), noisy)
     torch.testing.assert_close(drawn, clean, atol=1e-4, rtol=1e-4)
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes, expose, expose_picture, similarity
+from cldm.confidence import Reading
 from cldm.evidence import change_picture, check_evidence, find_reach, unseen_numbers
 from cldm.pairs import draw_pair
-from cldm.reading import Reading
 from dataForTrain.make_dataset import find_pictures
 
 SIZE = 64
@@ -83,7 +83,7 @@ def test_intervals_hold_all_that_looks_the_same():
     covariance = torch.eye(2).mul(0.01).expand(2, 2, 2).double()
     control = torch.tensor([[4.0, 0.0], [4.0, 0.0]]).double()
     scale = torch.zeros(2).double()
-    reading = Reading(control, covariance, covariance, scale, scale, True, None, [[], ["ambiguous"]], [], None, 0, 0)
+    reading = Reading(control, covariance, covariance, None, None, [], [[], ["ambiguous"]], scale, scale)
     shades = lambda x, y: 0.5 + 0.3 * np.sin(9 * x) * np.sin(7 * y + x)  # noqa: E731
     pictures = [(draw(shades), draw(shades)), (draw(FEATURELESS["flat"][0]),) * 2]
     bounds = dict(control_low=[-10, -0.1], control_high=[10, 0.1])

@@ -6,25 +6,14 @@ import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
-from cldm import reading
-from cldm.model import load_model, save_model
-from cldm.objectives import DenoisingObjective, Objective
-from cldm.reading import (
-    MOST_PROBES,
-    PROBES,
-    Reading,
-    calibrate,
-    choose_probes,
-    find_lower,
-    find_valleys,
-    is_ambiguous,
-    is_outside,
-    rank_valleys,
-    read_controls,
-    standard_errors,
-    valley_width,
-)
-from cldm.solvers import Solution
+from cldm import calibration, reading
+from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
+from cldm.confidence import Reading, is_ambiguous, is_outside, standard_errors
+from cldm.denoising import DenoisingObjective
+from cldm.model import Target, load_model, save_model
+from cldm.objective import Objective
+from cldm.reading import PROBES, find_lower, find_valleys, read_controls, search_bounds
+from cldm.solvers import Solution, distinct_solutions
 
 LOW, HIGH = [-2.0, -1.0], [4.0, 3.0]
 
@@ -51,8 +40,7 @@ def explained(monkeypatch):
             def __init__(self, *arguments, **options):
                 super().__init__(*arguments, **options)
                 self.wanted.zero_()
-                targets = torch.arange(len(truth))
-                perfect = self.evaluate(truth, targets).flatten(0, 1).view_as(self.wanted)
+                perfect = self.evaluate(truth, torch.arange(len(truth))).flatten(0, 1).view_as(self.wanted)
                 errors = noise * torch.randn(self.wanted.shape, generator=torch.Generator().manual_seed(0))
                 self.wanted = perfect + errors
 
@@ -61,54 +49,55 @@ def explained(monkeypatch):
     return explain
 
 
+@pytest.fixture
+def make_target(base, normal):
+    """make_target(count) -> a Target of so many pictures."""
+    prompts = ["a cup", "a cat", ""]
+    return lambda count: Target(base.embed(prompts[:count]), normal(count, CHANNELS, LATENT_SIZE, LATENT_SIZE))
+
+
 @pytest.mark.parametrize("control_dim", [1, 2])
-@pytest.mark.parametrize("solver", ["lm", "sgd"])
-def test_finds_controls_without_a_start(trained, explained, normal, control_dim, solver):
+def test_finds_controls_without_a_start(trained, explained, make_target, control_dim):
     model, truth = trained(control_dim), torch.tensor([[1.7, 0.3], [-1.2, 2.2]]).double()[:, :control_dim]
     explained(truth, noise=1e-3)
-    latents, embeddings = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat"])
-    found = read_controls(model, latents, embeddings, solver=solver)
+    found = read_controls(model, make_target(2))
     torch.testing.assert_close(found.control, truth, atol=0.02, rtol=0)
     assert found.flags == [[], []] and found.std.shape == found.control.shape
     assert ((found.interval90[:, :, 0] < found.control) & (found.control < found.interval90[:, :, 1])).all()
     assert found.model_calls > 0 and found.seconds > 0
 
 
-def test_adam_starts_where_it_is_told(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.7]]).double()
+def test_a_known_number_stays_as_it_is_given(trained, explained, make_target):
+    model, truth = trained(2), torch.tensor([[1.7, 0.3]]).double()
+    explained(truth, noise=1e-3)
+    found = read_controls(model, make_target(1), known={model.control_net.config.control_names[1]: 0.3})
+    assert found.control[0].tolist() == [pytest.approx(1.7, abs=0.02), 0.3]
+    assert found.std[0, 0] > 0 and found.std[0, 1] == 0
+
+
+def test_alone_in_a_batch_and_again_are_the_same(trained, explained, make_target):
+    model, truth, target = trained(), torch.tensor([[1.7], [-1.2], [0.4]]).double(), make_target(3)
     explained(truth)
-    latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
-    start = torch.tensor([[[1.0]]])
-    near, far = (read_controls(model, latents, embeddings, solver="adam", start=start, iterations=n) for n in (60, 1))
-    assert far.control.item() == 1 and abs(near.control - truth) < 0.05
-
-
-def test_alone_in_a_batch_and_again_are_the_same(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.7], [-1.2], [0.4]]).double()
-    latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
-    explained(truth, noise=0.0)
-    together, again = (read_controls(model, latents, embeddings) for _ in range(2))
+    together, again = (read_controls(model, target) for _ in range(2))
     assert torch.equal(together.control, again.control) and torch.equal(together.std, again.std)
     for i in range(3):
         explained(truth[i : i + 1])
-        alone = read_controls(model, latents[i : i + 1], embeddings[i : i + 1])
+        alone = read_controls(model, target.select(slice(i, i + 1)))
         torch.testing.assert_close(alone.control[0], together.control[i], atol=1e-4, rtol=0)
 
 
-def test_a_target_beyond_the_range_is_flagged(trained, explained, normal):
-    model, truth = trained(), torch.tensor([[1.0], [5.5], [-3.5]]).double()
-    explained(truth)
-    latents, embeddings = normal(3, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat", ""])
-    assert read_controls(model, latents, embeddings).flags == [[], ["outside_range"], ["outside_range"]]
-
-
-def test_large_residuals_are_flagged(trained, explained, normal):
+def test_a_target_beyond_the_range_is_flagged(trained, explained, make_target):
     model = trained()
+    explained(torch.tensor([[1.0], [5.5], [-3.5]]).double())
+    assert read_controls(model, make_target(3)).flags == [[], ["outside_range"], ["outside_range"]]
+
+
+def test_large_residuals_are_flagged(trained, explained, make_target):
+    model, target = trained(), make_target(1)
     model.control_net.register_to_config(explained_loss=0.5, error_scale=[0.1])
-    latents, embeddings = normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"])
     for noise, flags in (0.5, []), (1.0, ["unexplained"]):
         explained(torch.tensor([[1.0]]).double(), noise)
-        found = read_controls(model, latents, embeddings)
+        found = read_controls(model, target)
         assert found.loss.item() == pytest.approx(noise**2, rel=0.2)
         assert [flag for flag in found.flags[0] if flag == "unexplained"] == flags
 
@@ -120,11 +109,15 @@ def test_valleys_are_low_and_below_their_neighbours():
     assert valleys.nonzero().tolist() == [[0, 1], [0, 4], [1, 7]]  # 4.9 is low on neither side's scale
 
 
+def solution(control, residuals, jacobian):
+    return Solution(control, residuals, jacobian, torch.zeros(len(control)), torch.ones_like(residuals[:, :1]))
+
+
 def test_solutions_close_together_are_one_valley():
     control = torch.tensor([[1.0], [3.0], [1.01], [5.0]])
     losses = torch.tensor([2.0, 1.0, 1.9, 3.0])
-    found = Solution(control, losses.sqrt()[:, None, None], torch.ones(4, 1, 1, 1), None)
-    ranked = rank_valleys(found, torch.tensor([0, 0, 0, 1]), torch.tensor([10.0]))
+    found = solution(control, losses.sqrt()[:, None, None], torch.ones(4, 1, 1, 1))
+    ranked = distinct_solutions(found, torch.tensor([0, 0, 0, 1]), torch.tensor([10.0]), torch.tensor([True]))
     assert [own.tolist() for own in ranked] == [[1, 2], [3]]
 
 
@@ -135,7 +128,7 @@ def test_standard_errors_equal_the_spread_of_repeated_readings():
     seen = 0.3 * torch.randn(4000, draws, generator=generator)
     control = seen.mean(1, keepdim=True)  # the least-squares solution
     residuals = jacobian * (control - seen)[:, :, None].expand(-1, -1, numbers)
-    found = Solution(control, residuals, torch.full((4000, draws, numbers, 1), jacobian), None)
+    found = solution(control, residuals, torch.full((4000, draws, numbers, 1), jacobian))
     noise, residual = standard_errors(found, False, torch.tensor([5.0]))
     assert noise.mean().sqrt().item() == pytest.approx(control.std().item(), rel=0.05)
     expected = found.losses.mean(1).sqrt() / jacobian
@@ -145,7 +138,7 @@ def test_standard_errors_equal_the_spread_of_repeated_readings():
 def test_draws_of_opposite_noise_count_as_one():
     """An error that opposite draws share, with opposite sign, is none of their mean."""
     seen = torch.tensor([[0.5, -0.5, 0.2, -0.2]])
-    found = Solution(seen.mean(1, keepdim=True), -seen[:, :, None], torch.ones(1, 4, 1, 1), None)
+    found = solution(seen.mean(1, keepdim=True), -seen[:, :, None], torch.ones(1, 4, 1, 1))
     assert standard_errors(found, True, torch.tensor([5.0]))[0].item() == pytest.approx(0, abs=1e-6)
     assert standard_errors(found, False, torch.tensor([5.0]))[0].item() > 0.01
 
@@ -156,7 +149,7 @@ def test_a_number_without_effect_may_be_anywhere():
     residuals, jacobian = torch.randn(1, 8, 50, generator=generator), torch.randn(1, 8, 50, 2, generator=generator)
     width = torch.tensor([10.0, 1e-3])
     for effect, expected in (0.0, width[1]), (1.0, None):
-        found = Solution(torch.zeros(1, 2), residuals, jacobian * torch.tensor([1.0, effect]), None)
+        found = solution(torch.zeros(1, 2), residuals, jacobian * torch.tensor([1.0, effect]))
         noise, residual = (part[0].diagonal().sqrt() for part in standard_errors(found, False, width))
         if expected is not None:
             assert noise[1] == expected
@@ -167,8 +160,8 @@ def test_outside_is_beyond_doubt_and_never_far_beyond(trained):
     config = trained().control_net.config  # from -2 to 4
     control = torch.tensor([[4.2], [4.2], [4.4], [-2.2], [3.0]])
     std = torch.tensor([[0.05], [0.2], [9.0], [0.05], [9.0]])
-    assert is_outside(config, control, std, torch.tensor([True])).tolist() == [True, False, True, True, False]
-    assert not is_outside(config, control, std, torch.tensor([False])).any()
+    assert is_outside(config, control, std).tolist() == [True, False, True, True, False]
+    assert not is_outside(config, control, 0 * std).any()  # numbers that were given
 
 
 def test_ambiguous_is_a_second_valley_about_as_good():
@@ -199,38 +192,27 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
         def __getitem__(self, i):
             return {"latents": torch.tensor(i), "embeddings": torch.tensor(0), "control": controls[i]}
 
-    def read(model, which, embeddings):
-        config = model.control_net.config
+    def read(model, target):
+        config, which = model.control_net.config, target.latents
         assert config.error_scale is config.error_floor is config.explained_loss is None
-        loss = torch.full((len(which),), 2.0)
-        return Reading(
-            controls[which] + error[which],
-            *(part[which] for part in covariances),
-            torch.zeros(2),
-            torch.zeros(2),
-            False,
-            loss,
-            [],
-            [],
-            None,
-            0,
-            0,
-        )
+        loss, nothing = torch.full((len(which),), 2.0), torch.zeros(2)
+        found = controls[which] + error[which], *(part[which] for part in covariances)
+        return Reading(*found, loss, None, [], [], nothing, nothing)
 
-    monkeypatch.setattr(reading, "read_controls", read)
-    monkeypatch.setattr(reading, "choose_probes", lambda *_, **__: 11)
-    monkeypatch.setattr(reading, "sampling_losses", lambda model, control, **_: torch.full((len(control),), 0.5))
+    monkeypatch.setattr(calibration, "read_controls", read)
+    monkeypatch.setattr(calibration, "choose_probes", lambda *_: 11)
+    monkeypatch.setattr(calibration, "sampling_losses", lambda model, target, control: torch.full((len(control),), 0.5))
     calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
     assert (config.explained_loss, config.sampling_loss) == (pytest.approx(6.0), pytest.approx(1.5))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
-    final = Reading(controls + error, *covariances, *calibrated, *[None] * 7)
+    final = Reading(controls + error, *covariances, *[None] * 4, *calibrated)
     inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
-    assert Reading(controls[:1], 0 * known, known, *calibrated, *[None] * 7).std[0, 0] == 0
+    assert Reading(controls[:1], 0 * known, known, *[None] * 4, *calibrated).std[0, 0] == 0
 
 
 @pytest.fixture
@@ -238,18 +220,23 @@ def spiral(trained, monkeypatch):
     """A model of a number from 0 to 9 that comes round every 3, nearly; a target's first latent is its truth."""
 
     class Spiral(Objective):
-        def __init__(self, model, target_latents, embeddings, reference=None, *, draws=8, seed=0):
-            self.model, self.draws, self.truth = model, draws, target_latents[:, 0, 0, 0].double()
+        paired = True
+        middle_draws = DenoisingObjective.middle_draws
+
+        def __init__(self, model, target, free=None, draws=8, seed=0):
+            super().__init__(model, torch.tensor([True]), draws)
+            self.target, self.truth = target, target.latents[:, 0, 0, 0].double()
             self.noise = 0.1 * torch.randn(draws, 3, generator=torch.Generator().manual_seed(0))
 
-        def residuals(self, control, targets, draws):
+        def residuals(self, control, index, draws):
             def shown(number):
                 angle = number * 2 * math.pi / 3
                 return torch.cat([angle.cos(), angle.sin(), number / 10], -1)
 
-            return (shown(control) - shown(self.truth[targets, None, None]) + self.noise[draws]).float()
+            return (shown(control) - shown(self.truth[index, None, None]) + self.noise[draws]).float()
 
-    monkeypatch.setattr(reading, "DenoisingObjective", Spiral)
+    for room in (reading, calibration):
+        monkeypatch.setattr(room, "DenoisingObjective", Spiral)
     model = trained()
     model.control_net.register_to_config(control_low=[0.0], control_high=[9.0])
     return model
@@ -257,23 +244,22 @@ def spiral(trained, monkeypatch):
 
 def test_no_valley_is_missed_where_the_response_is_not_monotone(spiral):
     truth = torch.linspace(0.1, 8.9, 40).double()[:, None]
-    latents, embeddings = truth.float()[:, :, None, None], torch.zeros(40, 77, 16)
+    target = Target(torch.zeros(40, 77, 16), truth.float()[:, :, None, None])
 
     def missed():
-        return ((read_controls(spiral, latents, embeddings).control - truth).abs() > 0.2).sum().item()
+        return ((read_controls(spiral, target).control - truth).abs() > 0.2).sum().item()
 
     assert missed() > 0  # with the fewest probes
-    probes = choose_probes(spiral, latents[::7], embeddings[::7], truth[::7])
+    probes = choose_probes(spiral, target.select(slice(None, None, 7)), truth[::7])
     assert PROBES < probes <= MOST_PROBES
     spiral.control_net.register_to_config(probes=probes)
     assert missed() == 0
 
 
-def test_one_valley_takes_the_fewest_probes(trained, explained, normal):
+def test_one_valley_takes_the_fewest_probes(trained, explained, make_target):
     model, truth = trained(), torch.tensor([[1.7], [-1.2]]).double()
     explained(truth)
-    latents, embeddings = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup", "a cat"])
-    assert choose_probes(model, latents, embeddings, truth) == PROBES
+    assert choose_probes(model, make_target(2), truth) == PROBES
 
 
 @pytest.mark.parametrize("at, width", [(2, 5), (0, 5), (6, 4), (5, 4), (7, 4)])
@@ -286,25 +272,26 @@ def test_a_lower_place_in_the_profile_is_found(trained):
     control = torch.tensor([[1.0], [1.0], [1.0]]).double()
     points = torch.tensor([0.0, 1.1, 3.0]).double().expand(3, 1, 3)[..., None]
     losses = torch.tensor([[[5.0, 1.0, 2.0]], [[5.0, 1.0, 3.5]], [[5.0, 1.0, 2.0]]])
-    found = (config, control, points, losses, torch.tensor([3.0, 3.0, 1.5]))
-    assert find_lower(*found, torch.tensor([True])).tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley found
-    assert find_lower(*found, torch.tensor([False])).tolist() == control.tolist()
+    profiles = control, points, losses, torch.tensor([3.0, 3.0, 1.5])
+    assert find_lower(search_bounds(config), *profiles).tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley found
+    known = search_bounds(config, {config.control_names[0]: 1.0})
+    assert find_lower(known, *profiles).tolist() == control.tolist()
 
 
-def test_large_numbers_keep_their_digits(trained, explained, normal):
+def test_large_numbers_keep_their_digits(trained, explained, make_target):
     """Unix times: a second is lost in single precision."""
     model, start = trained(), 1.7e9
     statistics = dict(control_mean=[start + 30.0], control_std=[20.0])
     model.control_net.register_to_config(control_low=[start], control_high=[start + 60.0], **statistics)
     truth = torch.tensor([[start + 17.25]], dtype=torch.float64)
     explained(truth)
-    found = read_controls(model, normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"]))
+    found = read_controls(model, make_target(1))
     assert found.control.item() == pytest.approx(truth.item(), abs=0.05, rel=0)
 
 
-def test_a_control_that_was_never_calibrated_says_so(trained, explained, normal):
+def test_a_control_that_was_never_calibrated_says_so(trained, explained, make_target):
     model = trained()
     model.control_net.register_to_config(error_scale=None)
     explained(torch.tensor([[1.7]]).double())
-    found = read_controls(model, normal(1, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed(["a cup"]))
+    found = read_controls(model, make_target(1))
     assert found.flags == [["uncalibrated"]] and not found.calibrated

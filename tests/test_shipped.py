@@ -10,7 +10,7 @@ from cldm.model import load_model
 from cldm.reading import read_controls
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path
-from ldm.pictures import load_picture, pictures_to_tensor
+from ldm.pictures import load_picture
 from ldm.settings import Settings
 
 
@@ -19,13 +19,10 @@ def shipped():
     return load_model("models/control_tiny")
 
 
-def test_angles_are_read_and_doubts_are_told(shipped):
+def test_angles_are_read_and_flags_raised(shipped):
     targets = [(TRAIN["coffee"], -3.37), (TRAIN["rocket"], 1.61), (TRAIN["camera"], -8.0), (HELD_OUT["gravel"], 1.0)]
     pictures = [render_framed(photo, shipped.config.image_size, angle) for photo, angle in targets]
-    with torch.no_grad():
-        latents = shipped.base.encode(pictures_to_tensor(pictures))
-        embeddings = shipped.base.embed([photo.prompt for photo, _ in targets])
-    found = read_controls(shipped, latents, embeddings)
+    found = read_controls(shipped, shipped.encode([photo.prompt for photo, _ in targets], pictures))
     for i in range(2):
         assert found.control[i].item() == pytest.approx(targets[i][1], abs=0.3) and found.flags[i] == []
         assert 0.01 < found.std[i].item() < 0.3
@@ -37,12 +34,7 @@ def test_four_numbers_are_read_at_once():
     model, control = load_model("models/control_views"), (3.37, 1.1, 0.4, 0.8)
     assert model.control_net.config.control_names == ["rotation", "zoom", "exposure", "blur"]
     picture = render_framed(TRAIN["astronaut"], model.config.image_size, *control)
-    with torch.no_grad():
-        latents, embeddings = (
-            model.base.encode(pictures_to_tensor([picture])),
-            model.base.embed([TRAIN["astronaut"].prompt]),
-        )
-    found = read_controls(model, latents, embeddings)
+    found = read_controls(model, model.encode([TRAIN["astronaut"].prompt], [picture]))
     for value, true, near in zip(found.control[0].tolist(), control, (0.5, 0.02, 0.15, 0.4)):
         assert value == pytest.approx(true, abs=near)
     assert found.flags == [[]]
@@ -52,17 +44,14 @@ def test_the_change_between_two_pictures_is_read():
     """Six numbers of a photograph that no training has seen; none, where the other picture is of something else."""
     model, (row,) = load_model("models/control_tiny_pair"), read_rows(find_path("dataForTrain/demo/prompt.json"))
     other = render_framed(HELD_OUT["gravel"], model.config.image_size)
-    with torch.no_grad():
-        targets = model.base.encode(pictures_to_tensor([load_picture(row.target), other]))
-        reference = model.base.encode(pictures_to_tensor([load_picture(row.reference)])).expand(2, -1, -1, -1)
-        embeddings = model.base.embed(["", ""])
-    found = read_controls(model, targets, embeddings, reference)
+    target = model.encode(["", ""], [load_picture(row.target), other], [load_picture(row.reference)] * 2)
+    found = read_controls(model, target)
     for value, true, near in zip(found.control[0].tolist(), row.control, (0.3, 0.01, 0.005, 0.005, 0.15, 0.3)):
         assert value == pytest.approx(true, abs=near)
     assert found.flags[0] == [] and "unexplained" in found.flags[1]
     zoom, shift_x, shift_y, exposure, blur = row.control[1:]
     known = {"zoom": zoom, "shift x": shift_x, "shift y": shift_y, "exposure": exposure, "blur": blur}
-    alone = read_controls(model, targets[:1], embeddings[:1], reference[:1], known=known)
+    alone = read_controls(model, target.select(slice(1)), known)
     assert alone.control[0, 0].item() == pytest.approx(row.control[0], abs=0.2) and alone.flags == [[]]
 
 
@@ -70,5 +59,6 @@ def test_warm_started_descent_arrives(shipped):
     """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
     s = Settings({**test5_s1.settings, "num_samples": 2})
     start, target = (render_framed(TRAIN["astronaut"], shipped.config.image_size, angle) for angle in (-4, 2))
-    result = test5.infer(shipped, s, [start], [target], torch.tensor([[-4.0]]))
-    assert result.control.item() == pytest.approx(2, abs=0.3) and result.iterations.item() < 20
+    start, target = (shipped.encode([TRAIN["astronaut"].prompt], [picture]) for picture in (start, target))
+    result = test5.infer(shipped, s, start.latents, target, torch.tensor([-4.0]).double())
+    assert result.control.item() == pytest.approx(2, abs=0.3) and len(result.history) < 20

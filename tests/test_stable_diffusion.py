@@ -18,11 +18,9 @@ import tool_export_control
 import tutorial_train
 from cldm.controlnet import NumericControlNet
 from cldm.conversion import add_control, fit_statistics
-from cldm.model import load_base, load_model, save_model
-from cldm.objectives import SamplingObjective
+from cldm.model import Sampling, Target, load_base, load_model, save_model
 from ldm.base import LatentDiffusion
 from ldm.checkpoints import original_key, read_weights
-from ldm.ddim import ddim_timesteps
 from ldm.files import ROOT
 from ldm.settings import InputError, Settings, read_yaml, run_script, write_yaml
 from tests.conftest import randomize_zero_convolutions
@@ -115,23 +113,23 @@ def test_the_pipeline_of_diffusers_draws_the_same_picture(model, tmp_path, norma
         guess_mode=guess_mode,
         output_type="pt",
     ).images
-    timesteps = ddim_timesteps(base.scheduler, 4)
-    how = dict(negative=negative, scale=5.0, strength=0.8, guess_mode=guess_mode)
-    ours = base.decode(model.generate(latents, timesteps, embeddings, control, **how)) / 2 + 0.5
-    other = base.decode(model.generate(latents, timesteps, embeddings, -control, **how)) / 2 + 0.5
+    noise, target = latents.expand(5, 1, -1, -1, -1), Target(embeddings, negative=negative)
+    sampling = Sampling(4, scale=5.0, strength=0.8, eta=0.0, guess_mode=guess_mode)
+    ours, other = (base.decode(model.generate(noise, c, target, sampling)) / 2 + 0.5 for c in (control, -control))
     assert (drawn - ours.clamp(0, 1)).abs().mean() < 1e-5 < (ours - other).abs().mean()
 
 
 def test_saving_memory_changes_nothing_but_memory(model, normal):
-    latents, embeddings, negative = normal(2, 4, 8, 8), normal(2, 77, 16), normal(2, 77, 16)
+    noise, embeddings, negative = normal(4, 2, 4, 8, 8), normal(2, 77, 16), normal(2, 77, 16)
 
     def gradient():
-        how = dict(negative=negative, draws=2, ddim_steps=3, scale=4.0, eta=1.0)
-        objective = SamplingObjective(model, latents, latents, embeddings, **how)
+        control = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
         kept = {}  # what is kept for the backward pass: the bytes of every storage
         keep = lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            return *objective.gradient(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.arange(2)), sum(kept.values())
+            drawn = model.generate(noise, control, Target(embeddings, negative=negative), Sampling(3, scale=4.0))
+            (gradient,) = torch.autograd.grad(drawn.square().sum(), control)
+            return drawn.detach(), gradient, sum(kept.values())
 
     *expected, before = gradient()
     model.save_memory = True

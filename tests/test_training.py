@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import tutorial_train
+from cldm.calibration import calibrate
 from cldm.conversion import fit_statistics
 from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, tell_bars
-from cldm.model import load_model, save_model
-from cldm.reading import calibrate
+from cldm.model import Sampling, load_model, save_model
 from cldm.runs import SaveBestAndLast, Stop
 from cldm.training import ControlTraining
 from ldm.files import ROOT
@@ -35,7 +35,7 @@ VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
 def train(base_yaml, write_dataset, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pictures on a tiny dataset of two numbers."""
     monkeypatch.setattr(tutorial_train, "calibrate", lambda *_: None)  # most of the time
-    monkeypatch.setattr("cldm.report.DRAWN_STEPS", 2)
+    monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
     write_dataset(SOURCES)
     data_root = write_dataset(VALIDATION, file="validation.json")
     (data_root / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")

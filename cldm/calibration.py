@@ -1,0 +1,115 @@
+"""Learn, at the end of training, how far to trust readings: error bars, limits of the losses, number of probes."""
+
+import math
+
+import torch
+from einops import rearrange
+from torch.utils.data import default_collate
+from tqdm import tqdm
+
+from cldm.confidence import Z90
+from cldm.denoising import DenoisingObjective
+from cldm.model import CALIBRATED, Sampling, Target
+from cldm.reading import PROBES, read_controls, search_bounds
+from ldm.ddim import draw_noise
+from ldm.files import find_path, write_whole
+
+PICTURES = 36  # read to calibrate
+BATCH = 12  # read together
+# A target is unexplained at this many times the loss that 95% of validation pictures stay below, without and with a
+# reference. The second is lower: any reference can be moved and scaled to look a little like any target.
+UNEXPLAINED = 3.0, 1.5
+PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
+MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
+SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
+
+
+def calibrate(model, folder, dataset):
+    """Read pictures whose controls are known, and keep what that tells in the control's config.
+
+    error_scale, error_floor: such that 90% of each number lie in their 90% intervals, at the rank of split conformal
+    prediction; variances by the residuals are halfway to typical ones, as they tell the errors' only roughly.
+    explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
+    model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
+    Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
+    """
+    register = model.control_net.register_to_config
+    register(**dict.fromkeys(CALIBRATED))
+    chosen = torch.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).round().long().tolist()
+    batches = [load_batch(model, dataset, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
+    probes = choose_probes(model, *batches[0])
+    register(probes=probes)
+    readings, drawn = [], []
+    for target, control in tqdm(batches, desc="calibrating"):
+        readings.append(read_controls(model, target))
+        drawn.append(sampling_losses(model, target, control))
+    covariances = ([getattr(r, key) for r in readings] for key in ("noise_covariance", "residual_covariance"))
+    noise, residual = (torch.cat(own).diagonal(dim1=1, dim2=2).cpu() for own in covariances)
+    found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
+    missing = (
+        (found - dataset.controls[chosen]) / Z90
+    ).square() - noise  # variance that the noise does not account for
+    typical = residual.median(0).values
+    moderated = (residual + typical) / 2
+    shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
+    rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
+    error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
+    limits = (
+        UNEXPLAINED[model.control_net.uses_reference] * losses.quantile(0.95).item()
+        for losses in (loss, torch.cat(drawn).cpu())
+    )
+    learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
+    register(**dict(zip(CALIBRATED, learned)))
+    text = model.control_net.to_json_string()
+    write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
+
+
+def load_batch(model, dataset, which):
+    """Returns: the Target and the controls (B, d) of some items of a ControlDataset."""
+    batch = default_collate([dataset[i] for i in which])
+    keys = ("embeddings", "latents", "reference")
+    parts = {key: batch[key].to(model.base.device) for key in keys if key in batch}
+    return Target(**parts), batch["control"].to(model.base.device)
+
+
+@torch.no_grad()
+def choose_probes(model, target, control):
+    """Find how many probes the narrowest valley takes: IN_A_VALLEY in the one that the truth of some picture lies in.
+
+    target: Target of B pictures, of which PROFILED are used. control: (B, d), the truth.
+    Returns: the number of probes; None with a reference, which is matched instead.
+    """
+    if target.reference is not None:
+        return None
+    target, control = target.select(slice(PROFILED)), control[:PROFILED]
+    objective = DenoisingObjective(model, target)
+    index = torch.arange(len(control), device=control.device).repeat_interleave(MOST_PROBES)
+    narrowest = MOST_PROBES
+    for k, (low, high) in enumerate(search_bounds(model.control_net.config).T):
+        points = control[:, None].repeat(1, MOST_PROBES, 1)
+        points[:, :, k] = torch.linspace(low, high, MOST_PROBES).to(points)
+        losses = objective.losses(rearrange(points, "b n d -> (b n) d"), index, objective.middle_draws)
+        truths = ((control[:, k].cpu() - low) / (high - low) * (MOST_PROBES - 1)).round().long().tolist()
+        for own, truth in zip(losses.view(-1, MOST_PROBES).tolist(), truths):
+            narrowest = min(narrowest, valley_width(own, truth))
+    return min(MOST_PROBES, max(PROBES, math.ceil(IN_A_VALLEY * MOST_PROBES / narrowest)))
+
+
+def valley_width(losses, at):
+    """losses: a list. Returns: how many of them lie in the valley around number `at`, as far as the loss rises."""
+
+    def walk(i, step, sign):  # uphill, or for -1 downhill
+        while 0 <= i + step < len(losses) and sign * (losses[i + step] - losses[i]) > 0:
+            i += step
+        return i
+
+    bottom = min(walk(at, -1, -1), walk(at, 1, -1), key=losses.__getitem__)
+    return walk(bottom, 1, 1) - walk(bottom, -1, 1) + 1
+
+
+@torch.no_grad()
+def sampling_losses(model, target, control):
+    """Returns: (B,) mean squared errors of latents drawn once at the true controls (B, d)."""
+    noise = draw_noise(target.latents.shape, 1 + SAMPLING.ddim_steps, 0, target.latents.device)
+    drawn = model.generate(noise, control, target, SAMPLING, target.reference)
+    return (drawn - target.latents).square().mean((1, 2, 3))

@@ -1,0 +1,118 @@
+"""How sure a reading is: error bars, and flags for what may be wrong with it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import einsum, rearrange
+
+Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
+OUTSIDE = 0.05  # share of the trained range beyond which a control is outside, however unsure it is
+AMBIGUOUS = 0.1  # a second valley whose loss is higher by less than this share explains the target as well
+NO_EFFECT = 1e-6  # share of the loss: a number that changes less than this over its range has no effect
+
+# What may be wrong with a reading, and what that means.
+FLAGS = {
+    "outside_range": "the best control lies beyond the trained range",
+    "ambiguous": "another control explains the target about as well",
+    "no_effect": "the pictures look the same at quite different values",
+    "unexplained": "the model cannot draw this target: the numbers mean nothing",
+    "unlike_shapes": "A and B are cut to squares that may show different parts",
+    "unsettled": "the iterations ran out before the control settled",
+    "uncalibrated": "this control was never calibrated: nothing says how far to trust it",
+}
+
+
+@dataclass
+class Reading:
+    """What was read from B targets, d numbers each, in the dataset's units."""
+
+    control: torch.Tensor  # (B, d)
+    noise_covariance: torch.Tensor  # (B, d, d), of the errors, by the scatter over draws of noise
+    residual_covariance: torch.Tensor  # (B, d, d), of the errors if residuals were entirely due to control error
+    loss: torch.Tensor  # (B,) mean squared residual at its lowest
+    iterations: torch.Tensor  # (B,), of the best valley
+    others: list  # of B lists: the controls (d numbers each) of other valleys, the best first
+    flags: list  # of B lists of FLAGS
+    error_scale: torch.Tensor  # (d,), share of residual_covariance's standard deviations that is real, as calibrated
+    error_floor: torch.Tensor  # (d,), standard deviations of the model's own errors, whatever the residuals
+    calibrated: bool = True  # whether error_scale and error_floor were learned; without them there are no error bars
+    model_calls: float = 0.0  # pictures that the model was evaluated on, per target
+    seconds: float = 0.0  # per target
+    reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
+
+    @property
+    def covariance(self):
+        """(B, d, d), of the errors; zero for numbers that were known."""
+        scale, sought = torch.diag(self.error_scale), self.residual_covariance.diagonal(dim1=1, dim2=2) > 0
+        floor = torch.diag_embed(self.error_floor.square() * sought)
+        covariance = self.noise_covariance + scale @ self.residual_covariance @ scale + floor
+        if self.reach is None:
+            return covariance
+        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        wider = (self.reach / (Z90 * std)).nan_to_num(1).clamp_min(1)
+        return wider[:, :, None] * covariance * wider[:, None]
+
+    @property
+    def std(self):
+        """(B, d), standard errors."""
+        return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
+
+    @property
+    def interval90(self):
+        """(B, d, 2), [low, high]."""
+        return torch.stack([self.control - Z90 * self.std, self.control + Z90 * self.std], 2)
+
+
+def standard_errors(found, paired, width):
+    """Estimate the errors of a Solution's free numbers.
+
+    paired: whether every two draws have opposite noise. width: (f,), of the searched range.
+    Returns: two covariances, (P, f, f) each: White's sandwich estimator over draws of noise; and the covariance if the
+    residuals were entirely due to control error, whatever their number. A number without effect may be anywhere.
+    """
+    gradients = rearrange(found.gradients, "p (k two) f -> p k two f", two=2).mean(2) if paired else found.gradients
+    gradients = gradients.double() * width  # in units of the range: the numbers may be of very different sizes
+    curvature, loss = found.curvature.double() * width[:, None] * width, found.losses.mean(1, keepdim=True)
+    count = gradients.shape[1]
+    scatter = einsum(gradients, gradients, "p k e, p k f -> p e f") / (count * max(count - 1, 1))
+    inverse = torch.linalg.pinv(curvature, hermitian=True)
+    noise = inverse @ scatter @ inverse
+    idle = curvature.diagonal(dim1=1, dim2=2) <= NO_EFFECT * loss
+    noise = noise.masked_fill(idle[:, :, None] | idle[:, None], 0) + torch.diag_embed(idle.to(noise))
+    units = width[:, None] * width
+    return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
+
+
+def is_outside(config, control, std):
+    """control, std: (B, d); std 0: the number was known, and does not count.
+
+    Returns: (B,) bool, whether a number lies further beyond the trained range than its 90% interval, or than OUTSIDE.
+    """
+    low, high = control.new_tensor(config.control_low), control.new_tensor(config.control_high)
+    slack = torch.minimum(Z90 * std, OUTSIDE * (high - low))
+    return (((control < low - slack) | (control > high + slack)) & (std > 0)).any(1)
+
+
+def is_ambiguous(losses, paired):
+    """losses: (V, K), of one target's valleys, the best first. Returns: whether the second is about as good."""
+    if len(losses) < 2:
+        return False
+    difference = losses[1] - losses[0]  # (K,)
+    difference = rearrange(difference, "(k two) -> k two", two=2).mean(1) if paired else difference
+    chance = difference.std(correction=min(1, len(difference) - 1)) / len(difference) ** 0.5
+    return bool(difference.mean() < max(2 * chance, AMBIGUOUS * losses[0].mean()))
+
+
+def raise_flags(count, **conditions):
+    """conditions: {one of FLAGS: B booleans}. Returns: a list of flags for each of B = count targets."""
+    return [[name for name, holds in conditions.items() if holds[i]] for i in range(count)]
+
+
+def flag_inversion(config, control, loss, settled):
+    """control: (d,), found by generating at a sampling loss. settled: whether it had. Returns: list of FLAGS."""
+    raised = {"unsettled": not settled, "uncalibrated": config.sampling_loss is None}
+    if config.control_low is not None:
+        raised["outside_range"] = is_outside(config, control[None], torch.full_like(control[None], math.inf))[0]
+    raised["unexplained"] = loss > (math.inf if config.sampling_loss is None else config.sampling_loss)
+    return [name for name, holds in raised.items() if holds]

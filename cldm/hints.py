@@ -1,0 +1,93 @@
+"""Hints: 3-layer MLPs that turn a control vector into the ControlNet's first features, in place of the hint CNN."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm.settings import InputError
+
+# hint type -> widths of its MLP's two hidden layers
+HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512), "reference": (256, 256)}
+
+
+def make_mlp(layer, inputs, hidden, outputs, activation=nn.SiLU):
+    """Returns: three layers with activations between them, initialised to keep the variance of the control.
+
+    layer: function(inputs, outputs) -> nn.Module with weight and bias. PyTorch's own initialisation would shrink the
+    variance twentyfold.
+    """
+    widths = (inputs, *hidden, outputs)
+    layers = [layer(*pair) for pair in zip(widths, widths[1:])]
+    for each in layers:
+        nn.init.kaiming_normal_(each.weight)
+        nn.init.zeros_(each.bias)
+    return nn.Sequential(layers[0], activation(), layers[1], activation(), layers[2])
+
+
+class Hint(nn.Module):
+    """What a control adds to the ControlNet's first features.
+
+    The part that sees the number stays in float32, outside autocast: half precision would round the number itself.
+    """
+
+    output_dtype = None  # of the features: that of the ControlNet's other weights; None: that of the hint's own
+
+    def forward(self, condition):
+        """condition: (B, d, h, w), the normalised control, constant over h and w. Returns: (B, channels, h, w)."""
+        return self.features(condition).to(self.output_dtype or self.mlp[0].weight.dtype)
+
+
+class CoordinateHint(Hint):
+    """An MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
+
+    x and y run from -1 to 1 between the outermost positions of the longer side. They come with their sines and cosines
+    at `octaves` frequencies, without which an MLP is slow to learn detail.
+    Source: Tancik et al. 2020, Fourier features.
+    """
+
+    def __init__(self, control_dim, channels, hidden, octaves):
+        super().__init__()
+        self.octaves = octaves
+        self.mlp = make_mlp(lambda i, o: nn.Conv2d(i, o, 1), control_dim + 2 + 4 * octaves, hidden, channels)
+
+    def features(self, condition):
+        height, width = condition.shape[2:]
+        longer = max(height, width, 2) - 1
+        y, x = torch.meshgrid(
+            (2 * torch.arange(height, device=condition.device) - height + 1) / longer,
+            (2 * torch.arange(width, device=condition.device) - width + 1) / longer,
+            indexing="ij",
+        )
+        phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
+        positions = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
+        first, *rest = self.mlp
+        weights = first.weight.split([condition.shape[1], len(positions)], 1)
+        with torch.autocast(condition.device.type, enabled=False):
+            # not as a convolution: GPUs round those to TF32
+            of_number = F.linear(condition[:, :, 0, 0], weights[0].flatten(1))[:, :, None, None]
+            hidden = F.conv2d(positions.to(condition.dtype)[None], weights[1], first.bias) + of_number
+            return nn.Sequential(*rest)(hidden)
+
+
+class DenseHint(Hint):
+    """An MLP from the control to the whole feature map, for one latent size only.
+
+    original: with ReLU after every layer, the last included, as in the original fork; otherwise SiLU between layers.
+    """
+
+    def __init__(self, control_dim, channels, hidden, latent_size, original):
+        super().__init__()
+        self.shape = (channels, latent_size, latent_size)
+        activation = nn.ReLU if original else nn.SiLU
+        self.mlp = make_mlp(nn.Linear, control_dim, hidden, channels * latent_size**2, activation)
+        if original:
+            self.mlp.append(nn.ReLU())
+
+    def features(self, condition):
+        if condition.shape[2:] != self.shape[1:]:
+            expected, found = (" x ".join(map(str, shape)) for shape in (self.shape[1:], condition.shape[2:]))
+            raise InputError(f"this hint was made for latents of {expected}, got {found}: use hint=coordinate")
+        with torch.autocast(condition.device.type, enabled=False):
+            return self.mlp(condition[:, :, 0, 0]).unflatten(1, self.shape)

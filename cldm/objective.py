@@ -1,0 +1,103 @@
+"""What a control is judged by: the residuals of a picture at a control, and their exact derivatives."""
+
+import warnings
+from abc import ABC, abstractmethod
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
+NUMBERS = 3  # the most numbers whose Jacobian fits a full chunk; with more the chunk shrinks in proportion
+ATTENTION = 2**24  # attention weights held at once in forward mode
+
+
+class SlicedAttention(TorchFunctionMode):
+    """Attention computed for a slice of the queries at a time: torch's fused kernels have no forward-mode derivative.
+
+    Source: Rabe & Staats 2021, self-attention does not need O(n^2) memory.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, *rest = args
+        rows = max(1, ATTENTION // (query.shape[:-2].numel() * key.shape[-2]))
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.cat([function(q, key, *rest, **(kwargs or {})) for q in query.split(rows, -2)], -2)
+
+
+def forward_mode(function, control, axes):
+    """Differentiate function at control (..., d) along each of the axes (f, d).
+
+    Returns: function(control), (...); its derivatives, (..., f).
+    """
+
+    def differentiate(axis):
+        return torch.func.jvp(function, (control,), (axis.expand_as(control).contiguous(),))
+
+    # torch's own derivatives warn of a deprecated call
+    with SlicedAttention(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return torch.func.vmap(differentiate, out_dims=(None, -1))(axes)
+
+
+class Objective(ABC):
+    """Residuals of B targets at controls: K draws of noise, N numbers each. The loss is their mean square.
+
+    Controls (P, d) come with the index (P,) of the target that each is for. Everything that does not depend on the
+    control is computed once, when the objective is made.
+    model: ControlLDM. free: (d,) bool, the f numbers of a control that derivatives are taken by. draws: K.
+    """
+
+    channels = 1  # C of the N = C h w residuals
+    paired = False  # whether every two draws have opposite noise
+
+    def __init__(self, model, free, draws):
+        self.model, self.free, self.draws = model, free, draws
+        self.chunk = SAVING_CHUNK if model.save_memory else CHUNK
+        self.calls = 0  # pictures that the model was evaluated on so far; a derivative counts as one more
+
+    @abstractmethod
+    def residuals(self, control, index, draws):
+        """control: (P, k, d). index: (P,). draws: (k,), which of the K. Returns: (P, k, N)."""
+
+    def _in_chunks(self, function, control, index, draws, chunk):
+        """Returns: what function(control (P, k, d), index, draws) makes of everything: tensors (P, k, ...)."""
+        draws = torch.arange(self.draws) if draws is None else draws
+        control = control[:, None].repeat(1, len(draws), 1)
+        rows = []
+        for some, which in zip(*(part.split(max(1, chunk // len(draws))) for part in (control, index))):
+            parts = [function(c, which, k) for c, k in zip(some.split(chunk, 1), draws.split(chunk))]
+            rows.append([torch.cat(tensors, 1) for tensors in zip(*parts)])
+        return tuple(map(torch.cat, zip(*rows)))
+
+    @torch.no_grad()
+    def evaluate(self, control, index, draws=None):
+        """control: (P, d). index: (P,). draws: (k,); None: all. Returns: residuals (P, k, N)."""
+
+        def function(control, index, draws):
+            self.calls += control.shape[0] * control.shape[1]
+            return (self.residuals(control, index, draws),)
+
+        return self._in_chunks(function, control, index, draws, self.chunk)[0]
+
+    @torch.no_grad()
+    def linearize(self, control, index, draws=None):
+        """Forward mode: one pass for all numbers, in the memory of an evaluation.
+
+        control: (P, d). index: (P,). draws: (k,); None: all.
+        Returns: residuals (P, k, N) and their Jacobian (P, k, N, f), by the free numbers.
+        """
+        axes = torch.eye(control.shape[1], dtype=control.dtype, device=control.device)[self.free]
+
+        def function(control, index, draws):
+            self.calls += (1 + len(axes)) * control.shape[0] * control.shape[1]
+            return forward_mode(lambda c: self.residuals(c, index, draws), control, axes)
+
+        chunk = max(1, self.chunk // max(1, len(axes) // NUMBERS))
+        return self._in_chunks(function, control, index, draws, chunk)
+
+    def losses(self, control, index, draws=None):
+        """As evaluate. Returns: (P,) mean squared residuals."""
+        return self.evaluate(control, index, draws).square().mean((1, 2))
