@@ -215,7 +215,7 @@ def test_trailing_timesteps_and_pure_noise_are_kept(read_scheduler):
 @pytest.mark.parametrize(
     "config, options, told",
     [
-        ({"rescale_betas_zero_snr": True}, {}, "must be v_prediction where nothing but noise is left"),
+        ({"rescale_betas_zero_snr": True}, {}, "must be v_prediction where only noise is left"),
         ({"prediction_type": "sample"}, {}, 'must be epsilon or v_prediction, got "sample"'),
         ({"prediction_type": "v-prediction"}, {}, 'must be epsilon or v_prediction, got "v-prediction"'),
         ({"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}, "says .*epsilon, the YAML v_prediction"),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import invert
 from cldm import reading as reading_module
-from cldm.model import ControlLDM, load_model, save_model
+from cldm.model import ControlLDM, Sampling, load_model, save_model
 from cldm.reading import read_controls
 from ldm.settings import InputError, run_script
 from tests.conftest import another_run
@@ -63,7 +63,7 @@ def test_one_picture(one, tmp_path, capsys):
 
 
 def test_many_pictures(arguments, targets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("cldm.report.DRAWN_STEPS", 2)
+    monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
     run(*arguments, targets, "figures=true", "batch_size=2")
     results = read_results(tmp_path)
     assert [result["prompt"] for result in results] == [f"a cup {i}" for i in range(5)]
