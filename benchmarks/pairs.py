@@ -1,18 +1,19 @@
-"""Reading the change between two pictures: every way there is, on the same pairs, in one run.
+"""Reading the change between two pictures: every method on the same pairs, in one run.
 
     python benchmarks/pairs.py                                  # all, about 90 minutes on two cores
     python benchmarks/pairs.py methods=ours,ecc                 # some
 
-Pairs are cut from photographs that no training has seen. Prints the tables of docs/results.md: rotation alone; all six
-numbers; pictures of 320 x 320 pixels turned about a point that is not their middle; how often intervals hold the truth
-and what is flagged, of true pairs and of pairs of different photographs. out_dir/errors.json has every error.
+Pairs are cut from photographs that no training has seen. Prints the tables of docs/results.md: for rotation alone, for
+all six numbers, and for pictures of 320 x 320 pixels rotated about a point that is not their middle; how often
+intervals hold the truth and what is flagged, also for pairs of different photographs; and how readings agree with each
+other, there and back. Leaves every error in out_dir/errors.json.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import InputError, answer, check_numbers, nearest, run_script
+from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     model_path="models/control_tiny_pair",
@@ -47,25 +48,27 @@ from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
-from benchmarks.common import compose, decompose
+from benchmarks.baselines import train_regressor
+from benchmarks.common import choose, compose, decompose, quantiles
 from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, choose_changes, similarity
 from cldm.model import load_model
 from cldm.pairs import POOL, draw_pair, draw_views, open_photo
-from cldm.reading import BATCH, read_controls
+from cldm.reading import read_controls
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import report_folder, write_whole
 from ldm.pictures import fit_picture, pictures_to_tensor
 
 SIZE = 128  # pixels
+BATCH = 12  # pairs read together
 NAMES = list(CHANGES)
 
 
 def outside_pair(rng, files):
-    """Returns: reference, target, change: 320 x 320 pictures turned by whole degrees about any point, PNG or JPEG."""
+    """Returns: reference, target, change: 320 x 320 pictures, rotated by whole degrees about any point, PNG or JPEG."""
     size = 320
-    files = [file for file in files if min(open_photo(file).size) > 1.3 * size]  # so that turned squares fit in
+    files = [file for file in files if min(open_photo(file).size) > 1.3 * size]  # so that a rotated square fits in
     if not files:
-        raise InputError(f"photos: none is large enough to cut {size} x {size} pixels from it, turned")
+        raise InputError(f"photos: none is large enough to cut {size} x {size} pixels from it, rotated")
     while True:
         photo = open_photo(rng.choice(files))
         angle = rng.choice([-1, 1]) * rng.randint(1, 8)
@@ -101,9 +104,9 @@ def from_pixels(matrix):
 
 
 def ecc(reference, target, sought):
-    """OpenCV's enhanced correlation coefficient over pyramids, of the fewest freedoms that hold what is sought.
+    """OpenCV's enhanced correlation coefficient over pyramids, with the simplest motion that holds what is sought.
 
-    The best of pyramids of several heights: the tallest often does not converge on so small pictures.
+    The best of pyramids of several heights is taken, since the tallest often does not converge on pictures this small.
     """
     options, best = cv2.ECCParameters(), (-1.0, np.eye(2, 3, dtype=np.float32))
     options.motionType = cv2.MOTION_AFFINE if "zoom" in sought else cv2.MOTION_EUCLIDEAN
@@ -118,7 +121,7 @@ def ecc(reference, target, sought):
 def log_polar(reference, target, sought):
     """Phase correlation of log-polar spectra for rotation and zoom, then of pictures for the shift (scikit-image).
 
-    Spectra have mean 0 and spread 1 at every radius, which did best on training photographs.
+    Spectra are normalised at every radius, which did best on training photographs.
     """
     pictures, radius, turns, radii = [gray(picture) for picture in (reference, target)], SIZE // 2, 720, 2 * SIZE
     spectra = []
@@ -142,7 +145,7 @@ def log_polar(reference, target, sought):
 
 
 class Siamese(nn.Module):
-    """What one would train instead: the first half of a ResNet-18 on either picture, the second half on both."""
+    """What one might train instead: the first half of a ResNet-18 on each picture, the second half on both."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -156,12 +159,26 @@ class Siamese(nn.Module):
 
 
 def siamese(minutes, seed, file):
-    """Returns: what reads pairs by the Siamese network in `file`, which is trained if it is not there."""
+    """Returns: what reads pairs by the Siamese network in `file`; it is trained if there is none.
+
+    It learns from fresh pairs of the photographs that the control was trained on, each used four times, as there.
+    """
     network, ranges = Siamese(len(NAMES)), choose_changes(None)
-    spread = torch.tensor([(high - low) / 12**0.5 for low, high in ranges.values()])
-    middle = torch.tensor([(high + low) / 2 for low, high in ranges.values()])
+    low, high = torch.tensor(list(ranges.values())).T
+    middle, spread = (low + high) / 2, (high - low) / 12**0.5
+    rng, photos, pool = random.Random(seed), find_pictures("train"), []
+
+    def draw_batch(step):
+        if step % (4 * POOL // 32) == 0:
+            pool[:] = [draw_pair(rng, photos, SIZE, ranges) for _ in range(POOL)]
+        some = rng.sample(pool, 32)
+        inputs = tuple(pictures_to_tensor([pair[i] for pair in some]) for i in (0, 1))
+        wanted = torch.tensor([list(change.values()) for *_, change in some])
+        return inputs, (wanted - middle) / spread
+
     if not file.exists():
-        train_siamese(network, minutes, seed, lambda change: (torch.tensor(list(change.values())) - middle) / spread)
+        network.train()
+        train_regressor(network, minutes, draw_batch, nn.functional.l1_loss)
         write_whole(file, partial(save_file, network.state_dict()))
     network.load_state_dict(load_file(file))
     network.eval()
@@ -174,60 +191,26 @@ def siamese(minutes, seed, file):
     return read
 
 
-def train_siamese(network, minutes, seed, normalize):
-    """Train it on fresh pairs of the photographs that the control was trained on."""
-    rng, files, ranges, share = random.Random(seed), find_pictures("train"), choose_changes(None), 0.0
-    network.train()
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.01)
-    began, pool, step = time.perf_counter(), [], 0
-    with tqdm(total=100, desc="training the Siamese network", leave=False) as bar:
-        while share < 1:
-            if step % (4 * POOL // 32) == 0:  # each pair is used four times, as for the control
-                pool = [draw_pair(rng, files, SIZE, ranges) for _ in range(POOL)]
-            some = rng.sample(pool, 32)
-            reference, target = (pictures_to_tensor([pair[i] for pair in some]) for i in (0, 1))
-            wanted = torch.stack([normalize(pair[2]) for pair in some])
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-            with torch.autocast("cpu", torch.bfloat16):
-                found = network(reference, target)
-            loss = (found.float() - wanted).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step, share = step + 1, min(1.0, (time.perf_counter() - began) / (60 * minutes))
-            bar.n = round(100 * share)
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
 def read_pairs(model, pairs, sought):
-    """Read pairs by the control, those of no change known that are not sought. Returns: Readings."""
+    """Read pairs by the control; numbers that are not sought are known not to change. Returns: Readings."""
     known, readings = {name: NO_CHANGE[name] for name in NAMES if name not in sought}, []
     for first in tqdm(range(0, len(pairs), BATCH), desc="reading", leave=False):
         references, targets, _ = zip(*pairs[first : first + BATCH])
-        with torch.no_grad():
-            latents, given = (model.base.encode(pictures_to_tensor(pictures)) for pictures in (targets, references))
-        embeddings = model.base.embed([""]).expand(len(latents), -1, -1)
-        readings.append(read_controls(model, latents, embeddings, given, known=known))
+        readings.append(read_controls(model, model.encode([""] * len(targets), targets, references), known))
     return readings
 
 
-def show(name, errors, last):
-    """Print a row: of every number sought, median, 90% and worst; seconds, or how many pairs."""
+def print_row(name, errors, last):
+    """Print a row: for every number median / 90% within / worst of its errors, a list or None; then a last cell."""
     cells = []
     for own in errors.values():
-        own = np.abs(own)
-        digits = 4 if own.max() < 0.5 else 3
-        numbers = (f"{value:.{digits}f}" for value in (np.median(own), np.quantile(own, 0.9), own.max()))
-        cells.append("—" if np.isnan(own).any() else " / ".join(numbers))
-    print(f"| {name} | {' | '.join(cells)} | {last if isinstance(last, int) else f'{last:.2f}'} |", flush=True)
+        digits = 4 if own and np.abs(own).max() < 0.5 else 3
+        cells.append(" / ".join(quantiles(own, [0.5, 0.9, 1], digits)) if own else "—")
+    print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
 
 
 def main(s):
-    methods = ["ours", "ecc", "log_polar", "siamese"]
-    names = methods if s.methods == "all" else s.methods.split(",")
-    if unknown := [name for name in names if name not in methods]:
-        raise InputError(f'methods: no "{unknown[0]}"{nearest(unknown[0], methods)}')
+    names = choose(s.methods, ["ours", "ecc", "log_polar", "siamese"], "methods")
     check_numbers(s, int, pairs=(1, 10**6), seed=(0, 2**63 - 1))
     check_numbers(s, regressor_minutes=(0, 10**4))
     out_dir, files = report_folder(s.out_dir, "errors.json", "rotation"), find_pictures(s.photos)
@@ -258,28 +241,28 @@ def main(s):
             seconds = (time.perf_counter() - began) / len(pairs)
             own = [name for name in sought if method in ("ours", "siamese") or name in MOTIONS]
             errors = {name: [f[name] - change[name] for f, (*_, change) in zip(found, pairs)] for name in own}
-            show(method, errors | {name: [math.nan] for name in sought if name not in own}, seconds)
+            print_row(method, {name: errors.get(name) for name in sought}, f"{seconds:.2f}")
             report[f"{task}, {method}"] = errors
             if method == "ours":
-                tell_doubts(readings, errors)
+                print_flags(readings, errors)
     if "ours" in names:
         turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((s.pairs + 1) // 2)]
         mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
         print(f"\n{len(mixed)} pairs of different photographs:")
-        tell_doubts(read_pairs(model, mixed, NAMES), {})
+        print_flags(read_pairs(model, mixed, NAMES), {})
         check_ways(model, rng, files, tasks["all six"][1], report["all six, ours"])
     write_whole(out_dir / "errors.json", lambda file: file.write_text(json.dumps(report)))
 
 
 def check_ways(model, rng, files, pairs, errors):
-    """Print how far readings that need no truth miss what they should come to.
+    """Print how far readings are from agreeing with each other, which takes no truth.
 
-    errors: {name: those of the pairs}. There and back should be no change; so should a picture to itself; and by way of
-    another picture, the same change.
+    There and back should come to no change, as should a picture and itself; a change by way of a third picture should
+    be the same as the direct one. errors: {name: errors of the pairs}.
     """
 
     def read(pairs):
-        """Nothing about blur, which has no way back. Returns: a list of {name: number}."""
+        """Returns: a list of {name: number}, without blur, which has no way back."""
         readings = read_pairs(model, pairs, [name for name in NAMES if name != "blur"])
         return [dict(zip(NAMES, control)) for reading in readings for control in reading.control.tolist()]
 
@@ -287,25 +270,25 @@ def check_ways(model, rng, files, pairs, errors):
         ways = list(ways)
         return {name: [way[name] - whole[name] for way, whole in zip(ways, wholes)] for name in NAMES[:-1]}
 
-    print("\nchecks without truth, what should be nothing: median / 90% within / worst\n")
+    print("\ndisagreement between readings: median / 90% within / worst\n")
     print(f"| | {' | '.join(NAMES[:-1])} | pairs |\n|{' --- |' * (len(NAMES) + 1)}")
     found = [{name: change[name] + errors[name][i] for name in NAMES} for i, (*_, change) in enumerate(pairs)]
     backs = read([(target, reference, None) for reference, target, _ in pairs])
     trips = miss(map(compose, found, backs), [NO_CHANGE] * len(pairs))
-    show("there and back", trips, len(pairs))
+    print_row("there and back", trips, len(pairs))
     some = pairs[: (len(pairs) + 3) // 4]
-    show("to itself", miss(read([(one, one, None) for one, *_ in some]), [NO_CHANGE] * len(some)), len(some))
+    print_row("to itself", miss(read([(one, one, None) for one, *_ in some]), [NO_CHANGE] * len(some)), len(some))
     less = {name: ((low + none) / 2, (high + none) / 2) for name, (_, low, high, none) in CHANGES.items()}
     views = [draw_views(rng, files, SIZE, less | {"blur": (0, 0)}, 2) for _ in some]
     legs = ([(a, b, None) for a, ((b, _), _) in views], [(b, c, None) for _, ((b, _), (c, _)) in views])
     whole = read([(a, c, None) for a, (_, (c, _)) in views])
-    show("by way of another", miss(map(compose, *map(read, legs)), whole), len(some))
+    print_row("by way of another", miss(map(compose, *map(read, legs)), whole), len(some))
     agree = (f"{name} {spearmanr(np.abs(trips[name]), np.abs(errors[name])).statistic:.2f}" for name in trips)
     print(f"rank correlation of there and back with the error: {', '.join(agree)}")
 
 
-def tell_doubts(readings, errors):
-    """Print the share of every number's true values in their 90% intervals, and of readings that are flagged."""
+def print_flags(readings, errors):
+    """Print how often each number's 90% interval holds the truth, and how often readings are flagged."""
     std = torch.cat([reading.std for reading in readings])
     for name, own in errors.items():
         inside = np.mean(np.abs(own) <= 1.645 * std[:, NAMES.index(name)].numpy())
