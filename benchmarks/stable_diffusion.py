@@ -1,22 +1,22 @@
 """Seconds and memory of Stable Diffusion 1.5 and 2.1 at full size, with random weights: they cost what real ones do.
 
-    python benchmarks/stable_diffusion.py                     # both, on two cores half an hour each
+    python benchmarks/stable_diffusion.py                     # both, half an hour each on two cores
     python benchmarks/stable_diffusion.py versions=1.5
 
-Writes to out_dir a checkpoint in the original single-file layout (half precision, 2 GB), two pictures and, beside what
-it prints, measured.json, then goes through the scripts as one would. Every row of the table is a process of its own;
-one that grows beyond `limit` is ended: it does not fit. The last rows are a gradient without any care: reverse mode
-through 10 DDIM steps.
+Writes a checkpoint in the original single-file layout (half precision, 2 GB) and two pictures to out_dir, then goes
+through the scripts as one would, each in a process of its own; one that grows beyond `limit` is ended, since it does
+not fit. The last row is a gradient without any care for memory, through 10 DDIM steps. Prints a table, which is also
+in out_dir/measured.json.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import answer, read_yaml, run_script, write_yaml
+from ldm.settings import answer, check_numbers, read_yaml, run_script, write_yaml
 
 settings = dict(
-    versions=["1.5", "2.1"],
+    versions="all",  # or "1.5", or "2.1"
     image_size=320,  # pixels
     precision="bfloat16",  # of the frozen base
     limit=20.0,  # GiB of a process
@@ -26,14 +26,15 @@ if __name__ == "__main__":
     answer(__file__)
 
 import json
+import math
 import shutil
 import subprocess
 import time
+from functools import partial
 from multiprocessing import get_context
 
 import psutil
 import torch
-from cldm.objectives import SamplingObjective
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -42,13 +43,15 @@ import invert
 import test5_s1
 import tool_add_control
 import tutorial_train
-from cldm.model import load_model
+from benchmarks.common import choose, save_json, start_report
+from cldm.model import Sampling, load_model
 from cldm.training import ControlTraining, checkpointing
 from ldm.base import LatentDiffusion
-from ldm.files import ROOT, output_folder, report_folder, write_whole
+from ldm.ddim import draw_noise
+from ldm.files import ROOT, output_folder, write_whole
 from tests.original_layout import original_weights
 
-YAMLS = {"1.5": "cldm_v15.yaml", "2.1": "cldm_v21.yaml"}
+VERSIONS = {"1.5": ("cldm_v15.yaml", "epsilon"), "2.1": ("cldm_v21.yaml", "v_prediction")}
 PROMPT = "a photo of an astronaut in an orange suit"
 START, TARGET = "resultData/astronaut_-4.png", "resultData/astronaut_+2.png"
 
@@ -61,25 +64,27 @@ def make_checkpoint(architecture, file):
         for cls, name in ((AutoencoderKL, "vae"), (UNet2DConditionModel, "unet"))
     )
     text = CLIPTextModel(CLIPTextConfig.from_pretrained(architecture / "text_encoder")).half()
-    save_file(original_weights(LatentDiffusion(vae, text, unet, DDIMScheduler())), file)
+    weights = original_weights(LatentDiffusion(vae, text, unet, DDIMScheduler()))
+    write_whole(file, partial(save_file, weights))
 
 
-def convert(folder, description, size):
+def timed(script, *arguments):
+    """Run a script. Returns: seconds."""
     began = time.perf_counter()
-    arguments = [str(description), str(folder / "fresh")]
-    run_script(tool_add_control.main, tool_add_control.settings, arguments, paths=tool_add_control.PATHS)
+    run_script(script.main, script.settings, [*map(str, arguments)], paths=getattr(script, "PATHS", ()))
     return time.perf_counter() - began
 
 
-def train(folder, description, size):
-    began = time.perf_counter()
-    arguments = [f"resume_path={folder / 'fresh'}", f"data_root={folder / 'data'}", f"out_dir={folder / 'trained'}"]
-    arguments += ["max_steps=2", "batch_size=1", "save_memory=true"]
-    run_script(tutorial_train.main, tutorial_train.settings, arguments)
-    return time.perf_counter() - began
+def convert(folder, size):
+    return timed(tool_add_control, folder / "base.yaml", folder / "fresh")
 
 
-def training_steps(folder, description, size):
+def train(folder, size):
+    paths = f"resume_path={folder / 'fresh'}", f"data_root={folder / 'data'}", f"out_dir={folder / 'trained'}"
+    return timed(tutorial_train, *paths, "max_steps=2", "batch_size=1", "save_memory=true")
+
+
+def training_steps(folder, size):
     """Returns: seconds of the second of two steps."""
     model = load_model(folder / "fresh", dtype=torch.float32)
     module = ControlTraining(model, learning_rate=1e-5, steps=2)
@@ -97,34 +102,29 @@ def training_steps(folder, description, size):
     return time.perf_counter() - began
 
 
-def invert_s1(folder, description, size):
-    arguments = [f"model_path={folder / 'trained'}", f"prompt={PROMPT}"]
-    arguments += [
-        f"{which}_image_path={folder / 'data' / name}" for which, name in (("input", START), ("target", TARGET))
-    ]
-    arguments += [f"out_dir={folder / 's1'}", "ddim_steps=10", "iterations=1", "num_samples=1", "save_memory=true"]
-    run_script(test5_s1.main, test5_s1.settings, arguments)
-    return json.loads((folder / "s1" / "result.json").read_text())["seconds"]
+def seconds_of(script, folder, name, *arguments):
+    """Run test5_s1 or invert. Returns: the seconds in its result.json."""
+    paths = f"model_path={folder / 'trained'}", f"target_image_path={folder / 'data' / TARGET}"
+    timed(script, *paths, f"prompt={PROMPT}", f"out_dir={folder / name}", "save_memory=true", *arguments)
+    return json.loads((folder / name / "result.json").read_text())["seconds"]
 
 
-def invert_denoising(folder, description, size):
-    arguments = [
-        f"model_path={folder / 'trained'}",
-        f"prompt={PROMPT}",
-        f"target_image_path={folder / 'data' / TARGET}",
-    ]
-    arguments += [f"out_dir={folder / 'lm'}", "draws=4", "figures=false", "save_memory=true"]
-    run_script(invert.main, invert.settings, arguments)
-    return json.loads((folder / "lm" / "result.json").read_text())["seconds"]
+def invert_s1(folder, size):
+    start = f"input_image_path={folder / 'data' / START}"
+    return seconds_of(test5_s1, folder, "s1", start, "ddim_steps=10", "iterations=1", "num_samples=1")
 
 
-def naive(folder, description, size):
+def invert_denoising(folder, size):
+    return seconds_of(invert, folder, "lm", "draws=4", "figures=false")
+
+
+def naive(folder, size):
     """Returns: seconds of a gradient through 10 DDIM steps that keeps everything."""
     model = load_model(folder / "trained")
-    latents, embeddings = torch.randn(1, 4, size // 8, size // 8), model.base.embed([PROMPT])
-    objective = SamplingObjective(model, latents, latents, embeddings, ddim_steps=10, eta=1.0)
+    control = torch.tensor([[2.0]], requires_grad=True)
     began = time.perf_counter()
-    objective.gradient(torch.tensor([[2.0]]), torch.tensor([0]))
+    noise = draw_noise((1, 4, size // 8, size // 8), 11, 0, "cpu")
+    model.generate(noise, control, model.encode([PROMPT]), Sampling(ddim_steps=10)).square().mean().backward()
     return time.perf_counter() - began
 
 
@@ -157,27 +157,29 @@ def measure(function, arguments, limit):
 
 
 def main(s):
-    out_dir, report = report_folder(s.out_dir, "measured.json", "seconds", *map(str, s.versions)), {}
+    check_numbers(s, int, image_size=(64, 4096))
+    check_numbers(s, limit=(1, math.inf))
+    versions, report = choose(s.versions, VERSIONS, "versions"), {}
+    out_dir = start_report(s.out_dir, "measured.json", "seconds", *VERSIONS)
     print("| | seconds | memory |\n| --- | --- | --- |")
-    for version in s.versions:
-        folder = output_folder(out_dir / str(version))
-        config = read_yaml(ROOT / "models" / YAMLS[str(version)])
-        own = dict(base=str(folder.resolve() / "base.safetensors"), image_size=s.image_size, precision=s.precision)
-        own["prediction_type"] = {"1.5": "epsilon", "2.1": "v_prediction"}[str(version)]
-        config |= own
-        write_yaml(config, folder / "base.yaml")
-        if not Path(config.base).exists():
-            measure(make_checkpoint, (ROOT / config.architecture, config.base), s.limit)
+    for version in versions:
+        folder, (file, prediction_type) = output_folder(out_dir / version), VERSIONS[version]
+        config, checkpoint = read_yaml(ROOT / "models" / file), folder.resolve() / "base.safetensors"
+        architecture = ROOT / config["architecture"]
+        own = dict(base=str(checkpoint), image_size=s.image_size, precision=s.precision)
+        write_yaml({**config, **own, "prediction_type": prediction_type}, folder / "base.yaml")
+        if not checkpoint.exists():
+            measure(make_checkpoint, (architecture, checkpoint), s.limit)
         for old in ("data", "fresh", "trained"):
             shutil.rmtree(folder / old, ignore_errors=True)
         maker = [sys.executable, ROOT / "dataForTrain" / "make_dataset.py", "photos=astronaut", "angles=[-4,2]"]
         subprocess.run([*maker, f"image_size={s.image_size}", f"out_dir={folder / 'data'}"], check=True)
         for name, function in ROWS.items():
-            seconds, memory = measure(function, (folder, folder / "base.yaml", s.image_size), s.limit)
+            seconds, memory = measure(function, (folder, s.image_size), s.limit)
             took = f"{seconds:.0f}" if seconds else "does not fit" if memory > s.limit else "failed"
             print(f"| {version}: {name} | {took} | {memory:.1f} GiB |", flush=True)
             report[f"{version}: {name}"] = dict(seconds=seconds, memory=memory)
-            write_whole(out_dir / "measured.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+            save_json(out_dir / "measured.json", report)
 
 
 if __name__ == "__main__":
