@@ -1,35 +1,60 @@
 """Benchmarks at their smallest: the methods that take seconds, one target each."""
 
 import json
+import random
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import drawn, inversion, odd_cases, odd_inputs, pairs
+from benchmarks.baselines import SamplingObjective
+from benchmarks.common import choose, start_report
 from cldm.dataset import read_control_names, read_rows
-from ldm.settings import run_script
+from cldm.model import Sampling, load_model
+from dataForTrain.make_dataset import TRAIN
+from ldm.settings import InputError, run_script
 
 
 def test_methods_and_flags_are_tabled(tmp_path, capsys):
-    run_script(
-        inversion.main,
-        inversion.settings,
-        ["methods=lm_denoising,regressor", "targets=1", "regressor_minutes=0.02", f"out_dir={tmp_path}"],
-    )
+    """Two methods in two runs: the second keeps what the first one found."""
+    for method in ("regressor", "lm_denoising"):
+        arguments = [f"methods={method}", "targets=1", "regressor_minutes=0.02", f"out_dir={tmp_path}"]
+        run_script(inversion.main, inversion.settings, arguments)
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [result["method"] for result in results] == ["lm_denoising", "regressor"]
-    assert results[0]["found"] == pytest.approx(results[0]["angles"], abs=0.3) and results[0]["calls"] < 100
+    assert [result["method"] for result in results] == ["regressor", "lm_denoising"]
+    assert results[1]["found"] == pytest.approx(results[1]["angles"], abs=0.3) and results[1]["calls"] < 100
     assert (tmp_path / "plot.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "| lm_denoising | 1 |" in printed and "| at -8 or 8 degrees | 1 | 100% |" in printed
 
 
-def test_an_unknown_method_is_named(fails_in_one_line, tmp_path):
-    assert "lm_denoising" in fails_in_one_line(
-        inversion.main, inversion.settings, ["methods=lm_denoisin", f"out_dir={tmp_path}"]
-    )
+def test_generations_as_least_squares():
+    """The sampling objective's exact derivative is what a small change of the control makes of its residuals."""
+    model = load_model("models/control_tiny")
+    (case,) = inversion.draw_cases(TRAIN, 1, random.Random(1), lambda rng: 2.0)
+    objective = SamplingObjective(model, inversion.encode(model, [case]), Sampling(ddim_steps=2), draws=2)
+    at, small, index = torch.tensor([[2.0]], dtype=torch.float64), 0.01, torch.tensor([0])
+    residuals, jacobian = objective.linearize(at, index)
+    higher, lower = (objective.evaluate(at + step, index) for step in (small, -small))
+    slope = (higher - lower) / (2 * small)
+    assert residuals.shape == jacobian.shape[:3] and (slope - jacobian[..., 0]).norm() < 0.01 * slope.norm()
 
 
+def test_a_killed_run_starts_again(tmp_path):
+    for _ in range(2):
+        folder = start_report(tmp_path, "report.json", "seconds", "1.5")
+        (folder / "1.5").mkdir(exist_ok=True)
+    with pytest.raises(InputError, match="not of this script"):
+        start_report(tmp_path, "report.json", "method", "1.5")
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(InputError, match="lm_denoising"):
+        choose("lm_denoisin", inversion.METHODS, "methods")
+
+
+@pytest.mark.slow
 def test_peers_read_pairs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pairs, "POOL", 32)
     arguments = ["methods=ecc,log_polar,siamese", "pairs=3", "regressor_minutes=0.02", f"out_dir={tmp_path}"]
@@ -41,6 +66,7 @@ def test_peers_read_pairs(tmp_path, capsys, monkeypatch):
     assert len(errors["all six, siamese"]["blur"]) == 3 and "| siamese |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changes_and_checks_are_tabled(tmp_path, capsys):
     run_script(pairs.main, pairs.settings, ["methods=ours", "pairs=2", f"out_dir={tmp_path}"])
     errors = json.loads((tmp_path / "errors.json").read_text())
@@ -50,6 +76,7 @@ def test_changes_and_checks_are_tabled(tmp_path, capsys):
     assert "| there and back |" in printed and "| by way of another |" in printed
 
 
+@pytest.mark.slow
 def test_odd_inputs_are_read_and_refused(tmp_path, capsys):
     arguments = ["sorts=identical,no_pictures,bad_rows", "quick=true", f"out_dir={tmp_path}"]
     run_script(odd_inputs.main, odd_inputs.settings, arguments)
