@@ -25,8 +25,8 @@ NOT_SHOWN = 0.3  # of its range: a number that may be further away is not shown 
 NEARLY, REFINED, ITERATIONS = 3.0, 24, 2  # fits worse by less are refined: how many at most, by how many iterations
 DIFFERENCE = 0.01  # of a range, for derivatives
 REPETITIONS, APART = 6, 3  # places where a picture repeats itself, and pixels between them
-LEAST_SHARED = 0.25  # of B that the changed A must cover for a comparison
-CHUNK = 2**20  # pixels changed at once
+LEAST_SHARED = 0.25  # share of B that the changed A must cover for a comparison
+CHUNK = 2**20  # pixels in one chunk
 
 
 def check_evidence(reading, pictures, config, known=()):
@@ -122,9 +122,9 @@ def change_picture(picture, change):
 
 
 def compare(reference, target, change):
-    """Returns: target less changed reference, and what counts of it, (P, H, H) each.
+    """Returns: residuals, the target less changed references, and where they count, (P, H, H) each.
 
-    Light that is clipped in A may have been brighter than it shows: there B is not too bright for any exposure.
+    Light that is clipped in A may have been brighter than it looks, so that B cannot be too bright there.
     """
     levels, shown, clipped = change_picture(reference, change)
     residuals = target - levels
@@ -132,7 +132,7 @@ def compare(reference, target, change):
 
 
 def split(changes, size, each=1):
-    """Returns: changes (P, 6) in chunks of which `each` pictures of size x size a change can be made at once."""
+    """Returns: changes (P, 6) in chunks; each change takes `each` pictures of size x size pixels."""
     return changes.split(max(1, CHUNK // (each * size**2)))
 
 
@@ -181,7 +181,7 @@ def trial_changes(reference, target, at, width):
 
 
 def repetitions(reference, target, at):
-    """Returns: (REPETITIONS, 6) changes that lie from `at` (6,) by how far the picture repeats itself, to a pixel."""
+    """Returns: (REPETITIONS, 6) changes: `at` (6,), shifted by where the picture repeats itself, to a pixel."""
     size = len(target)
     (changed,), (shown,), _ = change_picture(reference, at[None])
     first, second = (torch.fft.rfft2((part - part.mean()) * shown) for part in (target, changed))
