@@ -16,6 +16,7 @@ from dataForTrain.make_dataset import TRAIN
 from ldm.settings import InputError, run_script
 
 
+@pytest.mark.slow
 def test_methods_and_flags_are_tabled(tmp_path, capsys):
     """Two methods in two runs: the second keeps what the first one found."""
     for method in ("regressor", "lm_denoising"):
