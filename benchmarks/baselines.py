@@ -4,11 +4,11 @@ import math
 import time
 
 import torch
-from cldm.denoising import DenoisingObjective
-from cldm.objective import Objective
 from einops import rearrange, repeat
 from tqdm import tqdm
 
+from cldm.denoising import DenoisingObjective
+from cldm.objective import Objective
 from cldm.reading import probe, search_bounds
 from cldm.solvers import distinct_solutions, levenberg_marquardt
 from ldm.ddim import draw_noise
