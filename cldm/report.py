@@ -29,21 +29,27 @@ def plain(text):
     return text.replace("$", r"\$")
 
 
+def describe_control(config, control):
+    """control: d numbers. Returns: a line with their names and units."""
+    numbers = zip(config.control_names, control, config.control_units)
+    return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for name, value, unit in numbers)
+
+
 @torch.no_grad()
-def draw_pictures(model, target, control, seed=0):
-    """Generate pictures to look at, all from the same noise, starting from the latents of a Target where it has them.
+def draw_pictures(model, target, control, seed=0, sampling=DRAWN):
+    """Generate pictures, all from the same noise, starting from the latents of a Target where it has them.
 
     control: (B, d). Returns: list of B PIL pictures.
     """
     base, side = model.base, model.config.image_size // model.base.downsampling
-    noise = draw_noise((1, base.unet.config.in_channels, side, side), 1 + DRAWN.ddim_steps, seed, base.device)
-    drawn = model.generate(noise, control, target, DRAWN, target.latents)
+    noise = draw_noise((1, base.unet.config.in_channels, side, side), 1 + sampling.ddim_steps, seed, base.device)
+    drawn = model.generate(noise, control, target, sampling, target.latents)
     return tensor_to_pictures(base.decode(drawn))
 
 
 def show_panels(figure, panels):
     """Show {title: PIL picture or (H, W) array} side by side. Returns: the last one's matplotlib image and axes."""
-    for axes, (title, panel) in zip(figure.subplots(1, len(panels)), panels.items()):
+    for axes, (title, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         image = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
         axes.set_title(plain(title), fontsize=10)
         axes.axis("off")
@@ -60,9 +66,7 @@ class Inversion:
     """What test5.py found for one target, d numbers."""
 
     start: torch.Tensor  # (d,), in the dataset's units
-    history: list = field(
-        default_factory=list
-    )  # of every iteration: {"control": d numbers, "loss": latent mean square}
+    history: list = field(default_factory=list)  # of every iteration: {"control": d numbers, "loss": mean square}
     first: torch.Tensor = None  # (1, C, h, w), latents generated at the start, the first sample's
     last: torch.Tensor = None  # (1, C, h, w), latents generated at the control, likewise
     flags: list = field(default_factory=list)  # of confidence.FLAGS
@@ -106,16 +110,13 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     """Returns: a matplotlib Figure, the pictures above, loss and control over the iterations below."""
     numbers = list(zip(config.control_names, config.control_units))
 
-    def describe(control):
-        return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for (name, unit), value in zip(numbers, control))
-
     missed = difference(last, target_picture)
     figure = Figure(figsize=(13, 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     panels = {
         "input": input_picture,
-        f"first generation\n{describe(result.start.tolist())}": first,
-        f"final generation\n{describe(result.control.tolist())}": last,
+        f"first generation\n{describe_control(config, result.start.tolist())}": first,
+        f"final generation\n{describe_control(config, result.control.tolist())}": last,
         "target": target_picture,
         f"final − target\nmean {missed.mean():.1f} of 255": missed,
     }

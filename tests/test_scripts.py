@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 from PIL import Image
 
+import generate
 import invert
 import test5
 import test5_s1
@@ -30,7 +31,7 @@ from tests.conftest import another_run
 MODULES = {
     f"{module.__name__.replace('.', '/')}.py": module
     for module in (
-        *(test5, test5_s1, invert, tutorial_train),
+        *(test5, test5_s1, invert, generate, tutorial_train),
         *(tool_add_control, tool_calibrate, tool_export_control, tool_train_base),
         *(make_dataset, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion),
     )
@@ -122,6 +123,7 @@ OUTPUTS = {  # of every script: what it writes, and how it is told where
     "dataForTrain/make_dataset.py pairs": (DATASET, ["out_dir={}", "pairs=1"]),
     "test5.py": (["result.json", "figure.png"], ["out_dir={}"]),
     "test5_s1.py": (["result.json", "figure.png"], ["out_dir={}"]),
+    "generate.py": (["controls.json", "control_001.png", "strip.png"], ["out_dir={}"]),
     "invert.py": (["result.json", "figure.png"], ["out_dir={}"]),
     "invert.py targets": (["settings.yaml", "results.jsonl"], ["out_dir={}", "targets=dataForTrain/prompt.json"]),
     "invert.py figures": (["00001_a.png"], ["out_dir={}", "targets=dataForTrain/prompt.json", "figures=true"]),
@@ -384,7 +386,7 @@ def test_bad_picture_is_named(arguments, out_dir, tmp_path, fails_in_one_line, k
     assert nothing_in(out_dir)
 
 
-@pytest.mark.parametrize("script", [test5, test5_s1, invert, tutorial_train, make_dataset, tool_train_base])
+@pytest.mark.parametrize("script", [test5, invert, generate, tutorial_train, make_dataset, tool_train_base])
 def test_unwritable_out_dir_is_named(script, unwritable, fails_in_one_line):
     line = fails_in_one_line(script.main, script.settings, [f"out_dir={unwritable}"])
     assert f"{unwritable}: cannot be written" in line

@@ -1,0 +1,51 @@
+"""generate.py: pictures at numbers, a list or a range of them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import generate
+from cldm.model import save_model
+from ldm.settings import InputError, run_script
+
+
+@pytest.mark.parametrize(
+    "text, names, expected",
+    [
+        ("3", "a", [[3]]),
+        ("[-5,0,5]", "a", [[-5], [0], [5]]),
+        ("-5..5", "a", [[-5], [0], [5]]),
+        ("[5,1.1]", "ab", [[5, 1.1]]),
+        ("[[5,1],[4,2]]", "ab", [[5, 1], [4, 2]]),
+        ("[0,1]..[4,3]", "ab", [[0, 1], [2, 2], [4, 3]]),
+    ],
+)
+def test_control_is_a_number_a_list_or_a_range(text, names, expected):
+    assert generate.parse_controls(text, 3, list(names)).tolist() == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", "1..", "1..[2,3]", "[[1,2]]", "NaN"])
+def test_what_is_no_control_is_named(text):
+    with pytest.raises(InputError, match='"control": expected 1 number'):
+        generate.parse_controls(text, 3, ["a"])
+
+
+def test_pictures_differ_by_their_numbers_alone(control_folder, tmp_path, fails_in_one_line):
+    arguments = [f"model_path={control_folder}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "device=cpu", "prompt="]
+    run_script(generate.main, generate.settings, [*arguments, "control=[-3,3,-3]"])
+    report = json.loads((tmp_path / "out" / "controls.json").read_text())
+    first, other, again = (Image.open(tmp_path / "out" / file).tobytes() for file in report["files"])
+    assert first == again != other and report["controls"] == [[-3], [3], [-3]]
+    assert Image.open(tmp_path / "out" / "strip.png").width > 300
+    (tmp_path / "out" / "controls.json").unlink()
+    line = fails_in_one_line(generate.main, generate.settings, [*arguments, "control=1"])
+    assert "not of this script" in line
+
+
+def test_a_change_needs_its_picture(make_model, picture, tmp_path, fails_in_one_line):
+    save_model(make_model(2, "reference"), tmp_path / "control")
+    arguments = [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "control=[1,1]"]
+    assert "input_image_path" in fails_in_one_line(generate.main, generate.settings, arguments)
+    run_script(generate.main, generate.settings, [*arguments, f"input_image_path={picture}", "prompt="])
+    assert (tmp_path / "out" / "control_001.png").is_file()
