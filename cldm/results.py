@@ -1,0 +1,89 @@
+"""What invert.py leaves and says: results.jsonl, which a killed run is resumed from, a reading, a summary of many."""
+
+import json
+
+import numpy as np
+
+from cldm.confidence import FLAGS
+from ldm.files import digest, find_path, write_whole
+from ldm.settings import InputError
+
+
+def resume(out_dir, rows, about):
+    """Take up results.jsonl, or begin it by writing down in settings.yaml what its results depend on.
+
+    rows: all Rows to read. about: {what: value} of all else that matters, such as settings and digests.
+    Returns: the lines there already. Raises: InputError if they are of other rows, pictures, models or settings.
+    """
+    file, settings_file, about = out_dir / "results.jsonl", out_dir / "settings.yaml", json.dumps(about, indent=1)
+    if not file.exists():
+        write_whole(settings_file, lambda partial: partial.write_text(about))
+        return []
+    remedy = "delete it, or choose another out_dir"
+    try:
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        results = [json.loads(line) for line in lines]
+        keys = ("reference", "target", "prompt", "source")
+        same = settings_file.read_text() == about and len(results) <= len(rows)
+        same = same and all(r.get(key) == describe(row).get(key) for r, row in zip(results, rows) for key in keys)
+        changed = [row.target for row, result in zip(rows, results) if result["sha256"] != digest_pictures(row)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        same, changed = False, []
+    if not same:
+        raise InputError(f"{file}: results of another model, other targets or settings; {remedy}")
+    if changed:
+        raise InputError(f"{file}: was read from another picture than {changed[0]} is now; {remedy}")
+    print(f"going on after {len(lines)} of {len(rows)} targets")
+    return lines
+
+
+def describe(row):
+    """Returns: the dict of a Row, as describe_reading puts it into a result."""
+    paths = {key: str(path) for key in ("reference", "target") if (path := getattr(row, key))}
+    return {**paths, "prompt": row.prompt, **({"source": list(row.control)} if row.control else {})}
+
+
+def digest_pictures(row):
+    """Returns: a text that changes with what is in a Row's files."""
+    return digest([file for file in (row.reference, row.target) if file])
+
+
+def digest_model(path, base):
+    """Returns: a text that changes with the files of a control's folder, but for checkpoints, and of its base."""
+    kinds = (".json", ".yaml", ".safetensors")
+    files = [file for file in find_path(path).iterdir() if file.suffix in kinds or file.name == "unet"]
+    return digest([*sorted(files), find_path(base)])
+
+
+def tell_reading(config, reading, result):
+    """Print what was read from one target, with its flags. result: as describe_reading has it."""
+    for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+        error = f" ± {reading.std[0, k]:.3f}" if reading.calibrated else ""
+        print(f"{name}: {reading.control[0, k]:+.3f}{error} {unit}".rstrip())
+    for flag in result["flags"]:
+        of = f" ({', '.join(result['no_effect'])})" if flag == "no_effect" else ""
+        print(f"{flag}{of}: {FLAGS[flag]}")
+    if not result["flags"]:
+        print("no flags")
+
+
+def summarize(config, lines):
+    """Print the errors of results.jsonl's lines where they are known, their flags, model calls and seconds."""
+    results = [json.loads(line) for line in lines]
+    known = [r for r in results if "error" in r]
+    if known:
+        errors, found = (np.stack([np.atleast_1d(r[key]) for r in known]) for key in ("error", "control"))  # (n, d)
+        if calibrated := all(r["interval90"] for r in known):
+            low, high = np.moveaxis([r["interval90"] for r in known], 2, 0)
+            inside = (low <= found - errors) & (found - errors <= high)
+        for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+            e = np.abs(errors[:, i])
+            numbers = f"error median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
+            share = f"; interval90 holds the truth for {inside[:, i].mean():.0%}" if calibrated else ""
+            print(f"{name}: {numbers} {unit}".rstrip() + f"{share} of {len(e)} targets")
+    for flag, meaning in FLAGS.items():
+        if flagged := sum(flag in r["flags"] for r in results):
+            print(f"{flag}: {flagged} of {len(results)} ({meaning})")
+    calls, seconds = (np.mean([r[key] for r in results]) for key in ("model_calls", "seconds"))
+    iterations = max(r["iterations"] for r in results)
+    print(f"at most {iterations} iterations; {calls:.0f} model calls, {seconds:.2f} seconds a target")

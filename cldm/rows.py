@@ -1,0 +1,73 @@
+"""What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
+
+import glob
+import os
+from pathlib import Path
+
+from cldm.dataset import Row, parse_control, read_rows
+from cldm.pairs import SUFFIXES, list_pictures
+from ldm.files import find_path
+from ldm.settings import InputError, check_used, nearest
+
+
+def find_rows(s, defaults, control_net):
+    """Find the pictures to read: one target, those of a folder or of a glob, or the rows of a prompt.json.
+
+    s: Settings with model_path, targets, target_image_path, input_image_path and prompt. defaults: theirs. The default
+    reference belongs to the default target alone. control_net: the NumericControlNet that will read them.
+    Returns: list of Row. Raises: InputError if there are none, or if they do not fit the control.
+    """
+    own_reference, own_target = (s[key] != defaults[key] for key in ("input_image_path", "target_image_path"))
+    reference = find_path(s.input_image_path) if s.input_image_path else None
+    if not own_reference and (s.targets or own_target or not control_net.uses_reference):
+        reference = None
+    if reference and own_reference and not s.targets and not own_target:
+        raise InputError("input_image_path: picture A alone; give picture B too, target_image_path")
+    rows, names = find_targets(s, defaults, reference), control_net.config.control_names
+    if control_net.uses_reference and not rows[0].reference:
+        raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
+    if rows[0].reference and not control_net.uses_reference:
+        raise InputError(f"model_path {s.model_path} takes no reference: leave out {rows[0].reference}")
+    for row in rows:
+        if row.control and len(row.control) != len(names):
+            expected = f"{len(names)} number(s) ({', '.join(names)})"
+            raise InputError(f"{s.targets}, {row.target}: the model takes {expected}, got {row.control}")
+    return rows
+
+
+def find_targets(s, defaults, reference):
+    """As find_rows, unchecked. reference: Path or None, picture A of all pictures but those of a prompt.json."""
+    if not s.targets:
+        return [Row(None, find_path(s.target_image_path), s.prompt, reference)]
+    check_used(s, defaults, "with targets", "target_image_path")
+    path = find_path(s.targets)
+    if path.is_dir():
+        return [Row(None, file, s.prompt, reference) for file in list_pictures(path)]
+    if files := [] if path.exists() else sorted(glob.glob(os.path.expanduser(s.targets))):
+        return [Row(None, Path(file), s.prompt, reference) for file in files]
+    if not path.exists() or path.suffix.lower() in SUFFIXES:
+        there = path.exists()
+        found = "a picture, which target_image_path takes" if there else "not there, nor does a picture match it"
+        raise InputError(f"targets {s.targets}: {found}; expected a folder, a glob or a prompt.json")
+    if s.prompt or reference:
+        key = "prompt" if s.prompt else "input_image_path"
+        raise InputError(f'setting "{key}": has no effect with targets, whose rows say it; leave it out')
+    return read_rows(path, known=False)
+
+
+def parse_known(text, names):
+    """Read "zoom=1,exposure=0". Returns: {name: number}. Raises: InputError for what is not among `names`."""
+    known = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        try:
+            (known[name],) = parse_control(value)
+        except ValueError:
+            raise InputError(f'setting "known": expected name=number, got "{part}"') from None
+        if name not in names:
+            raise InputError(f'setting "known": unknown number "{name}"{nearest(name, names)}')
+        if name == "zoom" and known[name] <= 0:
+            raise InputError(f'setting "known": zoom is a ratio, above 0, got {value}')
+    if len(known) == len(names):
+        raise InputError(f'setting "known": all of {", ".join(names)} are given, nothing is left to read')
+    return known
