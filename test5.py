@@ -4,7 +4,7 @@ Edit the settings and run `python test5.py`, or give them as key=value. Every we
 moves. Leaves result.json and figure.png in out_dir.
 """
 
-from ldm.settings import InputError, answer, check_kinds, check_numbers, check_used, run_script
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -96,7 +96,6 @@ def infer(model, s, start, target, control):
 
 def check(s, model):
     """Returns: the control to start from, (d,). Raises: InputError for a setting that cannot be."""
-    check_kinds(s, str, "a_prompt", "n_prompt")
     check_numbers(s, int, ddim_steps=(1, 1000), warm_steps=(1, 1000), num_samples=(1, math.inf))
     check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1))

@@ -140,13 +140,6 @@ def check_numbers(settings, kind=float, /, **limits):
         settings[key] = int(value) if kind is int else value
 
 
-def check_kinds(settings, kind, *keys):
-    """Raises: InputError for a setting that is neither None nor of that type, one of KINDS."""
-    for key in keys:
-        if not isinstance(settings[key], kind | None):
-            raise InputError(f'setting "{key}": expected {KINDS[kind]}, got {settings[key]}')
-
-
 def check_used(settings, defaults, why, *keys):
     """Raises: InputError for a setting that was given though it does nothing here: `why`."""
     for key in keys:

@@ -18,7 +18,6 @@ from ldm.files import find_path, fresh_folder, output_folder, report_folder, who
 from ldm.settings import (
     InputError,
     Settings,
-    check_kinds,
     check_numbers,
     check_used,
     override,
@@ -220,11 +219,6 @@ class TestChecks:
         s = Settings(n=2.0, m=None)
         check_numbers(s, int, n=(1, 9), m=(1, 9), other=(1, 9))
         assert type(s.n) is int and s == {"n": 2, "m": None}
-
-    def test_another_type_is_named(self):
-        check_kinds(Settings(figures=None, both_ways=False), bool, "figures", "both_ways")
-        with pytest.raises(InputError, match='setting "figures": expected true or false, got maybe'):
-            check_kinds(Settings(figures="maybe"), bool, "figures")
 
     def test_what_has_no_effect_is_named(self):
         check_used(DEFAULTS, DEFAULTS, "here", "rate")
