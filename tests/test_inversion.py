@@ -44,7 +44,7 @@ def infer(model, start, target, control, **options):
 
 
 @pytest.mark.parametrize("options", [dict(eta=0.0), dict(eta=1.0), dict(eta=1.0, scale=2.0)], ids=str)
-@pytest.mark.parametrize("learning_rate", [None, RATE])
+@pytest.mark.parametrize("learning_rate", [None, pytest.param(RATE, marks=pytest.mark.slow)])
 def test_finds_the_control_that_made_the_target(scene, options, learning_rate):
     model, start, target = scene()
     target = replace(target, latents=draw(model, start, target, [2.0], **options))

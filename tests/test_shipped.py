@@ -29,6 +29,7 @@ def test_angles_are_read_and_flags_raised(shipped):
     assert "outside_range" in found.flags[2] and "unexplained" in found.flags[3]
 
 
+@pytest.mark.slow
 def test_four_numbers_are_read_at_once():
     """Rotation (degrees), zoom (ratio), exposure (stops) and blur (pixels) of a view that training never saw."""
     model, control = load_model("models/control_views"), (3.37, 1.1, 0.4, 0.8)
@@ -55,6 +56,7 @@ def test_the_change_between_two_pictures_is_read():
     assert alone.control[0, 0].item() == pytest.approx(row.control[0], abs=0.2) and alone.flags == [[]]
 
 
+@pytest.mark.slow
 def test_warm_started_descent_arrives(shipped):
     """From -4 toward +2, as test5_s1.py does; half as many samples, for time."""
     s = Settings({**test5_s1.settings, "num_samples": 2})
