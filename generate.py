@@ -8,7 +8,7 @@ All are drawn from the same noise, so that only the number differs. A control th
 it as input_image_path. Leaves a picture for every control and all of them in strip.png in out_dir.
 """
 
-from ldm.settings import InputError, answer, check_kinds, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -64,7 +64,6 @@ def parse_controls(text, count, names):
 
 
 def main(s):
-    check_kinds(s, str, "a_prompt", "n_prompt")
     check_numbers(s, int, count=(2, 1000), ddim_steps=(1, 1000), seed=(0, 2**63 - 1))
     check_numbers(s, eta=(0, 1), scale=(0, math.inf), strength=(0, math.inf))
     out_dir = report_folder(s.out_dir, "controls.json", "files", "control_*.png", "strip.png")
