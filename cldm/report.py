@@ -66,9 +66,9 @@ class Inversion:
     """What test5.py found for one target, d numbers."""
 
     start: torch.Tensor  # (d,), in the dataset's units
-    history: list = field(default_factory=list)  # of every iteration: {"control": d numbers, "loss": mean square}
-    first: torch.Tensor = None  # (1, C, h, w), latents generated at the start, the first sample's
-    last: torch.Tensor = None  # (1, C, h, w), latents generated at the control, likewise
+    history: list = field(default_factory=list)  # {"control": d numbers, "loss": latent mean square} per iteration
+    first: torch.Tensor = None  # (1, C, h, w) latents, the first sample generated at the start
+    last: torch.Tensor = None  # (1, C, h, w) latents, the first sample generated at the control
     flags: list = field(default_factory=list)  # of confidence.FLAGS
     seconds: float = 0.0
 
@@ -89,16 +89,9 @@ class Inversion:
 
 def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
     """Write result.json and figure.png of an Inversion to the folder out_dir."""
-    report = {
-        "control": number(result.control.tolist()),
-        "start": number(result.start.tolist()),
-        "loss": result.loss,
-        "flags": result.flags,
-        "iterations": len(result.history),
-        "seconds": result.seconds,
-        "seed": seed,
-        "history": [{"control": number(entry["control"]), "loss": entry["loss"]} for entry in result.history],
-    }
+    report = dict(control=number(result.control.tolist()), start=number(result.start.tolist()), loss=result.loss)
+    report |= dict(flags=result.flags, iterations=len(result.history), seconds=result.seconds, seed=seed)
+    report["history"] = [{"control": number(entry["control"]), "loss": entry["loss"]} for entry in result.history]
     write_whole(Path(out_dir) / "result.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
     with torch.no_grad():
         first, last = tensor_to_pictures(model.base.decode(torch.cat([result.first, result.last])))
@@ -141,28 +134,16 @@ def describe_reading(config, reading, i, row, seed):
     bars = (getattr(reading, key)[i].tolist() for key in ("std", "interval90", "covariance"))
     std, interval90, covariance = bars if reading.calibrated else (None, None, None)
     unseen = unseen_numbers(config, reading.control[i], reading.reach[i]) if "no_effect" in reading.flags[i] else []
-    result = {
-        **({"reference": str(row.reference)} if row.reference else {}),
-        "target": str(row.target),
-        "prompt": row.prompt,
-        "names": list(config.control_names),
-        "units": list(config.control_units),
-        "control": number(control),
-        "std": std and number(std),
-        "interval90": interval90,
-        "covariance": covariance,
-        "flags": reading.flags[i],
-        **({"no_effect": unseen} if unseen else {}),
-        "others": reading.others[i],
-        "loss": reading.loss[i].item(),
-        "iterations": reading.iterations[i].item(),
-        "model_calls": reading.model_calls,
-        "seconds": reading.seconds,
-        "seed": seed,
-    }
+    result = {"reference": str(row.reference)} if row.reference else {}
+    result |= dict(target=str(row.target), prompt=row.prompt)
+    result |= dict(names=list(config.control_names), units=list(config.control_units))
+    result |= dict(control=number(control), std=std and number(std), interval90=interval90, covariance=covariance)
+    result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
+    result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
+    result |= dict(model_calls=reading.model_calls, seconds=reading.seconds, seed=seed)
     if row.control is not None:
-        result["source"] = list(row.control)
-        result["error"] = number([found - true for found, true in zip(control, row.control)])
+        error = number([found - true for found, true in zip(control, row.control)])
+        result |= dict(source=list(row.control), error=error)
     return result
 
 
