@@ -37,7 +37,8 @@ MODULES = {
     )
 }
 FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "dataForTrain")
-SCRIPTS = sorted(str(file.relative_to(ROOT)) for folder in FOLDERS for file in folder.glob("*.py"))
+FILES = [file for folder in FOLDERS for file in folder.glob("*.py")]
+SCRIPTS = sorted(str(file.relative_to(ROOT)) for file in FILES if "\n    answer(__file__" in file.read_text())
 INFERENCE = pytest.mark.parametrize("script", [test5, test5_s1], ids=lambda module: module.__name__)
 
 
@@ -353,7 +354,7 @@ def test_incomplete_base_is_named(base_yaml, tmp_path, fails_in_one_line, spoil)
         ("n_prompt=blurred", 'setting "n_prompt": has no effect with scale=1'),
         ("num_samples=2.5", 'setting "num_samples": expected a whole number, got "2.5"'),
         ("iterations=1.5", 'setting "iterations": expected a whole number, got "1.5"'),
-        ("scale=.inf", 'setting "scale": expected a finite number'),
+        ("scale=inf", 'setting "scale": expected a finite number'),
         ("device=meta", 'setting "device": meta cannot be used'),
         (f"target_image_path={'a' * 300}", "a: cannot be read (File name too long)"),
         ("target_image_path=there/is/no.png", "error: there/is/no.png: no such file"),
@@ -422,7 +423,7 @@ class TestTraining:
     def test_broken_prompt_json_is_named(self, train_arguments, out_dir, tmp_path, fails_in_one_line):
         (tmp_path / "data" / "prompt.json").write_text('{"source": 1, "target": "x.png"}\n')
         line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, train_arguments)
-        assert line.endswith('data/prompt.json line 1: no "prompt"; expected the keys source, target and prompt')
+        assert 'data/prompt.json line 1: no "prompt" in it' in line
         assert nothing_in(out_dir)
 
     @pytest.mark.parametrize(
