@@ -65,11 +65,12 @@ def read(model, s, known, rows, unlike, figures):
     Raises: InputError if a number that was read is not finite.
     """
     began, config = time.perf_counter(), model.control_net.config
-
-    def load(file):
-        return file and fit_picture(load_picture(file), model.config.image_size)
-
-    pictures = [(load(row.target), load(row.reference)) for row in rows]
+    pictures, sides = [], []  # as fitted, target and reference or None; the shorter side that they had
+    for row in rows:
+        loaded = [load_picture(file) for file in (row.target, row.reference) if file]
+        fitted = [fit_picture(picture, model.config.image_size) for picture in loaded]
+        pictures.append((*fitted, None)[:2])
+        sides.append(min(min(picture.size) for picture in loaded))
     targets, references = zip(*pictures)
     references = references if model.control_net.uses_reference else None
     target = model.encode([row.prompt for row in rows], targets, references, s.a_prompt)
@@ -82,7 +83,7 @@ def read(model, s, known, rows, unlike, figures):
             raise InputError(f"{row.target}: what was read is not finite ({reading.control[i].tolist()})")
         reading.flags[i] += ["unlike_shapes"] * unlike[i]
     if references:
-        reading = check_evidence(reading, pictures, config, known)
+        reading = check_evidence(reading, pictures, config, known, sides)
     reading.seconds = (time.perf_counter() - began) / len(rows)
 
     def draw(i):

@@ -29,16 +29,20 @@ LEAST_SHARED = 0.25  # share of B that the changed A must cover for a comparison
 CHUNK = 2**20  # pixels in one chunk
 
 
-def check_evidence(reading, pictures, config, known=()):
+def check_evidence(reading, pictures, config, known=(), sides=None):
     """Widen the intervals of a Reading to what the pictures themselves show, and flag what they do not.
 
     pictures: B pairs of PIL pictures, target and reference. config: of the control. known: names of given numbers.
+    sides: B numbers of pixels, the shorter side of each pair before it was fitted: a picture that was enlarged does not
+    show a blur of less than half of its own pixels. None: nothing was enlarged.
     Returns: a Reading with `reach` and, where due, the flag "no_effect".
     """
     ranges = dict(zip(config.control_names, zip(config.control_low, config.control_high)))
     reach = torch.zeros_like(reading.control)
     for i, (target, reference) in enumerate(pictures):
         reach[i] = find_reach(reference, target, ranges, reading.control[i], known)
+        if sides and sides[i] < target.width and "blur" in set(ranges) - set(known):
+            reach[i, list(ranges).index("blur")].clamp_(min=target.width / sides[i] / 2)
     unseen = [unseen_numbers(config, *of_one) for of_one in zip(reading.control, reach)]
     flags = [own + ["no_effect"] * bool(names) for own, names in zip(reading.flags, unseen)]
     return replace(reading, reach=reach, flags=flags)

@@ -109,3 +109,13 @@ def test_changes_are_those_of_the_training_set():
     across = blurred[16, 26] / blurred[16, 24]
     light = [((v + 0.055) / 1.055) ** 2.4 if v > 0.04045 else v / 12.92 for v in (blurred[16, 26], blurred[16, 24])]
     assert across == pytest.approx(math.exp(0.5), rel=0.05) and light[0] > light[1]
+
+
+def test_an_enlarged_picture_shows_no_blur_below_its_own_pixels():
+    covariance, scale = torch.full((1, 1, 1), 0.01).double(), torch.zeros(1).double()
+    reading = Reading(torch.tensor([[0.3]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale)
+    config = SimpleNamespace(control_names=["blur"], control_low=[0], control_high=[2])
+    sharp = draw(lambda x, y: 0.5 + 0.5 * np.sign(np.sin(40 * x) * np.sin(40 * y)))
+    for side, flags in ((SIZE, []), (SIZE // 8, ["no_effect"])):
+        checked = check_evidence(reading, [(sharp, sharp)], config, sides=[side])
+        assert checked.flags == [flags] and (checked.reach[0, 0] >= 4) == (side < SIZE)
