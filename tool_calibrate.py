@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from cldm.calibration import calibrate
 from cldm.conversion import MOST_PROMPTS
-from cldm.logger import tell_bars
+from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
 from cldm.reading import search_bounds
@@ -47,7 +47,7 @@ def main(s, paths):
     if config.prompts is None:
         model.control_net.register_to_config(prompts=sorted(set(data.prompts))[:MOST_PROMPTS])
     calibrate(model, folder, dataset)
-    print(tell_bars(dataset, seen=not data.validation))
+    print(describe_bars(dataset, seen=not data.validation))
 
 
 if __name__ == "__main__":

@@ -51,10 +51,10 @@ from cldm.calibration import calibrate
 from cldm.changes import choose_changes
 from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import TrainingOrder, read_data
-from cldm.logger import PictureLogger, Progress, describe_data, tell_bars
-from cldm.model import load_base, load_model
+from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
+from cldm.model import load_base, load_model, save_model
 from cldm.pairs import read_photos, training_set, validation_set
-from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, make_trainer, training_run
+from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.training import ControlTraining, checkpointing
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import find_path
@@ -105,46 +105,45 @@ def make_model(s, data):
     return model
 
 
-def train(s, model, data, datasets, out_dir, stop):
+def train(s, model, data, datasets, out_dir):
     """Train until max_steps, from the last checkpoint in out_dir if there is one. Returns: how it went, a sentence."""
     rows, validation = datasets
-    saver = SaveBestAndLast(out_dir, s.logger_freq, stop, held_out=bool(data.validation))
+    saver = SaveBestAndLast(out_dir, s.logger_freq)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
-    hardware = {key: s[key] for key in ("accelerator", "devices", "strategy", "precision")}
-    trainer = make_trainer(out_dir, [pictures, Progress(), saver], s.max_steps, s.logger_freq, **hardware)
+    trainer = make_trainer(s, out_dir, [pictures, Progress(), saver])
+    run = describe_run(s, model, data, trainer.precision)
     how = {key: s[key] for key in ("learning_rate", "prompt_dropout", "sd_locked", "seed")}
-    kept = {key: s[key] for key in ("batch_size", "max_steps", "only_mid_control")}
-    run = describe_run(model, filter(None, datasets), s.resume_path, precision=trainer.precision, **kept, **how)
     module = ControlTraining(model, steps=s.max_steps, run=run, **how)
-    checkpoint, step = find_checkpoint(out_dir, module)
+    checkpoint, step = find_checkpoint(out_dir, run)
     count, length = None if s.pairs else len(rows), s.max_steps * s.batch_size
     place = dict(first=step * s.batch_size, rank=trainer.global_rank, processes=trainer.world_size)
     batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(count, length, s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
-    saver.finish(trainer, module)
     module.zero_grad()
-    return saver.verdict()
+    if trainer.is_global_zero:
+        for folder in [out_dir / "last"] + [out_dir] * (not saver.history):
+            save_model(model, folder)
+    return describe_losses(saver.history, bool(data.validation))
 
 
 def main(s):
     check(s)
     pl.seed_everything(s.seed, verbose=False)
-    with training_run(s.out_dir, s.overwrite, inputs=[find_path(s.pairs or s.data_root)]) as (out_dir, stop):
-        data = read(s)
-        model = make_model(s, data)
-        print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")
-        given = data, model.base, model.config.image_size, s.seed
-        rows, validation = training_set(*given), validation_set(*given)
-        verdict = train(s, model, data, (rows, validation), out_dir, stop)
-        gc.collect()  # the optimizer's memory
-        if rank_zero_only.rank == 0:
-            print(verdict)
-            trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
-            calibrate(trained, out_dir, validation or rows)
-            print(tell_bars(validation or rows, seen=not data.validation))
-        print(f"the control: {out_dir} (give it to test5.py as model_path={s.out_dir})")
+    out_dir = hold_folder(s.out_dir, s.overwrite, inputs=[find_path(s.pairs or s.data_root)])
+    data = read(s)
+    model = make_model(s, data)
+    print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")
+    given = data, model.base, model.config.image_size, s.seed
+    rows, validation = training_set(*given), validation_set(*given)
+    print(train(s, model, data, (rows, validation), out_dir))
+    gc.collect()  # the optimizer's memory
+    if rank_zero_only.rank == 0:
+        trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
+        calibrate(trained, out_dir, validation or rows)
+        print(describe_bars(validation or rows, seen=not data.validation))
+    print(f"the control: {out_dir} (give it to test5.py as model_path={s.out_dir})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """From prompt.json to checked rows, and from rows to latents and text embeddings, computed once."""
 
 import difflib
-import hashlib
 import json
 import math
 import re
@@ -113,17 +112,16 @@ def _read_row(line, folder, where, known):
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
     check(where, row, ROW, [key for key in ROW if key != "reference" and (known or key != "source")], complete=False)
+    key, read = "source", {}
     try:
-        control = parse_control(row["source"]) if "source" in row else None
+        control = parse_control(row[key]) if key in row else None
+        for key in ("target", "reference"):
+            if key in row:
+                check_picture(read.setdefault(key, folder / row[key]))
     except ValueError as error:
-        raise InputError(f'{where}: "source" {error}, got {json.dumps(row["source"])[:80]}') from None
-    files = {key: folder / row[key] for key in ("target", "reference") if key in row}
-    for key, file in files.items():
-        try:
-            check_picture(file)
-        except InputError as error:
-            raise InputError(f'{where}: "{key}" {error}') from None
-    return Row(control, prompt=row["prompt"], **files)
+        got = f", got {json.dumps(row[key])[:80]}" if key == "source" else ""
+        raise InputError(f'{where}: "{key}" {error}{got}') from None
+    return Row(control, prompt=row["prompt"], **read)
 
 
 def _check_alike(where, row, first):
@@ -137,11 +135,7 @@ def _check_alike(where, row, first):
 
 
 def split_rows(data_root):
-    """Read a dataset's training rows, and validation rows that training does not see.
-
-    The latter are those of validation.json if there is one, else what hold_out chooses.
-    Returns: (training rows, validation rows).
-    """
+    """Returns: a dataset's training rows; the rows of its validation.json if there is one, else what is held out."""
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
     if other.exists():
         validation = read_rows(other)
@@ -149,13 +143,6 @@ def split_rows(data_root):
         return rows, validation
     held_out = hold_out([(row.prompt, row.control) for row in rows])
     return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
-
-
-def read_data(data_root):
-    """Returns: the TrainingData in a folder: prompt.json, perhaps validation.json and controls.yaml."""
-    train, validation = split_rows(data_root)
-    controls = [row.control for row in train]
-    return TrainingData(train, validation, controls, *read_control_names(data_root, len(controls[0])))
 
 
 def hold_out(pairs):
@@ -167,34 +154,34 @@ def hold_out(pairs):
     groups = {}
     for prompt, control in pairs:
         groups.setdefault(prompt, set()).add(control)
+    merged = all(len(controls) < SMALLEST_SPLIT for controls in groups.values())
+    groups, chosen = {None: set().union(*groups.values())} if merged else groups, set()
     groups = {prompt: controls for prompt, controls in groups.items() if len(controls) >= SMALLEST_SPLIT}
-    if not groups:
-        chosen = spread_inside({control for _, control in pairs}, 0.5)
-        return {(prompt, control) for prompt, control in pairs if control in chosen}
-    phases = (0.5 + GOLDEN * k for k in range(len(groups)))  # different places for every prompt
-    return {(prompt, c) for (prompt, own), phase in zip(groups.items(), phases) for c in spread_inside(own, phase % 1)}
+    for k, (prompt, controls) in enumerate(groups.items()):
+        ends = [{min(column), max(column)} for column in zip(*controls)]
+        inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
+        count, phase = min(len(inner), max(1, round(len(controls) / 10))), (0.5 + GOLDEN * k) % 1  # others for each
+        chosen |= {(prompt, inner[int((i + phase) * len(inner) / count)]) for i in range(count)}
+    return {pair for pair in pairs if (None if merged else pair[0], pair[1]) in chosen}
 
 
-def spread_inside(controls, phase):
-    """controls: set of tuples. phase: in [0, 1). Returns: one in ten, evenly spaced; none of fewer than five."""
-    ends = [{min(column), max(column)} for column in zip(*controls)]
-    inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
-    count = min(len(inner), max(1, round(len(controls) / 10))) if len(controls) >= SMALLEST_SPLIT else 0
-    return [inner[int((i + phase) * len(inner) / count)] for i in range(count)]
+def read_data(data_root):
+    """Returns: the TrainingData in a folder: prompt.json, perhaps validation.json and controls.yaml."""
+    train, validation = split_rows(data_root)
+    controls = [row.control for row in train]
+    return TrainingData(train, validation, controls, *read_control_names(data_root, len(controls[0])))
 
 
 def read_control_names(data_root, control_dim):
     """Read a dataset's controls.yaml, such as {names: [angle], units: [degrees]}.
 
     Returns: (names, units), control_dim texts each; (None, None) without the file.
-    Raises: InputError if the file does not have as many.
     """
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
         return None, None
     config = read_yaml(file)
-    texts = each(TEXT, control_dim)
-    check(file, config, {"names": texts, "units": texts}, ("names", "units"), complete=False)
+    check(file, config, dict.fromkeys(("names", "units"), each(TEXT, control_dim)), ("names", "units"), complete=False)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
     return config.names, config.units
@@ -227,13 +214,11 @@ class ControlDataset(Dataset):
     """Latents, text embeddings and controls of rows, computed once by a LatentDiffusion.
 
     An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; the empty prompt's), control (d,), and
-    reference (C, h, w) if the rows have one.
-    Pictures of another size than image_size are resized. label: of the progress bar; None: no bar.
-    digest: {"rows", "pictures"}, digests of the rows and of the pixels that the model sees, whatever the files' names.
+    reference (C, h, w) if the rows have one. Pictures of another size than image_size are resized.
     """
 
     @torch.no_grad()
-    def __init__(self, rows, base, image_size, batch_size=16, label="encoding"):
+    def __init__(self, rows, base, image_size, batch_size=16):
         self.rows = rows
         self.controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
         prompts = sorted({row.prompt for row in rows})
@@ -241,22 +226,16 @@ class ControlDataset(Dataset):
         self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
         self.empty = base.embed([""])[0].float().cpu()
         pictures = {_key(picture): picture for row in rows for picture in row.pictures}
-        latents, sizes, shown, pictures = [], set(), [], list(pictures.values())
-        self.where = {_key(picture): i for i, picture in enumerate(pictures)}
-        for start in tqdm(range(0, len(pictures), batch_size), desc=label, disable=label is None):
+        self.where, pictures = {key: i for i, key in enumerate(pictures)}, list(pictures.values())
+        latents, sizes = [], set()
+        for start in tqdm(range(0, len(pictures), batch_size), desc="encoding", delay=2, leave=False):
             loaded = [load_picture(picture) for picture in pictures[start : start + batch_size]]
             sizes |= {picture.size for picture in loaded}
-            fitted = [fit_picture(picture, image_size) for picture in loaded]
-            shown += [hashlib.sha256(picture.tobytes()).digest() for picture in fitted]
-            latents.append(base.encode(pictures_to_tensor(fitted).to(base.device)).float().cpu())
+            fitted = pictures_to_tensor([fit_picture(picture, image_size) for picture in loaded])
+            latents.append(base.encode(fitted.to(base.device)).float().cpu())
         self.latents = torch.cat(latents)
         if line := describe_fit(sizes, image_size):
             print(line)
-        texts, pixels = hashlib.sha256(), hashlib.sha256()
-        for row in rows:
-            texts.update(json.dumps([row.control, row.prompt]).encode())
-            pixels.update(b"".join(shown[self.where[_key(picture)]] for picture in row.pictures))
-        self.digest = dict(rows=texts.hexdigest(), pictures=pixels.hexdigest())
 
     def __len__(self):
         return len(self.rows)
@@ -274,28 +253,22 @@ def _key(picture):
 class TrainingOrder(Sampler):
     """The order in which training takes rows: all of them, shuffled, again and again.
 
-    The n-th depends on the seed and n alone, so that a killed run goes on with the next, and several processes share
-    the rows.
+    The n-th depends on the seed and n alone, so that a killed run goes on, and several processes share the rows.
     rows: their number; None: endless, row n is the n-th. length: rows that each process takes in the whole run.
     first: rows that it has taken already.
     """
 
     def __init__(self, rows, length, seed, first=0, rank=0, processes=1):
         self.rows, self.length, self.seed = rows, length, seed
-        self.first, self.rank, self.processes = first, rank, processes
+        self.places = range(first * processes + rank, length * processes, processes)
 
     def __len__(self):
-        return self.length
+        return self.length  # Lightning counts those before `first` too
 
     def __iter__(self):
-        shuffled, order = None, None
-        for n in range(self.first, self.length):
-            n = n * self.processes + self.rank
-            if self.rows is None:
-                yield n
-                continue
-            if n // self.rows != shuffled:
-                shuffled = n // self.rows
-                generator = torch.Generator().manual_seed(hash((self.seed, shuffled)) % 2**63)
-                order = torch.randperm(self.rows, generator=generator)
-            yield order[n % self.rows].item()
+        @lru_cache(1)
+        def shuffled(turn):
+            return torch.randperm(self.rows, generator=torch.Generator().manual_seed(hash((self.seed, turn)) % 2**63))
+
+        for n in self.places:
+            yield n if self.rows is None else shuffled(n // self.rows)[n % self.rows].item()

@@ -1,17 +1,14 @@
 """What a training tells while it runs: lines on its data and progress, grids of pictures."""
 
-import itertools
-import sys
 import textwrap
 import time
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.utils.data import default_collate
 
 from cldm.calibration import PICTURES
@@ -21,10 +18,10 @@ from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
 GRID_SUBJECTS, GRID_CONTROLS, GRID_PICTURES = 12, 5, 24  # in a grid, at most; but two controls of every subject
-GRID_SIDE = 160  # pixels of a picture in a grid, at most
-LETTER = 6  # pixels, the width of a letter in it
+SIDE = 1.6  # inches of a picture in it
 LEAST_PSNR = 20  # dB, between pictures and the VAE's reconstruction of them
-TOLD_EVERY = 30  # seconds between progress lines where stdout is no terminal
+TOLD_EVERY = 15  # seconds between progress lines
+FLAT = 0.02  # val_loss has not changed if it changed by less than this share
 
 
 def describe_data(data, config):
@@ -34,14 +31,13 @@ def describe_data(data, config):
     for name, unit, values in zip(config.control_names, config.control_units, zip(*data.controls)):
         count = "drawn at random" if data.ranges else f"{len({*values})} values"
         lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}")
-    texts = sorted(set(data.prompts))
-    if texts != [""]:
+    if texts := sorted({*data.prompts} - {""}):
         shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
         lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")
     return lines
 
 
-def tell_bars(dataset, seen):
+def describe_bars(dataset, seen):
     """Returns: a line on what error bars were learned from. seen: whether the control was trained on it."""
     count = min(PICTURES, len(dataset))
     values = min(count, len(set(map(tuple, dataset.controls.tolist()))))
@@ -49,34 +45,53 @@ def tell_bars(dataset, seen):
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"
     if seen:
         return f"{text}: too narrow for new pictures; a validation.json would mend that"
-    if count < 10 or values < 3:
-        return f"{text}: too few to rely on; 10 pictures of 3 values in validation.json, or more rows, are enough"
-    return text
+    few = ": too few to rely on; 10 pictures of 3 values in validation.json, or more rows, are enough"
+    return text + few * (count < 10 or values < 3)
 
 
-def pick_rows(dataset):
-    """Returns: for each of at most GRID_SUBJECTS prompts, indices of rows spread over its controls."""
-    subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
-    most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
-    picked = []
-    for subject in subjects:
-        own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
-        own.sort(key=lambda i: dataset.rows[i].control)
-        picked.append([own[i] for i in np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)])
-    return picked
+def describe_losses(history, held_out):
+    """Returns: a sentence on the course of val_loss.
+
+    history: SaveBestAndLast's. held_out: whether validation shows pictures that training does not.
+    """
+    if not history:
+        return "no validation: five different numbers, or a validation.json, would tell how good it is"
+    _, losses, (base, *_) = zip(*history)
+    best, last = min(losses), losses[-1]
+    if last > (1 + FLAT) * best:
+        step = history[losses.index(best)][0]
+        trend = f"it has risen since step {step}, which is kept: more pictures would help, not more steps"
+    elif best > (1 - FLAT) * base:
+        trend = "the numbers are hardly used yet: try more steps (max_steps) or a higher learning_rate"
+    elif len(losses) == 1:
+        trend = "a single validation tells no trend"
+    elif last < (1 - FLAT) * min(losses[:-1]):
+        trend = "it was still falling: more steps would help (max_steps)"
+    else:
+        trend = "it has levelled off"
+    shown = "pictures that were not trained on" if held_out else "new pairs from the training photographs"
+    return f"val_loss {best:.4f} on {shown} (0 would be perfect; {base:.4f} without the control): {trend}"
 
 
 class PictureLogger(pl.Callback):
     """Every `every` steps, draws a row of pictures for every subject: target, reconstruction, generation.
 
-    They go to TensorBoard and to a PNG in `folder`. batch: pictures drawn at once.
+    They go to TensorBoard and to a PNG in `folder`. dataset: a ControlDataset. batch: pictures drawn at once.
     """
 
     def __init__(self, dataset, folder, every, batch):
         self.folder, self.every, self.batch = folder, every, batch
-        picked = pick_rows(dataset)
-        self.rows = [[dataset.rows[i] for i in own] for own in picked]
-        self.items = default_collate([dataset[i] for i in itertools.chain(*picked)])
+        subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
+        most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
+        picked = []  # (subject, place in its row, index in the dataset)
+        for k, subject in enumerate(subjects):
+            own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
+            own.sort(key=lambda i: dataset.rows[i].control)
+            spread = np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)
+            picked += [(k, place, own[i]) for place, i in enumerate(spread)]
+        self.places = [place for *place, _ in picked]
+        self.rows = [dataset.rows[i] for *_, i in picked]
+        self.items = default_collate([dataset[i] for *_, i in picked])
 
     @torch.no_grad()
     def on_train_start(self, trainer, module):
@@ -84,12 +99,15 @@ class PictureLogger(pl.Callback):
             return
         base, latents = module.model.base, self.items["latents"]
         size = latents.shape[-1] * base.downsampling
-        self.targets = [fit_picture(load_picture(row.target), size) for row in itertools.chain(*self.rows)]
+        targets = [fit_picture(load_picture(row.target), size) for row in self.rows]
         decoded = torch.cat([base.decode(part.to(module.device)).cpu() for part in latents.split(self.batch)])
-        errors = (pictures_to_tensor(self.targets) - decoded.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
-        self.decoded, self.psnr = tensor_to_pictures(decoded), -10 * errors.clamp_min(1e-10).log10()
-        middle = self.psnr.median().item()
-        print(f"the base's own reconstruction of the pictures: {middle:.1f} dB (median of {len(self.psnr)})")
+        errors = (pictures_to_tensor(targets) - decoded.clamp(-1, 1)).square().mean((1, 2, 3)) / 4
+        psnr, self.panels = -10 * errors.clamp_min(1e-10).log10(), []
+        for row, target, picture, own in zip(self.rows, targets, tensor_to_pictures(decoded), psnr.tolist()):
+            reference = {"reference": fit_picture(load_picture(row.reference), size)} if row.reference else {}
+            self.panels.append(reference | {"target": target, f"VAE, {own:.0f} dB": picture})
+        middle = psnr.median().item()
+        print(f"the base's own reconstruction of the pictures: {middle:.1f} dB (median of {len(psnr)})")
         if middle < LEAST_PSNR:
             print(
                 f"warning: below {LEAST_PSNR} dB the base hardly shows such pictures, and what it does not show cannot "
@@ -101,45 +119,34 @@ class PictureLogger(pl.Callback):
         if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
             return
         drawn = []
-        for start in range(0, len(self.targets), self.batch):
+        for start in range(0, len(self.rows), self.batch):
             some = {key: part[start : start + self.batch].to(module.device) for key, part in self.items.items()}
             target = Target(some["embeddings"], reference=some.get("reference"))
             drawn += draw_pictures(module.model, target, some["control"])
-        pixels = self.compose(module.model.control_net.config, drawn)
-        write_whole(self.folder / f"{step:06d}.png", lambda file: Image.fromarray(pixels).save(file, "png"))
-        if trainer.logger:
-            trainer.logger.experiment.add_image("target, VAE, generation", pixels, step, dataformats="HWC")
+        figure = self.compose(module.model.control_net.config, drawn)
+        write_whole(self.folder / f"{step:06d}.png", partial(figure.savefig, format="png"))
+        trainer.logger.experiment.add_figure("target, VAE, generation", figure, step)
 
     def compose(self, config, drawn):
-        """Returns: (H, W, 3) bytes, the pictures of all subjects with their prompts and the numbers asked for."""
-        side, columns, cells = min(GRID_SIDE, self.targets[0].width), max(map(len, self.rows)), []
-        pictures = zip(itertools.chain(*self.rows), self.targets, self.decoded, drawn, self.psnr.tolist())
-        for row, target, decoded, generated, psnr in pictures:
-            panels = {"reference": load_picture(row.reference)} if row.reference else {}
-            panels |= {"target": target, f"VAE, {psnr:.0f} dB": decoded, "drawn": generated}
-            numbers = zip(config.control_names, row.control, config.control_units)
-            text = ", ".join(f"{name} {value:.6g} {unit}".rstrip() for name, value, unit in numbers)
-            cells.append((panels, textwrap.fill(text, len(panels) * side // LETTER)))
-        height = side + 46 + 13 * max(text.count("\n") + 1 for _, text in cells)  # pixels, with the lines above
-        figure = Figure(((len(panels) * side + 10) * columns / 100, height * len(self.rows) / 100), dpi=100)
-        grid, cells = figure.subplots(len(self.rows), columns, squeeze=False), iter(cells)
-        top = 1 - (height - side) / height / len(self.rows)
-        figure.subplots_adjust(0, 0, 1, top, wspace=10 / (len(panels) * side), hspace=(height - side) / side)
+        """Returns: a matplotlib Figure, the pictures of all subjects with their prompts and the numbers asked for."""
+        height, width = (1 + max(own) for own in zip(*self.places))
+        count = 1 + len(self.panels[0])
+        figure = Figure(((count * SIDE + 0.2) * width, (SIDE + 0.8) * height), layout="constrained")
+        grid = figure.subplots(height, width, squeeze=False)
         for axes in grid.flat:
-            axes.tick_params(top=False, labeltop=True, bottom=False, labelbottom=False, left=False, labelleft=False)
-            axes.spines[:].set_visible(False)
-        for own, line in zip(self.rows, grid):
-            for row, axes, (panels, text) in zip(own, line, cells):
-                axes.imshow(np.hstack([fit_picture(panel, side) for panel in panels.values()]))
-                axes.set_xticks(side * (np.arange(len(panels)) + 0.5), list(panels), fontsize=8)
-                axes.set_title(plain(f"{row.prompt if row is own[0] else ''}\n{text}"), fontsize=8, loc="left")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3]
+            axes.axis("off")
+        for place, row, panels, generated in zip(self.places, self.rows, self.panels, drawn):
+            numbers = zip(config.control_names, row.control, config.control_units)
+            lines = [row.prompt, ", ".join(f"{name} {value:.6g} {unit}".rstrip() for name, value, unit in numbers)]
+            lines = [textwrap.fill(line, 24 * count) for line in (*lines, " | ".join([*panels, "drawn"]))]
+            axes = grid[*place]
+            axes.imshow(np.hstack([*panels.values(), generated]))
+            axes.set_title(plain("\n".join(filter(None, lines))), fontsize=8)
+        return figure
 
 
 class Progress(pl.Callback):
-    """Prints how far training is: in place on a terminal, else a line every TOLD_EVERY seconds."""
+    """Prints how far training is, every TOLD_EVERY seconds and after every validation."""
 
     def on_train_start(self, trainer, module):
         self.began = self.told = time.monotonic()
@@ -147,18 +154,15 @@ class Progress(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         self.losses.append(module.loss)
-        now, watched = time.monotonic(), trainer.is_global_zero and sys.stdout.isatty()
         last = trainer.global_step == trainer.max_steps and not trainer.val_dataloaders
-        if last or now - self.told > (1 if watched else TOLD_EVERY):
-            self.told = now
-            self.tell(trainer, end="\r" if watched else "\n")
+        if last or time.monotonic() - self.told > TOLD_EVERY:
+            self.tell(trainer)
 
     def on_validation_end(self, trainer, module):
         self.tell(trainer, f", val_loss {trainer.callback_metrics['val_loss'].item():.4f}")
 
-    def tell(self, trainer, more="", end="\n"):
-        step, steps = trainer.global_step, trainer.max_steps
-        loss = torch.stack([*self.losses]).mean()
-        left = (time.monotonic() - self.began) / max(1, step - self.first) * (steps - step)
+    def tell(self, trainer, more=""):
+        self.told, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
+        left = (self.told - self.began) / max(1, step - self.first) * (steps - step)
         left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
-        print(f"step {step} of {steps}, loss {loss:.4f}{more}, {left}".ljust(79), end=end, flush=True)
+        print(f"step {step} of {steps}, loss {torch.stack([*self.losses]).mean():.4f}{more}, {left}", flush=True)

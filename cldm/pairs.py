@@ -1,9 +1,7 @@
 """Pairs of pictures between which known things change, cut at random from any photographs."""
 
-import hashlib
 import math
 import random
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -37,23 +35,9 @@ def list_pictures(folder):
     return files
 
 
-def check_photos(files):
-    """Decode every photograph once, so that a broken one is found before training starts.
-
-    Returns: a digest of them all. Raises: InputError naming one that cannot be read.
-    """
-
-    def digest(file):
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
-
-    check_pictures(files)
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(digest, files))).hexdigest()
-
-
 def read_photos(train, validation, ranges, seed):
     """Returns: the TrainingData of pairs cut from photographs; ranges: as choose_changes returns them."""
+    check_pictures(train + validation)  # so that a broken one is found before training starts
     rng = random.Random(seed)
     drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
     controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
@@ -151,11 +135,6 @@ class FreshPairs(Dataset):
         self.files, self.ranges, self.base, self.image_size = files, ranges, base, image_size
         self.seed, self.number = seed, None
 
-    @property
-    def digest(self):
-        """{"controls", "pictures"}; reads all photographs. Raises: InputError naming one that cannot be read."""
-        return {"controls": str({n: [*b] for n, b in self.ranges.items()}), "pictures": check_photos(self.files)}
-
     def __getitem__(self, i):
         number = i // (POOL * PASSES)
         if number != self.number:
@@ -170,4 +149,4 @@ class FreshPairs(Dataset):
         for _ in range(count):
             reference, target, change = draw_pair(rng, self.files, self.image_size, self.ranges)
             rows.append(Row(tuple(change[name] for name in self.ranges), target, "", reference))
-        return ControlDataset(rows, self.base, self.image_size, label=None)
+        return ControlDataset(rows, self.base, self.image_size)

@@ -26,8 +26,6 @@ def checkpointing(model, enabled):
 
 def anywhere(trainer, condition):
     """Returns: whether a condition holds in any of the processes that train together."""
-    if trainer.world_size == 1:
-        return bool(condition)
     return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
 
 
@@ -35,9 +33,7 @@ class ControlTraining(pl.LightningModule):
     """Trains the control of a ControlLDM, and with sd_locked=False the decoder of the base's UNet too.
 
     learning_rate: at its peak; it falls to zero over `steps` steps as half a cosine. prompt_dropout: share of prompts
-    replaced by the empty one. The noise of a step depends on (seed, step, rank) alone, so that a resumed run repeats
-    what the killed one would have drawn.
-    run: {what: text or number}, by which a checkpoint knows its run.
+    replaced by the empty one. run: what describe_run returns, by which a checkpoint knows its run.
     """
 
     def __init__(self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, seed=0, run=None):
@@ -46,7 +42,6 @@ class ControlTraining(pl.LightningModule):
         self.learning_rate, self.steps = learning_rate, steps
         self.prompt_dropout, self.seed, self.run = prompt_dropout, seed, run or {}
         self.strict_loading = False  # checkpoints hold only what is trained
-        self.compared = False  # whether base_loss, the loss without the control, is known
         model.control_net.requires_grad_(True)
         model.control_net.controlnet_down_blocks.requires_grad_(not model.control_net.config.only_mid_control)
         if not sd_locked:
@@ -69,7 +64,8 @@ class ControlTraining(pl.LightningModule):
         return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
 
     def training_step(self, batch, _):
-        generator = torch.Generator().manual_seed(hash((self.seed, self.global_step, self.global_rank)) % 2**63)
+        place = self.seed, self.global_step, self.global_rank  # so that a resumed run draws what it would have drawn
+        generator = torch.Generator().manual_seed(hash(place) % 2**63)
         size = len(batch["latents"])
         noise = torch.randn(batch["latents"].shape, generator=generator).to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
@@ -81,23 +77,18 @@ class ControlTraining(pl.LightningModule):
         return loss
 
     def validation_step(self, batch, _):
-        """Log val_loss, and the first time base_loss, by the same noise and noise levels every time."""
+        """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
         total = self.model.base.scheduler.config.num_train_timesteps
         generator = torch.Generator().manual_seed(self.seed)
-        levels = torch.linspace(0, total - 1, 2 * VALIDATION_TIMESTEPS + 1)[1::2].long()
         kept = torch.ones(len(batch["latents"]), dtype=torch.bool, device=self.device)
-        batches = {"val_loss": batch} | ({} if self.compared else {"base_loss": batch | {"control": None}})
-        losses = {name: [] for name in batches}
-        for level in levels:
+        losses = {"val_loss": [], "base_loss": []}
+        for level in torch.linspace(0, total - 1, 2 * VALIDATION_TIMESTEPS + 1)[1::2].long().to(self.device):
             noise = torch.randn(batch["latents"].shape[1:], generator=generator).to(self.device)
-            timesteps = level.to(self.device).expand(len(kept))
-            for name, given in batches.items():
-                losses[name].append(self.denoising_loss(given, noise.expand_as(batch["latents"]), timesteps, kept))
+            how = noise.expand_as(batch["latents"]), level.expand(len(kept)), kept
+            losses["val_loss"].append(self.denoising_loss(batch, *how))
+            losses["base_loss"].append(self.denoising_loss(batch | {"control": None}, *how))
         means = {name: torch.stack(values).mean() for name, values in losses.items()}
         self.log_dict(means, sync_dist=True, batch_size=len(kept))
-
-    def on_validation_epoch_end(self):
-        self.compared = True
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
