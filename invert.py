@@ -42,19 +42,11 @@ from cldm.evidence import check_evidence
 from cldm.model import load_model
 from cldm.reading import read_and_profile, read_controls
 from cldm.report import describe_reading, draw_pictures, draw_reading
-from cldm.results import digest_model, digest_pictures, resume, summarize, tell_reading
+from cldm.results import digest_model, resume, summarize, tell_reading
 from cldm.rows import find_rows, parse_known
-from ldm.files import report_folder, write_whole
+from ldm.files import digest, report_folder, write_whole
 from ldm.pictures import check_picture, fit_picture, load_picture, tell_fit
-
-
-def check(s):
-    """Raises: InputError for a setting that cannot be."""
-    check_numbers(s, int, draws=(4, 1000), batch_size=(1, math.inf), seed=(0, 2**63 - 1))
-    if s.draws % 2:
-        raise InputError(f'setting "draws": expected an even number, since noise comes in pairs, got {s.draws}')
-    if not isinstance(s.figures, bool | None):
-        raise InputError(f'setting "figures": expected true or false, got {s.figures}')
+from ldm.schema import FLAG, expect, or_null
 
 
 def read(model, s, known, rows, unlike, figures):
@@ -111,14 +103,14 @@ def read_one(model, s, known, rows, unlike, out_dir):
 
 def read_many(model, s, known, rows, unlike, out_dir):
     """Read all targets, batch after batch, each kept in results.jsonl before the next begins."""
-    config, inputs = model.control_net.config, dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
-    lines = resume(out_dir, rows, inputs | {"sha256": digest_model(s.model_path, model.config.base)})
+    config, about = model.control_net.config, dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
+    about |= dict(rows=list(map(str, rows)), pictures=digest(file for row in rows for file in row.pictures))
+    lines = resume(out_dir, about | dict(sha256=digest_model(s.model_path, model.config.base)))
     for first in trange(len(lines), len(rows), s.batch_size, desc="reading", leave=False):
         some = slice(first, first + s.batch_size)
         reading, draw = read(model, s, known, rows[some], unlike[some], s.figures)
         for i, row in enumerate(rows[some]):
-            result = describe_reading(config, reading, i, row, s.seed)
-            lines.append(json.dumps(result | {"sha256": digest_pictures(row)}) + "\n")
+            lines.append(json.dumps(describe_reading(config, reading, i, row, s.seed)) + "\n")
         write_whole(out_dir / "results.jsonl", lambda file: file.write_text("".join(lines)))
         for i, row in enumerate(rows[some] if s.figures else []):
             save_figure(draw(i), out_dir / f"{first + i + 1:05d}_{row.target.stem}.png")
@@ -126,7 +118,10 @@ def read_many(model, s, known, rows, unlike, out_dir):
 
 
 def main(s):
-    check(s)
+    check_numbers(s, int, draws=(4, 1000), batch_size=(1, math.inf), seed=(0, 2**63 - 1))
+    expect('setting "figures": expected', s.figures, or_null(FLAG))
+    if s.draws % 2:
+        raise InputError(f'setting "draws": expected an even number, since noise comes in pairs, got {s.draws}')
     many = ("settings.yaml", "sha256", "results.jsonl", *(["?????_*.png"] if s.figures else []))
     out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)

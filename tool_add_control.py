@@ -25,33 +25,22 @@ if __name__ == "__main__":
 import math
 
 from cldm.conversion import add_control, import_control
-from cldm.dataset import parse_control
 from cldm.model import control_folder, load_base, save_model
+from ldm.base import PREDICTION
 from ldm.checkpoints import find_control, read_weights
 from ldm.files import find_path
+from ldm.schema import Rule, each, expect, number, or_null
 
-
-def check(s):
-    """Raises: InputError for a setting that cannot be."""
-    check_numbers(s, int, control_dim=(1, math.inf))
-    if s.prediction_type not in (None, "epsilon", "v_prediction"):
-        raise InputError(f'setting "prediction_type": expected epsilon or v_prediction, got {s.prediction_type}')
-    if s.control_range is not None:
-        try:
-            low, high = parse_control(s.control_range)
-        except ValueError:
-            low = high = math.nan
-        if not low < high:
-            raise InputError(f"control_range: expected [low, high], two numbers, got {s.control_range}")
+RANGE = Rule("[low, high], two numbers", lambda value: each(number(), 2).holds(value) and value[0] < value[1])
 
 
 def main(s, paths):
-    check(s)
-    inputs = [find_path(path) for path in (paths[0], s.encoder) if path]
-    control_folder(paths[1], s.overwrite, inputs=inputs)  # before anything large is read
+    check_numbers(s, int, control_dim=(1, math.inf))
+    expect('setting "prediction_type": expected', s.prediction_type, or_null(PREDICTION))
+    expect('setting "control_range": expected', s.control_range, or_null(RANGE))
+    output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
     base, config = load_base(paths[0], s.prediction_type)
     file = find_path(config.base)
-    output = control_folder(paths[1], s.overwrite, inputs=[file])
     found = find_control(read_weights(file)) if file.is_file() else {}
     if any(name.startswith("mlp.") for name in found):
         check_used(s, settings, "on a control that the file brings", "control_dim", "hint", "encoder")

@@ -18,8 +18,9 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
+import torch
+
 from cldm.calibration import calibrate
-from cldm.conversion import MOST_PROMPTS
 from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
@@ -30,22 +31,18 @@ from tutorial_train import read
 
 def main(s, paths):
     check_numbers(s, int, seed=(0, 2**32 - 1))
-    model = load_model(paths[0], device=s.device)
+    model, data = load_model(paths[0], device=s.device), read(s)
     folder = output_folder(find_path(paths[0]))
-    data = read(s)
-    config, size = model.control_net.config, model.config.image_size
-    ranges = list(zip(*search_bounds(config)))
-    fits = data.names is None or list(data.names) == list(config.control_names)
-    fits = fits and len(data.controls[0]) == len(ranges) and bool(s.pairs) <= model.control_net.uses_reference
-    if not fits or any(not low <= value <= high for own in data.controls for value, (low, high) in zip(own, ranges)):
+    config, (low, high) = model.control_net.config, search_bounds(model.control_net.config)
+    controls = torch.tensor(data.controls, dtype=torch.float64)
+    fits = data.names in (None, list(config.control_names)) and bool(s.pairs) <= model.control_net.uses_reference
+    if not fits or controls.shape[1:] != low.shape or not ((low <= controls) & (controls <= high)).all():
         raise InputError(
             f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(config.control_names)} from "
             f"{list(config.control_low)} to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
-    chosen = model.base, size, s.seed
+    chosen = model.base, model.config.image_size, s.seed
     dataset = validation_set(data, *chosen) or training_set(data, *chosen)
-    if config.prompts is None:
-        model.control_net.register_to_config(prompts=sorted(set(data.prompts))[:MOST_PROMPTS])
     calibrate(model, folder, dataset)
     print(describe_bars(dataset, seen=not data.validation))
 

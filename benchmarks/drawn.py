@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import answer, check_numbers, override, run_script, write_yaml
+from ldm.schema import write_yaml
+from ldm.settings import answer, check_numbers, override, run_script
 
 settings = dict(
     data_root="outputs/drawn/data",  # the pictures are drawn into it

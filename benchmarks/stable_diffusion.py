@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import answer, check_numbers, read_yaml, run_script, write_yaml
+from ldm.schema import read_config, write_yaml
+from ldm.settings import answer, check_numbers, run_script
 
 settings = dict(
     versions="all",  # or "1.5", or "2.1"
@@ -164,7 +165,7 @@ def main(s):
     print("| | seconds | memory |\n| --- | --- | --- |")
     for version in versions:
         folder, (file, prediction_type) = output_folder(out_dir / version), VERSIONS[version]
-        config, checkpoint = read_yaml(ROOT / "models" / file), folder.resolve() / "base.safetensors"
+        config, checkpoint = read_config(ROOT / "models" / file), folder.resolve() / "base.safetensors"
         architecture = ROOT / config["architecture"]
         own = dict(base=str(checkpoint), image_size=s.image_size, precision=s.precision)
         write_yaml({**config, **own, "prediction_type": prediction_type}, folder / "base.yaml")

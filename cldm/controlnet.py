@@ -6,7 +6,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 
 from cldm.hints import HINTS, CoordinateHint, DenseHint
 from cldm.reference import ReferenceHint
-from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_json
+from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_config
 from ldm.settings import InputError
 
 
@@ -17,7 +17,7 @@ def default_names(control_dim):
 
 def check_control(file):
     """Check the config.json of a NumericControlNet. Raises: InputError naming the key, if it says what it cannot."""
-    config = read_json(file)
+    config = read_config(file)
     if config.get("_class_name") != "NumericControlNet":
         what = f"holds a {config.get('_class_name')}, expected a NumericControlNet, as tutorial_train.py leaves it"
         raise InputError(f"{file}: {what}")

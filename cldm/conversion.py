@@ -37,8 +37,8 @@ def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, 
     if encoder:
         weights = read_weights(find_path(encoder))
         if not (found := find_control(weights)):
-            what = identify(weights) or "weights of an unknown kind"
-            raise InputError(f"encoder {encoder}: holds {what}, expected a ControlNet in the original layout")
+            what = f"holds {identify(weights)}, expected a ControlNet in the original layout"
+            raise InputError(f"encoder {encoder}: {what}")
         fill_control(control_net, found, encoder, keep="controlnet_")
     return ControlLDM(base, control_net, config)
 
@@ -97,33 +97,31 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
     """
     config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
     low, high = controls.amin(0), controls.amax(0)
-    zero_convolutions = *control_net.controlnet_down_blocks, control_net.controlnet_mid_block
-    trained = any(layer.weight.any() for layer in zero_convolutions)
     own, unnamed = (list(config.control_names), list(config.control_units)), (default_names(len(low)), [""] * len(low))
-    if trained and names and own not in ((names, units), unnamed):
-        said = [", ".join(f"{name} {unit}".strip() for name, unit in zip(*both)) for both in (own, (names, units))]
-        raise InputError(
-            f"resume_path: was trained on {said[0]}, the data has {said[1]}; if they are the same, name them so in "
-            "controls.yaml, else train a fresh control (no resume_path)"
-        )
-    names, units = (names, units) if names else own if trained else unnamed
-    if trained and config.control_low is not None:
-        before = [torch.tensor(bound, dtype=torch.float64) for bound in (config.control_low, config.control_high)]
-        low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-        for name, unit, *ends in zip(names, units, low, high, *before):
-            if ends[:2] != ends[2:]:
-                text = "{:.10g} to {:.10g}, which was {:.10g} to {:.10g}".format(*ends)
-                print(f"the range of {name} is now {text} {unit}".rstrip())
-    elif not trained:
+    zero_convolutions = *control_net.controlnet_down_blocks, control_net.controlnet_mid_block
+    if not any(layer.weight.any() for layer in zero_convolutions):  # never trained
+        names, units = (names, units) if names else unnamed
         for name, value, constant in zip(names, low, high == low):
             if constant:
-                raise InputError(
-                    f"nothing to learn: {name} is {value:.10g} in all rows of the training data; it needs at least two "
-                    "values, or leave it out"
-                )
+                raise InputError(f"nothing to learn: {name} is {value:.10g} in all rows of the training data")
         size = controls.abs().amax(0)  # without it, squares of numbers near the ends of float64 overflow
         mean, std = (controls / size).mean(0) * size, (controls / size).std(0, correction=0) * size
         control_net.register_to_config(control_mean=mean.tolist(), control_std=std.tolist())
+    else:
+        if names and own not in ((names, units), unnamed):
+            said = [", ".join(f"{name} {unit}".strip() for name, unit in zip(*both)) for both in (own, (names, units))]
+            raise InputError(
+                f"resume_path: was trained on {said[0]}, the data has {said[1]}; if they are the same, name them so in "
+                "controls.yaml, else train a fresh control (no resume_path)"
+            )
+        names, units = (names, units) if names else own
+        if config.control_low is not None:
+            before = [low.new_tensor(bound) for bound in (config.control_low, config.control_high)]
+            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+            for name, unit, *ends in zip(names, units, low, high, *before):
+                if ends[:2] != ends[2:]:
+                    text = "{:.10g} to {:.10g}, which was {:.10g} to {:.10g}".format(*ends)
+                    print(f"the range of {name} is now {text} {unit}".rstrip())
     prompts = [prompt for prompt, _ in Counter(prompts).most_common()] + list(config.get("prompts") or [])
     control_net.register_to_config(
         control_names=names,

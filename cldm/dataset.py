@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from ldm.pictures import check_picture, describe_fit, fit_picture, load_picture, pictures_to_tensor
-from ldm.schema import TEXT, Rule, check, each
-from ldm.settings import InputError, read_yaml
+from ldm.schema import TEXT, Rule, check, each, read_config
+from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
@@ -180,7 +180,7 @@ def read_control_names(data_root, control_dim):
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
         return None, None
-    config = read_yaml(file)
+    config = read_config(file)
     check(file, config, dict.fromkeys(("names", "units"), each(TEXT, control_dim)), ("names", "units"), complete=False)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")

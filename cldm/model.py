@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from cldm.controlnet import NumericControlNet, check_control
 from cldm.dataset import recognize_prompt
-from ldm.base import LatentDiffusion, load_part
+from ldm.base import PREDICTION, LatentDiffusion, load_part
 from ldm.checkpoints import SD2, check_finite, identify, read_weights, to_half
 from ldm.ddim import ddim_sample, ddim_schedule
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder
 from ldm.pictures import fit_picture, pictures_to_tensor
-from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_json
-from ldm.settings import InputError, Settings, read_yaml, write_yaml
+from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_config, write_yaml
+from ldm.settings import InputError, Settings
 from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
@@ -36,7 +36,7 @@ YAML = {
     "n_prompt": TEXT,
     "architecture": or_null(TEXT),
     "use_ema": FLAG,
-    "prediction_type": or_null(one_of("epsilon", "v_prediction")),
+    "prediction_type": or_null(PREDICTION),
     "precision": one_of("float32", "float16", "bfloat16"),
 }
 REQUIRED = ("base", "image_size", "a_prompt", "n_prompt")
@@ -171,7 +171,7 @@ class ControlLDM(nn.Module):
 
 def read_model_yaml(path):
     """Returns: the Settings in a base's YAML, or in a control's. Raises: InputError for what it cannot say."""
-    config = read_yaml(path)
+    config = read_config(path)
     check(path, config, YAML, REQUIRED)
     return config
 
@@ -209,7 +209,7 @@ def describe(path):
         name = "cldm_v21" if identify(read_weights(path)) == SD2 else "cldm_v15"
         return configs[name] | {"prediction_type": None}
     text = path / "text_encoder" / "config.json"
-    width = read_json(text).get("hidden_size") if text.is_file() else None
+    width = read_config(text).get("hidden_size") if text.is_file() else None
     name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
     return configs[name] | {"image_size": None, "prediction_type": None}
 
@@ -223,8 +223,6 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
     Raises: InputError if the folder, or its base, is missing or incomplete, or if they do not belong together.
     """
     path = find_path(path)
-    if not path.is_dir():
-        raise InputError(f"model_path {path}: no such folder; tutorial_train.py makes one")
     if not (path / MODEL_YAML).is_file():
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
     check_control(path / "config.json")

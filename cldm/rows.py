@@ -1,7 +1,6 @@
 """What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
 
 import glob
-import os
 from pathlib import Path
 
 from cldm.dataset import Row, parse_control, read_rows
@@ -41,18 +40,15 @@ def find_targets(s, defaults, reference):
         return [Row(None, find_path(s.target_image_path), s.prompt, reference)]
     check_used(s, defaults, "with targets", "target_image_path")
     path = find_path(s.targets)
-    if path.is_dir():
-        return [Row(None, file, s.prompt, reference) for file in list_pictures(path)]
-    if files := [] if path.exists() else sorted(glob.glob(os.path.expanduser(s.targets))):
-        return [Row(None, Path(file), s.prompt, reference) for file in files]
-    if not path.exists() or path.suffix.lower() in SUFFIXES:
-        there = path.exists()
-        found = "a picture, which target_image_path takes" if there else "not there, nor does a picture match it"
-        raise InputError(f"targets {s.targets}: {found}; expected a folder, a glob or a prompt.json")
-    if s.prompt or reference:
-        key = "prompt" if s.prompt else "input_image_path"
-        raise InputError(f'setting "{key}": has no effect with targets, whose rows say it; leave it out')
-    return read_rows(path, known=False)
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        if s.prompt or reference:
+            key = "prompt" if s.prompt else "input_image_path"
+            raise InputError(f'setting "{key}": has no effect with targets, whose rows say it; leave it out')
+        return read_rows(path, known=False)
+    files = list_pictures(path) if path.is_dir() else [path] if path.exists() else sorted(glob.glob(str(path)))
+    if not files:
+        raise InputError(f'targets {path}: not there; expected a folder, pictures like "photos/*.jpg" or a prompt.json')
+    return [Row(None, Path(file), s.prompt, reference) for file in files]
 
 
 def parse_known(text, names):

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import InputError, answer, check_numbers, check_used, run_script, write_yaml
+from ldm.schema import write_yaml
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     angles=None,  # a list, degrees; None: -5, -4 … 5, and -3.5, 0.5, 2.5 into validation.json

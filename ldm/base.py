@@ -2,97 +2,78 @@
 
 import re
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import SCHEDULER_DEFAULT_CONFIG
 from torch import nn
 from transformers import CLIPTextModel
 
-from ldm.checkpoints import INPUTS, cause, check_finite, load_single_file, refuse_download
+from ldm.checkpoints import check_download, check_finite, load_single_file
 from ldm.files import find_path
-from ldm.schema import check, each, number, one_of, or_null, read_json
-from ldm.settings import InputError
+from ldm.schema import InputError, check, one_of, read_config, reason
 from ldm.text import LENGTH, clip_tokenizer, tokenize
 
 PIXELS_AT_ONCE = 16 * 128**2  # the VAE's largest batch, unless one picture is larger
 
+PREDICTION = one_of("epsilon", "v_prediction")
+VARIANTS = ("", "fp32", "fp16", "bf16")  # of weights, as diffusers names them, without those such as non_ema
+BETAS = ("beta_start", "beta_end", "beta_schedule")
 # The keys of diffusers' noise schedules that describe the noise and the prediction; the others describe sampling.
-NOISE = {
-    "num_train_timesteps": number(2, whole=True),
-    "beta_start": number(0, 1),
-    "beta_end": number(0, 1),
-    "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
-    "trained_betas": or_null(each(number(0, 1))),
-    "prediction_type": one_of("epsilon", "v_prediction"),
-}
-# Keys of a UNet's configuration that ask for inputs beyond noise, timestep and text, and the models that have them.
-BEYOND_TEXT = {
-    "addition_embed_type": "Stable Diffusion XL",
-    "class_embed_type": "unCLIP",
-    "num_class_embeds": "an upscaler",
-    "encoder_hid_dim_type": "Kandinsky or DeepFloyd",
-    "time_cond_proj_dim": "a latent consistency model",
-}
+NOISE = (*BETAS, "num_train_timesteps", "trained_betas", "rescale_betas_zero_snr", "prediction_type")
+# Keys of a UNet's configuration that ask for inputs beyond noise, timestep and text.
+BEYOND_TEXT = (
+    *("addition_embed_type", "class_embed_type", "num_class_embeds"),  # Stable Diffusion XL, unCLIP, an upscaler
+    *("encoder_hid_dim_type", "time_cond_proj_dim"),  # Kandinsky or DeepFloyd, a latent consistency model
+)
 
 
 def load_part(cls, folder, **kwargs):
-    """`cls.from_pretrained` from a local folder, in any variant; safetensors are preferred to pickles.
-
-    Raises: InputError if it is missing or broken.
-    """
+    """`cls.from_pretrained` from a local folder, in any variant. Raises: InputError if it is missing or broken."""
     if not folder.is_dir():
         index = folder.parent / "model_index.json"
-        what = f" (it is a {read_json(index).get('_class_name')})" if index.is_file() else ""
+        what = f" (it is a {read_config(index).get('_class_name')})" if index.is_file() else ""
         raise InputError(f"model folder {folder.parent}: no {folder.name}/ in it{what}")
-    named = r"[a-z_]*model(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.(safetensors|bin)"
-    weights = [match for file in sorted(folder.iterdir()) if (match := re.fullmatch(named, file.name))]
-    for match in weights:
-        refuse_download(folder / match[0])
-    safe = any(match[4] == "safetensors" for match in weights)
-    variants = {(m[1] or m[3] or "").removeprefix(".") for m in weights if safe == (m[4] == "safetensors")}
-    variant = min(variants, key=lambda name: (name not in ("", "fp32", "fp16", "bf16"), len(name), name), default="")
-    options = dict(local_files_only=True, use_safetensors=safe, output_loading_info=True, variant=variant or None)
+    files = [file for file in folder.glob("*model*") if file.suffix in (".safetensors", ".bin")]
+    for file in files:
+        check_download(file)
+    whole = [re.sub(r"-\d+-of-\d+", "", file.name) for file in files]  # of what is split into several files
+    variants = {".".join(name.split(".")[1:-1]) for name in whole}
+    variant = min(variants, key=lambda name: (name not in VARIANTS, len(name), name), default="")
+    options = dict(local_files_only=True, output_loading_info=True, variant=variant or None)
     try:
         part, info = cls.from_pretrained(folder, **options, **kwargs)
     except Exception as error:  # a damaged configuration raises any kind
-        raise InputError(f"{folder}: not a whole {cls.__name__} ({cause(error)})") from None
+        raise InputError(f"{folder}: not a whole {cls.__name__} ({reason(error)})") from None
     if info["missing_keys"]:
         raise InputError(f"{folder}: not a whole {cls.__name__} (no weights for {min(info['missing_keys'])})")
     if info["unexpected_keys"] and cls is not CLIPTextModel:  # which may come with a projection that is not used
-        what = f"its configuration has no place for {min(info['unexpected_keys'])}"
-        raise InputError(f"{folder}: another model than a {cls.__name__} ({what})")
+        raise InputError(f"{folder}: another model than a {cls.__name__}, with {min(info['unexpected_keys'])}")
     return part
 
 
 def load_scheduler(folder, prediction_type=None, overrule=False):
     """Read any of diffusers' noise schedules, from folder/scheduler, as the DDIM schedule that we sample with.
 
-    The noise is that of its own class. Of its sampling options, those that DDIM knows are kept, except a custom grid
-    of timesteps; missing ones are Stable Diffusion's. As in diffusers' pipelines, latents are not clipped and timesteps
-    count from 1.
+    What it leaves open is as in Stable Diffusion. As in diffusers' pipelines, latents are not clipped and timesteps
+    count from 1; a custom grid of timesteps is not followed.
     prediction_type: what the UNet predicts, where the schedule does not say so. overrule: it replaces what the schedule
     says, which is that of another UNet.
     Raises: InputError if DDIM cannot follow it.
     """
     file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        raise InputError(f"model folder {folder}: no scheduler/scheduler_config.json in it")
-    config = read_json(file)
-    if prediction_type and not overrule and config.get("prediction_type", prediction_type) != prediction_type:
-        what = f'says "prediction_type": {config["prediction_type"]}, the YAML {prediction_type}'
+    config = read_config(file)
+    said = config.get("prediction_type")
+    if said and prediction_type not in (None, said) and not overrule:
+        what = f'says "prediction_type": {said}, the YAML {prediction_type}'
         raise InputError(f"{file}: {what}; a folder knows it, so leave it out of the YAML, or correct the file")
     config |= {"prediction_type": prediction_type} if prediction_type else {}
-    check(file, config, NOISE, complete=False)
-    kind = config.get("_class_name", "DDIMScheduler")
+    check(file, config, {"prediction_type": PREDICTION}, complete=False)
     try:
-        own = getattr(diffusers, kind).from_config(config)
-        said = {**SCHEDULER_DEFAULT_CONFIG, **own.config, **config}
+        if missing := [key for key in BETAS if key not in config]:
+            raise ValueError(f"it has no {missing[0]}")
         scheduler = DDIMScheduler(
-            **{key: own.config[key] for key in NOISE},
-            rescale_betas_zero_snr=said.get("rescale_betas_zero_snr", False),
-            set_alpha_to_one=said["set_alpha_to_one"],
-            timestep_spacing="trailing" if said["timestep_spacing"] == "trailing" else "leading",
+            **{key: config[key] for key in NOISE if key in config},
+            set_alpha_to_one=config.get("set_alpha_to_one", False),
+            timestep_spacing="trailing" if config.get("timestep_spacing") == "trailing" else "leading",
             steps_offset=1,
             clip_sample=False,
         )
@@ -100,37 +81,29 @@ def load_scheduler(folder, prediction_type=None, overrule=False):
         falling = left[0] < 1 and (left.diff() < 0).all() and left[-1] >= 0
         if not falling or len(left) != scheduler.config.num_train_timesteps:
             raise ValueError("its betas must leave less of the picture at every timestep")
+        if left[-1] == 0 and scheduler.config.prediction_type == "epsilon":  # the noise says nothing there
+            raise ValueError('"prediction_type" must be v_prediction where only noise is left at the last timestep')
     except Exception as error:  # a damaged configuration raises any kind
-        raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({cause(error)})") from None
-    if left[-1] == 0 and scheduler.config.prediction_type == "epsilon":
-        raise InputError(
-            f'{file}: "prediction_type" must be v_prediction where only noise is left at the last timestep '
-            "(rescale_betas_zero_snr), got epsilon: there, the noise says nothing about the picture"
-        )
+        kind = config.get("_class_name")
+        raise InputError(f"{file}: no noise schedule that DDIM can follow, {kind} ({reason(error)})") from None
     return scheduler
 
 
 def check_parts(where, vae, text_encoder, unet):
     """Raises: InputError if the parts of a base do not belong together, or are of another kind of model."""
     config, text = unet.config, text_encoder.config
-    latents, width = vae.config.latent_channels, config.cross_attention_dim
+    takes, latents, width = config.in_channels, vae.config.latent_channels, config.cross_attention_dim
+    beyond = [key for key in BEYOND_TEXT if config.get(key) not in (None, "text")]
+    length, words = text.max_position_embeddings, text.vocab_size
     faults = {
-        f"its UNet is given more than a text ({key}: {config[key]}): {whose}": config.get(key) not in (None, "text")
-        for key, whose in BEYOND_TEXT.items()
-    }
-    faults |= {
-        f"its UNet takes {config.in_channels} channels and returns {config.out_channels}: "
-        f"{INPUTS.get(config.in_channels, 'another kind of model')}": config.in_channels != config.out_channels,
-        f"its UNet draws latents of {config.in_channels} channels, its VAE's have {latents}: parts of two models": (
-            config.in_channels != latents
+        f"its UNet is given more than a text ({', '.join(beyond)})": beyond,
+        f"its UNet takes {takes} channels and returns {config.out_channels}": takes != config.out_channels,
+        f"its UNet draws latents of {takes} channels, its VAE's have {latents}": takes != latents,
+        f"its UNet takes texts of width {width}, its text encoder's are {text.hidden_size}": width != text.hidden_size,
+        f"its text encoder knows {words} tokens, {length} a prompt, not CLIP's": (
+            length < LENGTH or words < clip_tokenizer().vocab_size
         ),
-        f"its UNet takes texts of width {width}, its text encoder's are {text.hidden_size}: parts of two models": (
-            width != text.hidden_size
-        ),
-        f"its text encoder knows {text.vocab_size} tokens, {text.max_position_embeddings} a prompt, not CLIP's": (
-            text.max_position_embeddings < LENGTH or text.vocab_size < clip_tokenizer().vocab_size
-        ),
-        "its VAE shifts its latents: Stable Diffusion 3 or Flux": vae.config.get("shift_factor") is not None,
+        "its VAE shifts its latents, as Stable Diffusion 3's": vae.config.get("shift_factor") is not None,
     }
     for fault, found in faults.items():
         if found:
@@ -162,15 +135,13 @@ class LatentDiffusion(nn.Module):
             if folder is None or not folder.is_dir():
                 raise InputError(f'base {path}: "architecture" must be a folder like models/sd15, got {architecture}')
             parts = load_single_file(path, folder, use_ema, prediction_type)
-        elif path.is_dir():
+        else:
             folder, options = path, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
             parts = (
                 load_part(AutoencoderKL, path / "vae", **options),
                 load_part(CLIPTextModel, path / "text_encoder", dtype=dtype),
                 load_part(UNet2DConditionModel, path / "unet", **options),
             )
-        else:
-            raise InputError(f"base {path}: no such file or folder")
         schedule = load_scheduler(folder, prediction_type, overrule=path.is_file())
         check_parts(path, *parts)
         for part in parts:

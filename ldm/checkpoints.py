@@ -1,10 +1,8 @@
 """Stable Diffusion's original single-file checkpoints, recognised by their contents, never by their names."""
 
-import pickle
 import re
 import zipfile
 from functools import partial
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -14,12 +12,10 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ldm.schema import read_json
-from ldm.settings import InputError
+from ldm.schema import InputError, read_config, reason
 
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
 CONTROL = "control_model."  # prefix of a ControlNet's keys in the original layout
@@ -39,30 +35,22 @@ KINDS = {
     "a VAE alone": ("decoder.conv_in.",),
     "a text encoder alone": ("text_model.", "resblocks."),
 }
-# Input channels of a UNet -> what it is. Stable Diffusion's has 4.
-INPUTS = {5: "a depth-to-image model", 7: "an upscaler", 8: "InstructPix2Pix", 9: "an inpainting model"}
 # v1-5-pruned.ckpt refers to this class; an empty one takes its place when the file is read.
 LIGHTNING_CALLBACK = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 AROUND = ("state_dict", "model", "module")  # keys under which trainers save the weights
 WRAPPED = ("module.", "_orig_mod.")  # prefixes that trainers add to every key
 
 
-def cause(error):
-    """Returns: the one line of an error of torch or diffusers that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
-    return lines[0] if lines else type(error).__name__
-
-
-def refuse_download(file):
-    """Raises: InputError for what a failed download leaves: a Git LFS pointer or a web page."""
-    with open(file, "rb") as opened:
-        start = opened.read(100).lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(
-            f"{file}: a Git LFS pointer, not the weights it points to; run `git lfs pull` where it is from"
-        )
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{file}: a web page, not a file of weights; download the file itself, not its page")
+def check_download(file):
+    """Returns: a file's first bytes. Raises: InputError for what a failed download leaves, and if it is not there."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(100)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({reason(error)})") from None
+    if start.lstrip().lower().startswith((b"version https://git-lfs", b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{file}: no weights, but a web page or a Git LFS pointer; download the file itself")
+    return start
 
 
 def read_weights(file):
@@ -71,25 +59,18 @@ def read_weights(file):
     Returns: {key: tensor}, unwrapped from what trainers save around it.
     Raises: InputError unless it is a whole file of weights.
     """
-    file = Path(file)
+    safe = check_download(file)[8:9] == b"{"  # after eight bytes of length, JSON
     try:
-        refuse_download(file)
-        with open(file, "rb") as opened:
-            safe = opened.read(9)[8:] == b"{"  # eight bytes of length, then JSON
         if safe:
             weights = load_file(file)
         else:
             with torch.serialization.safe_globals([(type("Callback", (), {}), LIGHTNING_CALLBACK)]):
                 weights = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file") from None
-    except InputError:
-        raise
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch and safetensors raise many kinds
         if name := re.search(r"GLOBAL (\S+)", str(error)):
             what = f"refused, its pickle would run {name[1]}; expected tensors alone, best as .safetensors"
         else:
-            what = f"truncated, or no file of weights ({cause(error)}); expected .safetensors or .ckpt"
+            what = f"truncated, or no file of weights ({reason(error)}); expected .safetensors or .ckpt"
         raise InputError(f"{file}: {what}") from None
     while isinstance(weights, dict) and (inner := [key for key in AROUND if isinstance(weights.get(key), dict)]):
         weights = weights[inner[0]]
@@ -105,11 +86,11 @@ def read_weights(file):
 
 
 def identify(weights):
-    """Returns: what a file of weights holds, one of KINDS, or None."""
+    """Returns: what a file of weights holds, in words."""
     for kind, marks in KINDS.items():
         if any(mark in key for key in weights for mark in marks):
             return kind
-    return None
+    return "weights of an unknown kind"
 
 
 def load_single_file(file, architecture, use_ema=False, prediction_type=None):
@@ -121,20 +102,15 @@ def load_single_file(file, architecture, use_ema=False, prediction_type=None):
     Raises: InputError if the file is not whole, or does not fit the architecture.
     """
     weights = read_weights(file)
-    vae_config, unet_config = (read_json(architecture / part / "config.json") for part in ("vae", "unet"))
-    found = identify(weights) or "weights of an unknown kind"
-    channels = getattr(weights.get("model.diffusion_model.input_blocks.0.0.weight"), "shape", (0, 4))[1]
-    found = INPUTS.get(channels, found)
+    vae_config, unet_config = (read_config(architecture / part / "config.json") for part in ("vae", "unet"))
+    found = identify(weights)
     expected = SD2 if unet_config.get("use_linear_projection") else SD1
     if found != expected:
         raise InputError(f"{file}: holds {found}, {architecture.name} expects {expected}")
     starts = {key.split(".")[0] for key in weights}
-    plain, averaged = "model" in starts, "model_ema" in starts
-    if averaged and not plain:
-        what = "its UNet's averaged weights (model_ema.…) alone, whose names tell no layer from another"
-        raise InputError(f"{file}: holds {what}; expected model.diffusion_model.… beside them, or in their place")
-    if use_ema and not averaged:
-        raise InputError(f"{file}: has no averaged weights (model_ema.…); set use_ema: false")
+    for start in ("model", "model_ema") if use_ema else ("model",):
+        if start not in starts:
+            raise InputError(f"{file}: no {start}.… in it, expected model.…, and with use_ema: true model_ema.… too")
     if found == SD2 and not prediction_type:
         raise InputError(
             f"{file}: {SD2}, which does not say what it predicts; set prediction_type, in the YAML of the base or as a "
@@ -146,29 +122,26 @@ def load_single_file(file, architecture, use_ema=False, prediction_type=None):
             vae, unet = AutoencoderKL.from_config(vae_config), UNet2DConditionModel.from_config(unet_config)
         text_encoder = CLIPTextModel(text_config)
     except Exception as error:  # a damaged configuration raises any kind
-        raise InputError(f"architecture {architecture}: cannot be built ({cause(error)})") from None
+        raise InputError(f"architecture {architecture}: cannot be built ({reason(error)})") from None
     convert_text = partial(convert_open_clip_checkpoint, text_encoder) if found == SD2 else convert_ldm_clip_checkpoint
-    parts = {
-        vae: lambda: convert_ldm_vae_checkpoint(weights, vae_config),
-        text_encoder: lambda: {k.removeprefix("text_model."): t for k, t in convert_text(weights).items()},
-        unet: lambda: convert_ldm_unet_checkpoint(weights, unet_config, extract_ema=use_ema),
-    }
-    for part, convert in parts.items():
-        try:
-            converted = convert()
-        except (LookupError, TypeError, AttributeError) as error:  # how the converters miss a weight
-            raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {error})") from None
-        fill(part, converted, file)
-    return tuple(parts)
+    fill(vae, lambda: convert_ldm_vae_checkpoint(weights, vae_config), file)
+    fill(text_encoder, lambda: {k.removeprefix("text_model."): t for k, t in convert_text(weights).items()}, file)
+    fill(unet, lambda: convert_ldm_unet_checkpoint(weights, unet_config, extract_ema=use_ema), file)
+    return vae, text_encoder, unet
 
 
-def fill(part, weights, file):
-    """Put converted weights into a model. Raises: InputError if one is missing, of another shape or not finite."""
-    weights = {key: tensor for key, tensor in weights.items() if tensor is not None}  # the converters' missing ones
+def fill(part, convert, file):
+    """Put the weights that `convert()` returns into a model.
+
+    Raises: InputError if one is missing, of another shape or not finite.
+    """
     try:
+        weights = {key: tensor for key, tensor in convert().items() if tensor is not None}
         missing = part.load_state_dict(weights, strict=False, assign=True).missing_keys
     except RuntimeError as error:
-        raise InputError(f"{file}: does not fit {type(part).__name__} ({cause(error)})") from None
+        raise InputError(f"{file}: does not fit {type(part).__name__} ({reason(error)})") from None
+    except (LookupError, TypeError, AttributeError) as error:  # how converters miss a weight
+        missing = [reason(error).strip("'")]
     if missing:
         raise InputError(f"{file}: not a whole {type(part).__name__} (no weights for {min(missing)})")
     check_finite(part, file)
@@ -197,11 +170,9 @@ def fill_control(control_net, weights, file, keep=()):
 
     Raises: InputError if one is missing, of another shape or not finite.
     """
-    own = control_net.state_dict()
-    names = {key: original_key(key, control_net.config.layers_per_block) for key in own if not key.startswith(keep)}
-    if missing := [name for name in names.values() if name not in weights]:
-        raise InputError(f"{file}: not a whole ControlNet in the original layout (no weights for {min(missing)})")
-    fill(control_net, {**own, **{key: weights[name] for key, name in names.items()}}, file)
+    own, layers = control_net.state_dict(), control_net.config.layers_per_block
+    taken = [key for key in own if not key.startswith(keep)]
+    fill(control_net, lambda: own | {key: weights[original_key(key, layers)] for key in taken}, file)
 
 
 def to_half(weights):

@@ -9,18 +9,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ldm.settings import InputError
+from ldm.schema import InputError, reason
 
 ROOT = Path(__file__).resolve().parents[1]
 UMASK = os.umask(0)  # reading it takes setting it
 os.umask(UMASK)
-HELD = {}  # folders that this process holds: (device, inode) -> their open descriptor
-
-
-def reason(error):
-    """Returns: why a file could not be read or written, in a few words."""
-    lines = f"{error}".strip().splitlines() or [type(error).__name__]
-    return getattr(error, "strerror", None) or lines[0]  # errors of Pillow, safetensors and torch have no strerror
+HELD = set()  # folders that this process holds
 
 
 def find_path(path):
@@ -54,10 +48,8 @@ def check_writable(path):
     """Returns: the Path of a folder, which need not exist. Raises: InputError if it cannot be made or written."""
     path = Path(os.path.expanduser(path))
     with writing(path):
-        for place in (path, *path.absolute().parents):
-            with suppress(FileNotFoundError):
-                tempfile.TemporaryFile(dir=place).close()
-                break
+        place = next(place for place in (path, *path.absolute().parents) if place.exists())
+        tempfile.TemporaryFile(dir=place).close()
     return path
 
 
@@ -69,18 +61,17 @@ def output_folder(path):
     path = check_writable(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
-    status = os.fstat(folder)
-    if HELD.setdefault((status.st_dev, status.st_ino), folder) != folder:
-        os.close(folder)  # it is held already
-        return path
+        if path.resolve() in HELD:
+            return path
+        folder = os.open(path, os.O_RDONLY)  # open, and so held, until the process ends
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(HELD.pop((status.st_dev, status.st_ino)))
+        os.close(folder)
         raise InputError(f"{path}: another run is writing into it; wait, or choose another") from None
     except OSError:  # a file system without locks
         pass
+    HELD.add(path.resolve())
     return path
 
 
@@ -95,12 +86,12 @@ def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=()):
     for source in map(Path, inputs):
         if source.resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path}: holds {source}, which is read; choose another folder to write into")
-    there = [item.name for item in path.iterdir()] if path.is_dir() else []
-    there = sorted(name for name in there if not name.startswith(".") and name not in own)
-    if there and (not overwrite or set(there) & set(never)):
-        some = f"{', '.join(there[:4])}{', …' if len(there) > 4 else ''}"
-        remedy = "" if set(there) & set(never) else ", or give overwrite=true to replace what has the same names"
-        raise InputError(f"{path}: has {some} in it already; choose another folder{remedy}")
+    there = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
+    there = [name for name in there if not name.startswith(".") and name not in own]
+    kept = not set(there).isdisjoint(never)
+    if there and (kept or not overwrite):
+        remedy = "" if kept else ", or give overwrite=true to replace what has the same names"
+        raise InputError(f"{path}: has {', '.join(there[:4])} in it already; choose another folder{remedy}")
     return path
 
 
@@ -109,13 +100,11 @@ def fresh_file(path, overwrite=False, *, inputs=()):
     path = Path(os.path.expanduser(path))
     check_writable(path.parent)
     with writing(path):
-        there, folder = path.exists(), path.is_dir()
-    if folder:
-        raise InputError(f"{path}: a folder; expected the name of a file to write")
-    if there and any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs):
-        raise InputError(f"{path}: is read itself; choose another name")
-    if there and not overwrite:
-        raise InputError(f"{path}: is there already; choose another name, or give overwrite=true to replace it")
+        there = path.exists()
+    kept = path.is_dir() or any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs)
+    if there and (kept or not overwrite):
+        remedy = "" if kept else ", or give overwrite=true to replace it"
+        raise InputError(f"{path}: is there already; choose another name{remedy}")
     return path
 
 
@@ -166,13 +155,13 @@ def whole_folder(path, removes=()):
     Items of the same names are replaced, and those that `removes` names are removed, only once all the new ones are
     written. Everything else stays.
     """
-    path = check_writable(path)
+    path = Path(os.path.expanduser(path))
     made = not path.exists()
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path, prefix=".partial-", ignore_cleanup_errors=True) as partial:
-                new, old = Path(partial) / "new", Path(partial) / "old"
+                new, old = Path(partial, "new"), Path(partial, "old")
                 new.mkdir()
                 old.mkdir()
                 yield new

@@ -1,12 +1,32 @@
-"""What a configuration file may say: a rule for every key, checked where the file is read."""
+"""What configuration files and settings may say: read and written in one place, every value held against a Rule.
 
+Nothing imported here takes long, so that a script can answer a misspelt setting at once.
+"""
+
+import difflib
 import json
+import math
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
-from ldm.settings import InputError, nearest, read_mapping
+from omegaconf import OmegaConf
 
-LARGEST = sys.float_info.max
+
+class InputError(ValueError):
+    """Something the user gave is wrong: says what, where, expected, found and the remedy, in one line."""
+
+
+class Settings(dict):
+    """A dict whose keys are attributes too."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, key):
+        try:
+            return self[key]
+        except KeyError:
+            raise AttributeError(f'no setting "{key}"') from None
 
 
 class Rule(NamedTuple):
@@ -20,10 +40,11 @@ TEXT = Rule("a text, in quotes where it looks like something else", lambda value
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 
 
-def number(low=-LARGEST, high=LARGEST, whole=False):
-    """Returns: the Rule of a finite number from low to high."""
-    limits = f" from {low:g} to {high:g}" if high < LARGEST else f", at least {low:g}" if low > -LARGEST else ""
-    kinds = int if whole else (int, float)
+def number(low=-math.inf, high=math.inf, whole=False):
+    """Returns: the Rule of a finite number from low to high; whole: of one that 64 bits hold."""
+    limits = f" from {low:g} to {high:g}" if high < math.inf else f", at least {low:g}" if low > -math.inf else ""
+    kinds, largest = (int, 2**63 - 1) if whole else ((int, float), sys.float_info.max)
+    low, high = max(low, -largest), min(high, largest)
     return Rule(
         f"a {'whole' if whole else 'finite'} number{limits}",
         lambda value: isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high,
@@ -52,6 +73,13 @@ def each(rule, count=None):
     return Rule(f"a list{'' if count is None else f' of length {count}'}, each {rule.expected}", holds)
 
 
+def expect(start, value, rule):
+    """Raises: InputError, which begins with `start`, unless the rule holds of the value."""
+    if not rule.holds(value):
+        found = json.dumps(value, ensure_ascii=False, default=str)
+        raise InputError(f"{start} {rule.expected}, got {found[:80]}")
+
+
 def check(where, config, schema, required=(), complete=True):
     """Compare a dict with a schema, {key: Rule}.
 
@@ -62,13 +90,42 @@ def check(where, config, schema, required=(), complete=True):
         if key not in config:
             raise InputError(f'{where}: no "{key}" in it, expected {schema[key].expected}')
     for key, value in config.items():
-        if key in schema and not schema[key].holds(value):
-            found = json.dumps(value, ensure_ascii=False, default=str)
-            raise InputError(f'{where}: "{key}" must be {schema[key].expected}, got {found[:80]}')
-        if complete and key not in schema:
+        if key in schema:
+            expect(f'{where}: "{key}" must be', value, schema[key])
+        elif complete:
             raise InputError(f'{where}: unknown key "{key}"{nearest(str(key), list(schema))}')
 
 
-def read_json(path):
-    """Returns: the dict in a JSON file. Raises: InputError if it is missing or is no JSON object."""
-    return read_mapping(path, "JSON", lambda file: json.loads(file.read_text(encoding="utf-8")))
+def nearest(name, names):
+    """Returns: ' (did you mean "x"?)' for the closest of `names`, or a list of them when none is close."""
+    close = difflib.get_close_matches(name, names, 1)
+    return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(names)})"
+
+
+def reason(error):
+    """Returns: the one line of an error that says what went wrong, whichever library raised it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
+    return getattr(error, "strerror", None) or (lines or [type(error).__name__])[0]
+
+
+def read_config(path):
+    """Returns: the Settings in a .json or YAML file; `${...}` in its texts is left as it stands.
+
+    Raises: InputError if there are none.
+    """
+    form = "JSON" if Path(path).suffix == ".json" else "YAML"
+    try:
+        if form == "JSON":
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        else:
+            config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # parsers raise many kinds
+        raise InputError(f"{path}: cannot be read as {form} ({reason(error)})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a {form} mapping")
+    return Settings(config)
+
+
+def write_yaml(values, path):
+    """Write a mapping so that read_config returns the same."""
+    OmegaConf.save(OmegaConf.create(dict(values)), path)

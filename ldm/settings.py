@@ -5,7 +5,7 @@ Nothing imported here takes long, so that `-h` and a misspelt setting are answer
 
 import argparse
 import ast
-import difflib
+import copy
 import errno
 import math
 import os
@@ -18,60 +18,20 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ldm.schema import FLAG, InputError, Rule, Settings, expect, nearest, number
 
-class InputError(ValueError):
-    """Something the user gave is wrong: says what, where, expected, found and the remedy, in one line."""
-
-
-class Settings(dict):
-    """A dict whose keys are attributes too."""
-
-    __setattr__ = dict.__setitem__
-
-    def __getattr__(self, key):
-        try:
-            return self[key]
-        except KeyError:
-            raise AttributeError(f'no setting "{key}"') from None
-
-
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a text"}
 TEXTS = ("a_prompt", "n_prompt")  # settings that are texts though their default is None
 WORDS = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None}
+RULES = {  # type of a default -> what may replace it
+    bool: FLAG,
+    int: number(whole=True),
+    float: number(),
+    type(None): Rule("a finite number", lambda value: not isinstance(value, float) or math.isfinite(value)),
+}
 
 # How torch says, on a GPU and on a CPU, that memory ran out; and the settings that need least of it.
 OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.I)
 LEAST_MEMORY = {"save_memory": "true", "batch_size": 1, "num_samples": 1, "draws": 4}
-
-
-def read_mapping(path, form, load):
-    """Returns: the Settings that `load(path)` finds in a file of that form. Raises: InputError if there are none."""
-    try:
-        config = load(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # parsers raise many kinds
-        why = f"{error} ({type(error).__name__})".splitlines()[0]
-        raise InputError(f"{path}: cannot be read as {form}: {why}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: expected a {form} mapping")
-    return Settings(config)
-
-
-def read_yaml(path):
-    """Returns: the Settings in a YAML file; `${...}` in its texts is left as it stands."""
-    return read_mapping(path, "YAML", lambda file: OmegaConf.to_container(OmegaConf.load(file), resolve=False))
-
-
-def write_yaml(values, path):
-    """Write a mapping so that read_yaml returns the same."""
-    OmegaConf.save(OmegaConf.create(dict(values)), path)
-
-
-def nearest(name, names):
-    """Returns: ' (did you mean "x"?)' for the closest of `names`, or a list of them when none is close."""
-    close = difflib.get_close_matches(name, names, 1)
-    return f' (did you mean "{close[0]}"?)' if close else f" (known: {', '.join(names)})"
 
 
 def override(settings, arguments):
@@ -82,7 +42,7 @@ def override(settings, arguments):
     Returns: Settings.
     Raises: InputError for an unknown key, an argument without "=", or a value of another type.
     """
-    settings = Settings({key: value[:] if isinstance(value, list) else value for key, value in settings.items()})
+    settings = Settings(copy.deepcopy(dict(settings)))
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals:
@@ -98,17 +58,12 @@ def _parse(key, text, default):
     if kind is str or (key in TEXTS and text.lower() not in ("none", "null")):
         return text
     value = _read(text)
-    if kind is list and not isinstance(value, list):
-        value = [value]
+    if kind is list:
+        return value if isinstance(value, list) else [value]
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if default is not None and type(value) is not kind:
-        raise InputError(f'setting "{key}": expected {KINDS[kind]}, got "{text}"')
-    if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f'setting "{key}": expected a finite number, got "{text}"')
-    return value
+    expect(f'setting "{key}": expected', value, RULES[kind])
+    return float(value) if kind is float else value
 
 
 def _read(text):
@@ -123,21 +78,13 @@ def _read(text):
 
 
 def check_numbers(settings, kind=float, /, **limits):
-    """Check settings that are given, and turn them into whole numbers where kind is int.
+    """Raises: InputError for a setting that is given, and is no number of that kind within its limits.
 
     limits: key=(lowest, highest). Infinity and NaN never pass.
-    Raises: InputError for a setting that is neither None nor such a number.
     """
     for key, (low, high) in limits.items():
-        value = settings.get(key)
-        if value is None:
-            continue
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        most = min(high, sys.float_info.max if kind is float else 2**63 - 1)
-        if not number or not low <= value <= most or (kind is int and value != int(value)):
-            limit = f" from {low:g} to {high:g}" if math.isfinite(high) else f", at least {low:g}"
-            raise InputError(f'setting "{key}": expected {KINDS[kind]}{limit}, got {value}')
-        settings[key] = int(value) if kind is int else value
+        if settings.get(key) is not None:
+            expect(f'setting "{key}": expected', settings[key], number(low, high, whole=kind is int))
 
 
 def check_used(settings, defaults, why, *keys):
@@ -194,12 +141,6 @@ def split_arguments(arguments, settings, names):
     return paths, others
 
 
-def _any_console():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # what its encoding lacks becomes "?"
-
-
 def _fail(error):
     print(f"error: {error}".replace("\n", " "), file=sys.stderr)
     sys.exit(2)
@@ -210,17 +151,15 @@ def answer(file, *paths):
 
     file: the script's. paths: names of the paths that it takes beside its settings.
     """
-    _any_console()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what the console's encoding lacks becomes "?"
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C among imports ends the script without a traceback
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        with suppress(BrokenPipeError):  # `-h | head`
-            print(describe_script(file), flush=True)
-        os._exit(0)
-    if paths and not arguments:
-        print(describe_script(file), file=sys.stderr)
-        sys.exit(2)
+    asked = {"-h", "--help"} & set(arguments)
+    if asked or (paths and not arguments):
+        print(describe_script(file), file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 2)
     settings = {key: default for key, (default, _) in read_settings(file)[0].items()}
     try:
         override(settings, split_arguments(arguments, settings, paths)[1])
@@ -234,7 +173,6 @@ def run_script(main, settings, arguments=None, *, paths=(), resume=""):
     An InputError, a full disk and a lack of memory become one line and exit code 2; Ctrl-C one line and exit code 130.
     paths: as for `answer`; main is then called with the list of them too. resume: how a stopped run is continued.
     """
-    _any_console()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

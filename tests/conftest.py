@@ -20,7 +20,8 @@ from cldm.conversion import add_control
 from cldm.model import load_base, load_model, save_model
 from cldm.training import ControlTraining
 from ldm.files import ROOT
-from ldm.settings import read_yaml, run_script, write_yaml
+from ldm.schema import read_config, write_yaml
+from ldm.settings import run_script
 from tests.original_layout import build
 
 IMAGE_SIZE, DOWNSAMPLING, CHANNELS = 32, 4, 4
@@ -99,7 +100,7 @@ def base_yaml(tmp_path_factory):
     parts = dict(vae=build_vae(), unet=build_unet(), text_encoder=build_text_encoder(), scheduler=build_scheduler())
     for name, part in parts.items():
         part.save_pretrained(folder / "mini_sd" / name)
-    shipped = read_yaml(ROOT / "models" / "tiny.yaml")
+    shipped = read_config(ROOT / "models" / "tiny.yaml")
     write_yaml(shipped | {"base": str(folder / "mini_sd"), "image_size": IMAGE_SIZE}, folder / "mini.yaml")
     return folder / "mini.yaml"
 

@@ -64,10 +64,10 @@ def test_the_average_is_taken_where_it_is_asked_for(folder, weights, tmp_path):
     file = write({**weights, **averaged}, "safetensors", tmp_path)
     plain, average = (read(file, folder, use_ema=ema) for ema in (False, True))
     torch.testing.assert_close(average.unet.conv_in.bias, plain.unet.conv_in.bias + 1)
-    with pytest.raises(InputError, match="no averaged weights"):
+    with pytest.raises(InputError, match="no model_ema.… in it"):
         read(write(weights, "safetensors", tmp_path), folder, use_ema=True)
     rest = {key: tensor for key, tensor in weights.items() if "diffusion" not in key}
-    with pytest.raises(InputError, match="averaged weights .* alone"):
+    with pytest.raises(InputError, match="no model.… in it"):
         read(write({**rest, **averaged}, "safetensors", tmp_path), folder, use_ema=True)
 
 
@@ -109,7 +109,7 @@ def test_files_that_are_not_it_are_refused(refused, weights, version, tmp_path):
     assert f"holds Stable Diffusion {3 - version}.x" in refused(write(other, "safetensors", tmp_path))
     start = "model.diffusion_model."
     inpainting = {**weights, f"{start}input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}
-    assert "holds an inpainting model" in refused(write(inpainting, "safetensors", tmp_path))
+    assert "does not fit UNet2DConditionModel" in refused(write(inpainting, "safetensors", tmp_path))
     unclip = {**weights, f"{start}label_emb.0.0.weight": torch.zeros(8, 8)}
     assert "holds unCLIP" in refused(write(unclip, "safetensors", tmp_path))
     weights[f"{start}out.2.bias"][0] = torch.nan
@@ -126,8 +126,8 @@ def test_files_that_are_not_it_are_refused(refused, weights, version, tmp_path):
 @pytest.mark.parametrize(
     "start, told",
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html>404", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a web page or a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>404", "a web page or a Git LFS pointer"),
         (b"nothing", "truncated, or no file of weights"),
     ],
 )
@@ -224,16 +224,16 @@ def base_of(**other):
 @pytest.mark.parametrize(
     "other, told",
     [
-        ({"unet": {"in_channels": 9}}, "9 channels and returns 4: an inpainting model"),
-        ({"unet": {"in_channels": 8}}, "InstructPix2Pix"),
+        ({"unet": {"in_channels": 9}}, "9 channels and returns 4"),
+        ({"unet": {"in_channels": 8}}, "8 channels and returns 4"),
         ({"unet": {"in_channels": 16, "out_channels": 16}}, "latents of 16 channels, its VAE's have 4"),
         ({"unet": {"cross_attention_dim": 32}}, "texts of width 32, its text encoder's are 16"),
         ({"text_encoder": {"hidden_size": 32}}, "texts of width 16, its text encoder's are 32"),
         ({"text_encoder": {"vocab_size": 1000}}, "knows 1000 tokens"),
         ({"text_encoder": {"max_position_embeddings": 64}}, "64 a prompt"),
-        ({"unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}}, "unCLIP"),
-        ({"unet": {"num_class_embeds": 1000}}, "an upscaler"),
-        ({"unet": {"time_cond_proj_dim": 8}}, "a latent consistency model"),
+        ({"unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}}, "class_embed_type"),
+        ({"unet": {"num_class_embeds": 1000}}, "num_class_embeds"),
+        ({"unet": {"time_cond_proj_dim": 8}}, "time_cond_proj_dim"),
         (
             {
                 "unet": {
@@ -242,7 +242,7 @@ def base_of(**other):
                     "projection_class_embeddings_input_dim": 8,
                 }
             },
-            "Stable Diffusion XL",
+            "addition_embed_type",
         ),
         ({"vae": {"shift_factor": 0.1}}, "Stable Diffusion 3"),
     ],

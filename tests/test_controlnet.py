@@ -8,7 +8,8 @@ import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
 from cldm.conversion import fit_statistics
 from cldm.model import load_base, load_model, save_model
-from ldm.settings import InputError, override, read_yaml, write_yaml
+from ldm.schema import read_config, write_yaml
+from ldm.settings import InputError, override
 from ldm.unet import decode_unet, encode_unet
 
 
@@ -239,7 +240,7 @@ def test_unknown_hint_is_refused(base_yaml, tmp_path):
 
 
 def test_a_picture_size_that_does_not_fit_is_named(base_yaml, tmp_path):
-    write_yaml(read_yaml(base_yaml) | {"image_size": 30}, tmp_path / "odd.yaml")
+    write_yaml(read_config(base_yaml) | {"image_size": 30}, tmp_path / "odd.yaml")
     with pytest.raises(InputError, match="image_size must be a multiple of 4 .* got 30"):
         load_base(tmp_path / "odd.yaml")
 

@@ -23,7 +23,8 @@ from dataForTrain.make_dataset import (
     render,
     render_framed,
 )
-from ldm.settings import InputError, override, read_yaml
+from ldm.schema import read_config
+from ldm.settings import InputError, override
 
 FOLDER = Path(make_dataset.__file__).parent
 
@@ -60,7 +61,7 @@ def test_other_angles_and_photos(tmp_path):
 
 def test_views_are_drawn_over_every_range_and_are_what_their_controls_say(tmp_path):
     run("views=20", "photos=coffee", "image_size=32", f"out_dir={tmp_path}")
-    controls = read_yaml(tmp_path / "controls.yaml")
+    controls = read_config(tmp_path / "controls.yaml")
     assert controls.names == ["rotation", "zoom", "exposure", "blur"]
     assert controls.units == ["degrees", "ratio", "stops", "pixels"]
     rows, validation = (read(tmp_path / f"{file}.json") for file in ("prompt", "validation"))

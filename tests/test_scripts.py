@@ -25,7 +25,8 @@ from benchmarks import drawn, inversion, odd_inputs, pairs, sampling_inversion, 
 from cldm.model import load_model, save_model
 from dataForTrain import make_dataset
 from ldm.files import ROOT, digest
-from ldm.settings import read_settings, read_yaml, run_script, write_yaml
+from ldm.schema import read_config, write_yaml
+from ldm.settings import read_settings, run_script
 from tests.conftest import another_run
 
 MODULES = {
@@ -213,7 +214,7 @@ class TestOverwrite:
         paths = [control_folder, file]
         assert "is there already" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
         paths = [control_folder, control_folder / WEIGHTS, "overwrite=true"]
-        assert "is read itself" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        assert "choose another name" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
 
     def test_a_full_disk_leaves_a_control_whole(self, control_folder, base_yaml, fails_in_one_line, small_disk):
         before, script = digest([control_folder]), tool_add_control
@@ -229,7 +230,7 @@ class TestOverwrite:
 def test_a_range_that_is_none_is_named(fails_in_one_line, tmp_path, control_range):
     arguments, script = ["in", str(tmp_path / "out"), f"control_range={control_range}"], tool_add_control
     line = fails_in_one_line(script.main, script.settings, arguments, paths=script.PATHS)
-    assert line.startswith("error: control_range: expected [low, high], two numbers, got ")
+    assert line.startswith('error: setting "control_range": expected [low, high], two numbers, or null, got ')
 
 
 @pytest.mark.parametrize(
@@ -328,7 +329,7 @@ def test_incomplete_control_is_named(arguments, control_folder, out_dir, fails_i
 
 @pytest.mark.parametrize("key", ["base", "image_size", "a_prompt"])
 def test_model_yaml_without_a_key_is_named(arguments, control_folder, out_dir, fails_in_one_line, key):
-    config = read_yaml(control_folder / "model.yaml")
+    config = read_config(control_folder / "model.yaml")
     del config[key]
     write_yaml(config, control_folder / "model.yaml")
     assert key in fails_in_one_line(test5.main, test5.settings, arguments)
@@ -352,8 +353,8 @@ def test_incomplete_base_is_named(base_yaml, tmp_path, fails_in_one_line, spoil)
     "argument, message",
     [
         ("n_prompt=blurred", 'setting "n_prompt": has no effect with scale=1'),
-        ("num_samples=2.5", 'setting "num_samples": expected a whole number, got "2.5"'),
-        ("iterations=1.5", 'setting "iterations": expected a whole number, got "1.5"'),
+        ("num_samples=2.5", 'setting "num_samples": expected a whole number, got 2.5'),
+        ("iterations=1.5", 'setting "iterations": expected a whole number, got 1.5'),
         ("scale=inf", 'setting "scale": expected a finite number'),
         ("device=meta", 'setting "device": meta cannot be used'),
         (f"target_image_path={'a' * 300}", "a: cannot be read (File name too long)"),
@@ -430,8 +431,8 @@ class TestTraining:
         "argument, message",
         [
             ("data_root=nowhere", "nowhere/prompt.json: no such file"),
-            ("base=nowhere.yaml", "nowhere.yaml: no such file"),
-            ("resume_path=nowhere", "nowhere: no such folder"),
+            ("base=nowhere.yaml", "nowhere.yaml: cannot be read as YAML (No such file or directory)"),
+            ("resume_path=nowhere", "nowhere: no model.yaml in it, expected the out_dir of a training"),
             ("resume_path=nowhere hint=coordinate", 'setting "hint": has no effect with resume_path'),
             ("controls=[zoom]", 'setting "controls": has no effect without pairs'),
             ("out_dir={}/killed data_root=nowhere", "nowhere/prompt.json: no such file"),  # before its first checkpoint
@@ -480,7 +481,7 @@ def test_a_control_is_calibrated_anew(control_folder, write_dataset, capsys, fai
     assert (
         len(config.error_scale) == 1 and config.explained_loss > 0 and config.sampling_loss > 0 and config.probes >= 8
     )
-    assert list(config.prompts) == ["a square"] and (control_folder / WEIGHTS).read_bytes() == weights
+    assert (control_folder / WEIGHTS).read_bytes() == weights
     assert "error bars come from 1 validation picture(s)" in capsys.readouterr().out
     write_dataset([[1, 2], [3, 4]])
     line = fails_in_one_line(lambda s: tool_calibrate.main(s, [str(control_folder)]), tool_calibrate.settings, [data])

@@ -24,7 +24,8 @@ from cldm.model import Sampling, load_model, save_model
 from cldm.runs import SaveBestAndLast
 from cldm.training import ControlTraining
 from ldm.files import ROOT
-from ldm.settings import InputError, override, read_yaml, write_yaml
+from ldm.schema import read_config, write_yaml
+from ldm.settings import InputError, override
 from tests.conftest import another_run, randomize_zero_convolutions, send, trained_state
 
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
@@ -150,7 +151,7 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
     weights = unlike / "mini_sd" / "text_encoder" / "model.safetensors"
     tensors = safetensors.torch.load_file(weights)
     safetensors.torch.save_file({k: t + 1e-3 for k, t in tensors.items()}, weights, {"format": "pt"})
-    write_yaml(read_yaml(base_yaml) | {"base": str(unlike / "mini_sd")}, unlike / "mini.yaml")
+    write_yaml(read_config(base_yaml) | {"base": str(unlike / "mini_sd")}, unlike / "mini.yaml")
     before = files(out_dir)
     for argument, named in {
         "learning_rate=0.01": r"learning_rate=0.001 \(now 0.01\)",
