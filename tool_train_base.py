@@ -41,56 +41,15 @@ from cldm.pairs import open_photo
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.base import load_part
 from ldm.ddim import draw_timesteps
-from ldm.files import fresh_folder, whole_folder
+from ldm.files import ROOT, fresh_folder, whole_folder
 from ldm.pictures import pictures_to_tensor
 from ldm.text import tokenize
 
-VAE = dict(
-    down_block_types=["DownEncoderBlock2D"] * 3,
-    up_block_types=["UpDecoderBlock2D"] * 3,
-    block_out_channels=[32, 64, 128],
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=16,
-    mid_block_add_attention=False,  # only convolutions, so that small crops train it for whole pictures
-)
-UNET = dict(
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[48, 96, 128, 128],
-    layers_per_block=1,
-    norm_num_groups=16,
-    # attention where it is cheap: at 8 x 8 and 4 x 4, of 32 x 32 latents
-    down_block_types=["DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-    attention_head_dim=4,
-    cross_attention_dim=64,
-    # the pooled prompt joins the timestep in scaling every block's features: attention alone learns slowly
-    addition_embed_type="text",
-    resnet_time_scale_shift="scale_shift",
-)
-TEXT = dict(
-    vocab_size=49408,
-    hidden_size=64,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=77,
-    projection_dim=64,
-    bos_token_id=49406,
-    eos_token_id=49407,
-)
-# Lin et al. 2024: pure noise at the last timestep and v-prediction, so that nothing of a start picture leaks.
-SCHEDULER = dict(
-    beta_schedule="scaled_linear",
-    beta_start=0.00085,
-    beta_end=0.012,
-    prediction_type="v_prediction",
-    rescale_betas_zero_snr=True,
-    timestep_spacing="trailing",
-    clip_sample=False,
-    set_alpha_to_one=True,
-)
+# Its configs are the architecture. The VAE has convolutions only, so that small crops train it for whole pictures. The
+# UNet attends at 8 x 8 and 4 x 4 of 32 x 32 latents, where it is cheap, and takes the pooled prompt beside the
+# timestep: attention alone learns slowly. The schedule ends in pure noise, so that nothing of a start picture leaks
+# (Lin et al. 2024).
+LIKE = ROOT / "models" / "tiny_sd"
 
 
 def draw_view(rng, size, details):
@@ -147,8 +106,8 @@ def train_steps(parameters, steps, peak, loss_at, label):
 
 def train_vae(s, pictures):
     """Train the VAE on the views: L1 loss on pixels, and a weak KL loss on its latents."""
-    vae = AutoencoderKL(**VAE, sample_size=s.image_size)
-    torch.nn.init.constant_(vae.quant_conv.bias[VAE["latent_channels"] :], -4.0)  # log variances: hardly any noise
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(LIKE / "vae"), sample_size=s.image_size)
+    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -4.0)  # log variances: hardly any noise
     generator = torch.Generator().manual_seed(s.seed)
     crop = s.image_size // 2
 
@@ -186,9 +145,10 @@ def encode_all(vae, pictures):
 
 def train_unet(s, latents, prompts):
     """Train text encoder and UNet on v-prediction. Returns: both, their weights averaged over steps; the scheduler."""
-    scheduler = DDIMScheduler(**SCHEDULER)
-    unet = UNet2DConditionModel(**UNET, sample_size=latents.shape[-1])
-    text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT))
+    scheduler = DDIMScheduler.from_pretrained(LIKE / "scheduler")
+    config = UNet2DConditionModel.load_config(LIKE / "unet")
+    unet = UNet2DConditionModel.from_config(config, sample_size=latents.shape[-1])
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(LIKE / "text_encoder", dtype="float32"))
     # Token embeddings stay random: words that training never saw must look like words.
     text_encoder.get_input_embeddings().requires_grad_(False)
     models = torch.nn.ModuleList([unet, text_encoder])

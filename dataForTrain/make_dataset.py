@@ -91,6 +91,9 @@ HELD_OUT = {
 }
 
 
+GROUPS = {"train": TRAIN, "held_out": HELD_OUT}
+
+
 def find_photo(file):
     """Returns: the path of the photograph `file`."""
     package, path = file.split("/", 1)
@@ -101,12 +104,10 @@ def find_photo(file):
 
 
 def render(photo, size, side, angle_deg=0.0, center=None):
-    """Turn a photograph about a point and cut a square around that point.
+    """Turn a PIL photograph counterclockwise about a point and cut a square around that point, inside the photograph.
 
-    photo: PIL picture. size: pixels of the result. side: of the square, in the photo's pixels.
-    angle_deg: counterclockwise. center: (x, y) in the photo's pixels, by default its middle.
-    Returns: PIL picture, size x size.
-    Raises: ValueError if the turned square reaches over the photo's border.
+    size: pixels of the result. side: of the square, and center: (x, y), in the photo's pixels; None: its middle.
+    Returns: PIL picture, size x size. Raises: ValueError if the turned square reaches over the photo's border.
     """
     x, y = center or (photo.width / 2, photo.height / 2)
     angle = math.radians(angle_deg)
@@ -114,8 +115,6 @@ def render(photo, size, side, angle_deg=0.0, center=None):
     turned = 2 * math.ceil(fine * (abs(math.cos(angle)) + abs(math.sin(angle))) / 2)  # holds the turned square
     reach = turned / 2 * side / fine
     box = (x - reach, y - reach, x + reach, y + reach)
-    if min(box[:2]) < 0 or box[2] > photo.width or box[3] > photo.height:
-        raise ValueError(f"a square of {side:.0f} pixels turned by {angle_deg:g} degrees leaves the photo {photo.size}")
     picture = photo.resize((turned, turned), Image.Resampling.LANCZOS, box=box)
     picture = picture.rotate(angle_deg, Image.Resampling.BICUBIC)
     start = (turned - fine) // 2
@@ -123,15 +122,10 @@ def render(photo, size, side, angle_deg=0.0, center=None):
 
 
 def render_framed(photo, size, angle_deg=0.0, zoom=1.0, exposure=0.0, blur=0.0):
-    """Show `photo` (a Photo) in the dataset's framing, changed as cldm.changes says; size: pixels.
-
-    Returns: PIL picture, size x size.
-    """
+    """Returns: a Photo in the dataset's framing, changed as cldm.changes says; PIL, size x size."""
     picture = open_photo(find_photo(photo.file))
     picture = render(picture, size, photo.frame * min(picture.size) / zoom, angle_deg)
-    if blur:
-        picture = picture.filter(ImageFilter.GaussianBlur(blur))
-    return expose_picture(picture, exposure)
+    return expose_picture(picture.filter(ImageFilter.GaussianBlur(blur)), exposure)
 
 
 def draw_view(rng):
@@ -142,27 +136,22 @@ def draw_view(rng):
 
 def select_photos(names):
     """Returns: {name: Photo} for "train", "held_out" or names separated by commas. Raises: InputError."""
-    known = {**TRAIN, **HELD_OUT}
-    groups = {"train": TRAIN, "held_out": HELD_OUT}
-    if names in groups:
-        return groups[names]
-    if find_path(names).is_dir():
-        raise InputError(f"photos={names}: from a folder only pairs are cut; give pairs=N too")
-    unknown = [name for name in names.split(",") if name not in known]
-    if unknown:
-        raise InputError(f'no photograph or folder "{unknown[0]}" (known: {", ".join([*groups, *known])})')
-    return {name: known[name] for name in names.split(",")}
+    if names in GROUPS:
+        return GROUPS[names]
+    known, names = {**TRAIN, **HELD_OUT}, names.split(",")
+    for name in names:
+        if name not in known:
+            raise InputError(f'no photograph or folder "{name}" (known: {", ".join([*GROUPS, *known])})')
+    return {name: known[name] for name in names}
 
 
 def find_pictures(photos):
     """Returns: the paths of the pictures in a folder, or of those that `photos` names, to cut pairs from."""
-    if photos == "validation":
-        return [find_photo(file) for file in VALIDATION]
-    if photos not in ("train", "held_out") and find_path(photos).is_dir():
+    if photos not in GROUPS and find_path(photos).is_dir():
         return list_pictures(find_path(photos))
     if len(Path(photos).parts) > 1:
         raise InputError(f"{photos}: no such folder")
-    files = [photo.file for photo in select_photos(photos).values()]
+    files = VALIDATION if photos == "validation" else [photo.file for photo in select_photos(photos).values()]
     return list(map(find_photo, files + (EXTRA if photos == "train" else [])))
 
 
@@ -188,7 +177,7 @@ def make_views(s):
     for file, numbers in files.items():
         for name, photo in tqdm(select_photos(s.photos).items(), desc=file):
             for number in numbers:
-                control = (number,) if s.views is None else draw_view(rng)
+                control = draw_view(rng) if s.views else (number,)
                 target = f"{name}_{'_'.join(f'{value:+g}' for value in control)}"
                 pictures = {"target": (target, render_framed(photo, s.image_size, *control))}
                 yield file, pictures, list(control) if s.views else f"{number:g}", photo.prompt
@@ -199,11 +188,14 @@ def main(s):
     given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")
-    if s.controls is not None and s.pairs is None:
-        raise InputError("controls: says what changes in pairs; give pairs=N too")
-    if s.pairs is None and s.views is None:
+    folders = [path for path in [find_path(s.photos)] if s.photos not in GROUPS and path.is_dir()]
+    if not s.pairs:
+        check_used(s, settings, "without pairs", "controls")
+        if folders:
+            raise InputError(f"photos={s.photos}: from a folder only pairs are cut; give pairs=N too")
+    if not s.pairs and not s.views:
         check_used(s, settings, "without views or pairs, where nothing is drawn", "seed")
-    out_dir = fresh_folder(s.out_dir, s.overwrite, inputs=[p for p in [find_path(s.photos)] if p.is_dir()])
+    out_dir = fresh_folder(s.out_dir, s.overwrite, inputs=folders)
     names = list(choose_changes(s.controls) if s.pairs else VIEW if s.views else ["angle"])
     units = [CHANGES[name][0] if name in CHANGES else "degrees" for name in names]
     lines = {}

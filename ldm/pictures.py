@@ -6,12 +6,12 @@ import re
 import stat
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import ExifTags, Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tqdm import tqdm
 
 from ldm.files import reason
@@ -31,64 +31,46 @@ def load_picture(path, profiled=True):
     Returns: a PIL picture, RGB.
     Raises: InputError if there is no picture, or several, or if the brightness of its pixels is undefined.
     """
-    if isinstance(path, Image.Image):
-        return _to_rgb(path, profiled)
-    with warnings.catch_warnings(action="ignore"), _open(path) as picture:  # Pillow's, of many pixels or odd EXIF
-        return _to_rgb(picture, profiled)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of many pixels or odd EXIF
+        return _to_rgb(path, profiled) if isinstance(path, Image.Image) else _load(path, profiled)
 
 
 def check_picture(path):
-    """Find out cheaply whether load_picture can read a file.
-
-    Returns: (width, height) that it will have. Raises: InputError as load_picture does.
-    """
-    with warnings.catch_warnings(action="ignore"):
-        return _measure(path)
+    """Returns: (width, height) of the picture in a file. Raises: InputError as load_picture does."""
+    return load_picture(path, profiled=False).size
 
 
 def check_pictures(paths):
     """Check many files as check_picture does, in threads. Returns: a list of their (width, height)."""
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:  # filters are the process's
-        return list(tqdm(pool.map(_measure, paths), "looking at pictures", len(paths), delay=1))
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:  # filters are the process's
+        sizes = pool.map(lambda path: _load(path, profiled=False).size, paths)
+        return list(tqdm(sizes, "looking at pictures", len(paths), delay=1))
 
 
-def _measure(path):
-    with _open(path) as picture:
-        _check_kind(picture)
-        if picture.format == "TIFF" or picture.mode == "F":
-            return _to_rgb(picture, profiled=False).size
-        size = picture.size
-        picture.draft(None, (1, 1))  # an eighth of a JPEG
-        picture.load()
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return size[::-1] if turned else size
-
-
-@contextmanager
-def _open(path):
-    """Yields: the PIL picture at `path`, not yet decoded. Raises: InputError for all errors while it is open."""
-    opened = False
+def _load(path, profiled):
+    """Returns: the picture in a file, as load_picture does. Raises: InputError that names it, for all errors."""
+    what = "cannot be opened"
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # a pipe would wait for ever
             raise InputError(f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'}, expected a picture")
         with Image.open(path) as picture:
-            opened = True
-            yield picture
+            what = "damaged or cut off"
+            return _to_rgb(picture, profiled)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        problem = error
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: no such file, expected a picture") from None
+        problem = "no such file, expected a picture"
     except PermissionError:
-        raise InputError(f"{path}: no permission to read it") from None
+        problem = "no permission to read it"
     except Image.DecompressionBombError as error:
         found, limit = (int(number) / 1e6 for number in re.findall(r"\d+", str(error))[:2])
-        raise InputError(f"{path}: {found:.0f} million pixels, at most {limit:.0f} are read; scale it down") from None
+        problem = f"{found:.0f} million pixels, at most {limit:.0f} are read; scale it down"
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture that Pillow can read{_beginning(path)}; {SAVE}") from None
+        problem = f"not a picture that Pillow can read{_beginning(path)}; {SAVE}"
     except Exception as error:  # Pillow raises many kinds
-        what = "damaged or cut off" if opened else "cannot be opened"
-        raise InputError(f"{path}: {what} ({reason(error)}), expected a picture") from None
+        problem = f"{what} ({reason(error)}), expected a picture"
+    raise InputError(f"{path}: {problem}")
 
 
 def _beginning(path):
@@ -183,10 +165,7 @@ def describe_fit(sizes, image_size):
 
 
 def describe_shapes(first, second):
-    """first, second: (width, height) of pictures A and B.
-
-    Returns: a line on how their different shapes distort the change read between them; "" for like shapes.
-    """
+    """Returns: a line on how A and B of unlike (width, height) distort the change between them; "" for like ones."""
     shares = np.array([[side / min(size) for side in size] for size in (first, second)])
     shift = np.abs(shares[0] - shares[1]).max() / 2  # of the middle squares, in their widths
     if 2 * shift * min(*first, *second) <= 0.51:  # pixels: sizes were rounded
@@ -206,9 +185,8 @@ def tell_fit(sizes, image_size):
     Returns: for each target, whether its A and B have different shapes.
     """
     unlike = [describe_shapes(*own) if len(own) == 2 else "" for own in sizes]
-    for line in (describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len)):
-        if line:
-            print(line)
+    lines = describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len)
+    print("".join(f"{line}\n" for line in lines if line), end="")
     return [bool(line) for line in unlike]
 
 

@@ -1,7 +1,6 @@
 """Training: falls, touches nothing but the control, leaves whole folders, goes on where it was killed."""
 
 import math
-import os
 import re
 import shutil
 import signal
