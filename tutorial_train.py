@@ -83,7 +83,7 @@ def read(s):
 
 def make_model(s, data):
     """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of its data."""
-    source, numbers, references = s.pairs or s.data_root, len(data.controls[0]), data.has_references
+    numbers, references = len(data.controls[0]), data.has_references
     if s.resume_path:
         model = load_model(s.resume_path, dtype=torch.float32)
         if s.base != settings["base"]:
@@ -92,14 +92,10 @@ def make_model(s, data):
         if references:
             check_used(s, settings, "with references, which have a hint of their own", "hint")
         model = add_control(*load_base(s.base), control_dim=numbers, hint="reference" if references else s.hint)
-    if model.control_net.control_dim != numbers:
-        raise InputError(
-            f"resume_path {s.resume_path}: made for {model.control_net.control_dim} number(s), {source} has {numbers}; "
-            f"make one with tool_add_control.py control_dim={numbers}"
-        )
-    if model.control_net.uses_reference != references:
-        has = "has references" if references else "has no references"
-        raise InputError(f"{source} {has}, unlike the data of resume_path {s.resume_path}; train a fresh control")
+    own = model.control_net.control_dim, model.control_net.uses_reference
+    if own != (numbers, references):
+        made, has = (f"{n} number(s), {'with' if r else 'without'} references" for n, r in (own, (numbers, references)))
+        raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts)
     return model

@@ -1,7 +1,6 @@
 """What a change does to a picture: its numbers, how they are drawn, their geometry and light."""
 
 import math
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -23,18 +22,16 @@ MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 
 
 def choose_changes(controls):
-    """controls: a list of names in CHANGES, or {name: [low, high]}; None: all. Returns: {name: (low, high)}.
+    """Returns: {name: (low, high)} for a list of names in CHANGES, or {name: [low, high]}; None: all.
 
     Raises: InputError for an unknown name or impossible bounds.
     """
     controls = list(CHANGES) if controls is None else controls
-    listed = isinstance(controls, (Sequence, Mapping)) and not isinstance(controls, str)
-    if not listed or not controls or any(name not in CHANGES for name in controls):
+    listed = isinstance(controls, (list, tuple, dict)) and len(controls)
+    if not listed or any(name not in [*CHANGES] for name in controls):
         raise InputError(f"controls: expected some of {', '.join(CHANGES)}, got {controls}")
     ranges = {name: bounds for name, (_, *bounds, _) in CHANGES.items() if name in controls}
-    if not isinstance(controls, Mapping):
-        return ranges
-    for name in ranges:
+    for name in ranges if isinstance(controls, dict) else []:
         try:
             low, high = map(float, controls[name])
         except (TypeError, ValueError):
@@ -56,10 +53,7 @@ def draw_change(rng, ranges):
 
 
 def similarity(rotation, zoom, shift_x, shift_y):
-    """The motion of a change; arguments: numbers, or (P,) arrays.
-
-    Returns: (3, 3) or (P, 3, 3), from a position in a picture, in widths from its middle, to where the change moves it.
-    """
+    """Returns: (3, 3), or (P, 3, 3) for (P,) arrays, from a position, in widths from the middle, to where it moves."""
     angle = np.radians(rotation)
     cos, sin, zero = zoom * np.cos(angle), zoom * np.sin(angle), np.zeros_like(angle)
     matrix = np.stack([cos, sin, shift_x + zero, -sin, cos, shift_y + zero, zero, zero, zero + 1])
@@ -67,11 +61,7 @@ def similarity(rotation, zoom, shift_x, shift_y):
 
 
 def expose(values, stops):
-    """Multiply light by 2^stops.
-
-    values: tensor, in sRGB, from 0 to 1. stops: a number, or a tensor that broadcasts. Returns: likewise, clipped.
-    Source: IEC 61966-2-1, the transfer function of sRGB.
-    """
+    """Returns: sRGB values from 0 to 1 with their light multiplied by 2^stops, clipped. Source: IEC 61966-2-1."""
     light = torch.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     light = (light * 2**stops).clamp_max(1)
     return torch.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)

@@ -3,28 +3,25 @@
 import difflib
 import json
 import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from ldm.pictures import check_picture, describe_fit, fit_picture, load_picture, pictures_to_tensor
+from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
 from ldm.schema import TEXT, Rule, check, each, read_config
 from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
-SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which cannot be written
-JSON_TEXT = Rule("a text", lambda value: isinstance(value, str) and not SURROGATES.search(value))
-ROW = {
-    "source": Rule("a number or a list of numbers", lambda _: True),
-    **dict.fromkeys(("target", "prompt", "reference"), JSON_TEXT),
-}
+JSON_TEXT = Rule("a text", lambda value: isinstance(value, str) and value.encode(errors="ignore").decode() == value)
+ROW = {"source": Rule("a number or a list of numbers", lambda _: True)}
+ROW |= dict.fromkeys(("target", "prompt", "reference"), JSON_TEXT)
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,8 @@ class TrainingData:
 
 
 def parse_control(source):
-    """Read a control: a number, a numeric text, or a list of either.
+    """Returns: a tuple of d floats from a number, a numeric text, or a list of either.
 
-    Returns: tuple of d floats.
     Raises: ValueError if it is none of these, not finite, or a whole number with more digits than a float holds.
     """
     values = source if isinstance(source, (list, tuple)) else [source]
@@ -83,8 +79,7 @@ def read_rows(file, known=True):
 
     All rows or none have a "reference", the picture that the source is a change from.
     known: whether every row needs a source; a row without one has control None.
-    Returns: list of Row, all controls of one length.
-    Raises: InputError naming the file, the line, what was expected and what was found.
+    Returns: list of Row, all controls of one length. Raises: InputError naming the file and the line.
     """
     file = Path(file)
     try:
@@ -173,10 +168,7 @@ def read_data(data_root):
 
 
 def read_control_names(data_root, control_dim):
-    """Read a dataset's controls.yaml, such as {names: [angle], units: [degrees]}.
-
-    Returns: (names, units), control_dim texts each; (None, None) without the file.
-    """
+    """Returns: the control_dim names and units in a dataset's controls.yaml; (None, None) without the file."""
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
         return None, None
@@ -191,8 +183,7 @@ def read_control_names(data_root, control_dim):
 def recognize_prompt(prompt, known):
     """Find the training prompt that a prompt is meant to be, since to the model every character counts.
 
-    known: a tuple of the prompts that a control was trained with. Capitals, spaces, and quotation marks and dots around
-    a prompt do not count.
+    known: a tuple of training prompts. Capitals, spaces, and quotation marks and dots around a prompt do not count.
     Returns: the training prompt; else, after a line that names the nearest ones, `prompt` itself.
     """
 
@@ -225,29 +216,21 @@ class ControlDataset(Dataset):
         self.prompt_index = [prompts.index(row.prompt) for row in rows]
         self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
         self.empty = base.embed([""])[0].float().cpu()
-        pictures = {_key(picture): picture for row in rows for picture in row.pictures}
-        self.where, pictures = {key: i for i, key in enumerate(pictures)}, list(pictures.values())
-        latents, sizes = [], set()
+        pictures, latents, sizes = [picture for row in rows for picture in row.pictures], [], set()
         for start in tqdm(range(0, len(pictures), batch_size), desc="encoding", delay=2, leave=False):
             loaded = [load_picture(picture) for picture in pictures[start : start + batch_size]]
             sizes |= {picture.size for picture in loaded}
             fitted = pictures_to_tensor([fit_picture(picture, image_size) for picture in loaded])
             latents.append(base.encode(fitted.to(base.device)).float().cpu())
-        self.latents = torch.cat(latents)
-        if line := describe_fit(sizes, image_size):
-            print(line)
+        self.latents = rearrange(torch.cat(latents), "(n k) c h w -> n k c h w", n=len(rows))  # k: target, reference
+        tell_fit([[size] for size in sizes], image_size)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        latents = [self.latents[self.where[_key(picture)]] for picture in self.rows[i].pictures]
         words = dict(embeddings=self.embeddings[self.prompt_index[i]], empty=self.empty)
-        return dict(zip(("latents", "reference"), latents)) | words | dict(control=self.controls[i])
-
-
-def _key(picture):
-    return picture if isinstance(picture, Path) else id(picture)
+        return dict(zip(("latents", "reference"), self.latents[i])) | words | dict(control=self.controls[i])
 
 
 class TrainingOrder(Sampler):

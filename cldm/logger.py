@@ -1,5 +1,6 @@
 """What a training tells while it runs: lines on its data and progress, grids of pictures."""
 
+import math
 import textwrap
 import time
 from collections import deque
@@ -13,7 +14,7 @@ from torch.utils.data import default_collate
 
 from cldm.calibration import PICTURES
 from cldm.model import Target
-from cldm.report import draw_pictures, plain
+from cldm.report import describe_control, draw_pictures, plain
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
@@ -50,10 +51,7 @@ def describe_bars(dataset, seen):
 
 
 def describe_losses(history, held_out):
-    """Returns: a sentence on the course of val_loss.
-
-    history: SaveBestAndLast's. held_out: whether validation shows pictures that training does not.
-    """
+    """Returns: a sentence on SaveBestAndLast's history; held_out: whether validation shows what training does not."""
     if not history:
         return "no validation: five different numbers, or a validation.json, would tell how good it is"
     _, losses, (base, *_) = zip(*history)
@@ -83,15 +81,14 @@ class PictureLogger(pl.Callback):
         self.folder, self.every, self.batch = folder, every, batch
         subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
         most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
-        picked = []  # (subject, place in its row, index in the dataset)
-        for k, subject in enumerate(subjects):
+        picked = []
+        for subject in subjects:
             own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
             own.sort(key=lambda i: dataset.rows[i].control)
-            spread = np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int)
-            picked += [(k, place, own[i]) for place, i in enumerate(spread)]
-        self.places = [place for *place, _ in picked]
-        self.rows = [dataset.rows[i] for *_, i in picked]
-        self.items = default_collate([dataset[i] for *_, i in picked])
+            picked += [own[int(i)] for i in np.linspace(0, len(own) - 1, min(most, len(own))).round()]
+        self.rows = [dataset.rows[i] for i in picked]
+        self.items = default_collate([dataset[i] for i in picked])
+        self.columns = math.ceil(len(picked) / len(subjects))
 
     @torch.no_grad()
     def on_train_start(self, trainer, module):
@@ -129,19 +126,15 @@ class PictureLogger(pl.Callback):
 
     def compose(self, config, drawn):
         """Returns: a matplotlib Figure, the pictures of all subjects with their prompts and the numbers asked for."""
-        height, width = (1 + max(own) for own in zip(*self.places))
-        count = 1 + len(self.panels[0])
-        figure = Figure(((count * SIDE + 0.2) * width, (SIDE + 0.8) * height), layout="constrained")
-        grid = figure.subplots(height, width, squeeze=False)
-        for axes in grid.flat:
+        count, lines = 1 + len(self.panels[0]), math.ceil(len(drawn) / self.columns)
+        figure = Figure(((count * SIDE + 0.2) * self.columns, (SIDE + 0.8) * lines), layout="constrained")
+        for k, (row, panels, generated) in enumerate(zip(self.rows, self.panels, drawn), 1):
+            texts = row.prompt, describe_control(config, row.control), " | ".join([*panels, "drawn"])
+            texts = [textwrap.fill(text, 24 * count) for text in texts if text]
+            axes = figure.add_subplot(lines, self.columns, k)
             axes.axis("off")
-        for place, row, panels, generated in zip(self.places, self.rows, self.panels, drawn):
-            numbers = zip(config.control_names, row.control, config.control_units)
-            lines = [row.prompt, ", ".join(f"{name} {value:.6g} {unit}".rstrip() for name, value, unit in numbers)]
-            lines = [textwrap.fill(line, 24 * count) for line in (*lines, " | ".join([*panels, "drawn"]))]
-            axes = grid[*place]
             axes.imshow(np.hstack([*panels.values(), generated]))
-            axes.set_title(plain("\n".join(filter(None, lines))), fontsize=8)
+            axes.set_title(plain("\n".join(texts)), fontsize=8)
         return figure
 
 

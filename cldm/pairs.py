@@ -20,6 +20,7 @@ TILT = 15.0  # degrees that a reference is turned at most, beside quarter turns
 REFERENCE_EXPOSURE, REFERENCE_BLUR = 0.7, 1.0  # stops and pixels that a reference itself is changed by at most
 OVERSAMPLE = 2  # a picture is cut at this many times its resolution, then averaged down
 LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled down when they are read
+CORNERS = [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]  # of the square that a frame cuts
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
 VALIDATION_PAIRS = 144
 STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
@@ -69,11 +70,9 @@ def draw_views(rng, files, size, ranges, count):
     """Cut squares from a photograph between which known things change.
 
     The reference is a random square, mirrored, turned, exposed, blurred and recoloured at random, so that a target
-    alone tells little. Squares that reach over the border are drawn again with their changes, which makes zooms below
-    0.87 a sixth rarer.
+    alone tells little. Squares that reach over the border are drawn again, which makes zooms below 0.87 a sixth rarer.
     files: photographs, of which one is drawn. size: pixels of the pictures. ranges: as choose_changes returns them.
     Returns: the reference (PIL); `count` targets (PIL), each with its change from the reference, {name: number}.
-    Raises: InputError if no photograph is large enough.
     """
     for _ in range(1000 * len(files)):
         file, changes = rng.choice(files), [draw_change(rng, ranges) for _ in range(count)]
@@ -87,19 +86,14 @@ def draw_views(rng, files, size, ranges, count):
         blur = max(0.0, rng.uniform(-REFERENCE_BLUR, REFERENCE_BLUR))
         exposure = rng.uniform(-REFERENCE_EXPOSURE, REFERENCE_EXPOSURE)
         channels = rng.sample(range(3), 3)
-        if all(reaches(view, width, height) for view in [frame, *moved]):
+        x, y, _ = np.moveaxis([view @ CORNERS for view in [frame, *moved]], 1, 0)
+        if min(x.min(), y.min()) >= 1 and x.max() <= width - 1 and y.max() <= height - 1:  # inside the photograph
             targets = []
             for view, change in zip(moved, changes):
                 blurred = math.hypot(blur * change["zoom"], change["blur"])
                 targets.append((cut(file, view, size, blurred, exposure + change["exposure"], channels), change))
             return cut(file, frame, size, blur, exposure, channels), targets
     raise InputError(f"no picture large enough to cut {size} x {size} pixels from it, turned and shifted")
-
-
-def reaches(frame, width, height):
-    """Returns: whether the square that `frame` (3, 3) cuts lies inside a photograph."""
-    x, y, _ = frame @ [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]
-    return min(x.min(), y.min()) >= 1 and x.max() <= width - 1 and y.max() <= height - 1
 
 
 @lru_cache(64)

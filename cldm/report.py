@@ -32,15 +32,12 @@ def plain(text):
 def describe_control(config, control):
     """control: d numbers. Returns: a line with their names and units."""
     numbers = zip(config.control_names, control, config.control_units)
-    return ", ".join(f"{name} {value:+.2f} {unit}".rstrip() for name, value, unit in numbers)
+    return ", ".join(f"{name} {value:+.6g} {unit}".rstrip() for name, value, unit in numbers)
 
 
 @torch.no_grad()
 def draw_pictures(model, target, control, seed=0, sampling=DRAWN):
-    """Generate pictures, all from the same noise, starting from the latents of a Target where it has them.
-
-    control: (B, d). Returns: list of B PIL pictures.
-    """
+    """Returns: B PIL pictures drawn at a control (B, d) from the same noise, and a Target's latents if it has some."""
     base, side = model.base, model.config.image_size // model.base.downsampling
     noise = draw_noise((1, base.unet.config.in_channels, side, side), 1 + sampling.ddim_steps, seed, base.device)
     drawn = model.generate(noise, control, target, sampling, target.latents)
@@ -101,8 +98,6 @@ def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
 
 def draw_inversion(config, result, input_picture, first, last, target_picture):
     """Returns: a matplotlib Figure, the pictures above, loss and control over the iterations below."""
-    numbers = list(zip(config.control_names, config.control_units))
-
     missed = difference(last, target_picture)
     figure = Figure(figsize=(13, 6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
@@ -118,9 +113,10 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     iterations = range(1, len(result.history) + 1)
     loss_axes.semilogy(iterations, [entry["loss"] for entry in result.history], color="tab:red")
     loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
-    for i, (name, unit) in enumerate(numbers):
-        values = [entry["control"][i] for entry in result.history]
-        control_axes.plot(iterations, values, label=plain(f"{name} ({unit})" if unit else name))
+    labels = [
+        plain(f"{name} ({unit})" if unit else name) for name, unit in zip(config.control_names, config.control_units)
+    ]
+    control_axes.plot(iterations, [entry["control"] for entry in result.history], label=labels)
     control_axes.set(xlabel="iteration", ylabel="control")
     control_axes.legend()
     for axes in (loss_axes, control_axes):
@@ -141,7 +137,7 @@ def describe_reading(config, reading, i, row, seed):
     result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
     result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
     result |= dict(model_calls=reading.model_calls, seconds=reading.seconds, seed=seed)
-    if row.control is not None:
+    if row.control:
         error = number([found - true for found, true in zip(control, row.control)])
         result |= dict(source=list(row.control), error=error)
     return result
@@ -150,8 +146,7 @@ def describe_reading(config, reading, i, row, seed):
 def draw_reading(config, reading, i, profiles, row, pictures):
     """Returns: a matplotlib Figure, the pictures of target i above, the loss over every number's range below.
 
-    profiles: as reading.profile returns them. pictures: PIL, the target, its reference or None, and what the model
-    draws at the control that was read.
+    profiles: as reading.profile returns them. pictures: PIL: target, reference or None, what is drawn at the reading.
     """
     control, (target, reference, generated) = reading.control[i], pictures
     missed = difference(generated, target)

@@ -27,8 +27,7 @@ PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # others would round the contr
 def hold_folder(out_dir, overwrite, inputs):
     """Hold out_dir for one run, new or going on; of several processes, the first holds it and prints.
 
-    inputs: what is read, which must not lie in it. Returns: its Path.
-    Raises: InputError if another run holds the folder, or something else lies in it and overwrite is false.
+    inputs: what is read, which must not lie in it. Returns: its Path. Raises: InputError if it is held or used.
     """
     first = rank_zero_only.rank == 0
     path = (output_folder if first else check_writable)(out_dir)

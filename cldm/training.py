@@ -106,12 +106,10 @@ class ControlTraining(pl.LightningModule):
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
-        warmup = min(100, self.steps // 10 + 1)
-
-        def factor(step):
-            return min(1, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1, step / self.steps)))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        warmup, pi = min(100, self.steps // 10 + 1), math.pi
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda n: min(1, (n + 1) / warmup) * (0.5 + 0.5 * math.cos(pi * min(1, n / self.steps)))
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint):

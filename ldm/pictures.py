@@ -76,13 +76,10 @@ def _load(path, profiled):
 def _beginning(path):
     """Returns: for a message, how a file begins if it is a text, such as a web page or a Git LFS pointer."""
     with open(path, "rb") as file:
-        start = file.read(200)
-    if not start:
+        text = file.read(50).decode(errors="replace").partition("\n")[0]
+    if not text:
         return ", for it is empty"
-    with suppress(UnicodeDecodeError):
-        text = start.splitlines()[0].decode()[:50]
-        return f', for it begins with "{text}"' if text.isprintable() else ""
-    return ""
+    return f', for it begins with "{text}"' if text.isprintable() and "\ufffd" not in text else ""
 
 
 def _check_kind(picture):

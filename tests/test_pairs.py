@@ -331,7 +331,7 @@ def test_pairs_that_cannot_be_cut_are_named(photos, base_yaml, control_folder, t
     arguments = [f"pairs={photos}", f"out_dir={tmp_path / 'out'}"]
     more = [f"resume_path={control_folder}", "controls=[rotation]"]
     line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*arguments, *more])
-    assert "has references, unlike" in line
+    assert "without references, the data has 1 number(s), with references" in line
     line = fails_in_one_line(tutorial_train.main, tutorial_train.settings, [*arguments, "hint=coordinate"])
     assert 'setting "hint": has no effect with references' in line
     empty = tmp_path / "empty"
