@@ -53,10 +53,7 @@ LIKE = ROOT / "models" / "tiny_sd"
 
 
 def draw_view(rng, size, details):
-    """Draw at a random angle a detail of any photograph (a share `details` of the time) or a subject in its framing.
-
-    Returns: (PIL picture, prompt).
-    """
+    """Returns: a detail of a photograph (a share `details` of the time) or a subject in its framing; its prompt."""
     if rng.random() >= details:
         photo = TRAIN[rng.choice(list(TRAIN))]
         zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < details else 1.0
@@ -129,18 +126,10 @@ def train_vae(s, pictures):
 
     train_steps(list(vae.parameters()), s.vae_steps, s.learning_rate, loss_at, "vae")
     vae.eval()
-    sample = pictures[:256] / 127.5 - 1
     with torch.no_grad():
-        latents = vae.encode(sample).latent_dist.mean
+        latents = vae.encode(pictures[:256] / 127.5 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
-
-
-@torch.no_grad()
-def encode_all(vae, pictures):
-    """Returns: (N, 4, H/4, W/4) scaled latents of the views."""
-    batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
-    return torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]) * vae.config.scaling_factor
 
 
 def train_unet(s, latents, prompts):
@@ -178,9 +167,8 @@ def train_unet(s, latents, prompts):
 
 
 def main(s):
-    whole = (1, math.inf)
-    check_numbers(s, int, image_size=(32, 4096), vae_views=whole, vae_steps=whole, unet_views=whole, unet_steps=whole)
-    check_numbers(s, int, batch_size=whole, seed=(0, 2**63 - 2))
+    counts = dict.fromkeys(("vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size"), (1, math.inf))
+    check_numbers(s, int, **counts, image_size=(32, 4096), seed=(0, 2**63 - 2))
     check_numbers(s, vae_details=(0, 1), unet_details=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
@@ -192,7 +180,10 @@ def main(s):
             vae.half().save_pretrained(folder / "vae")
     vae = load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s.seed + 1, s.unet_views, s.image_size, s.unet_details)
-    unet, text_encoder, scheduler = train_unet(s, encode_all(vae, pictures), prompts)
+    with torch.no_grad():
+        batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
+        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]) * vae.config.scaling_factor
+    unet, text_encoder, scheduler = train_unet(s, latents, prompts)
     with whole_folder(out) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
             model.save_pretrained(folder / name)

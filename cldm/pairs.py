@@ -61,7 +61,7 @@ def validation_set(data, base, image_size, seed):
 
 
 def draw_pair(rng, files, size, ranges):
-    """Returns: reference and target (PIL), {name: number}; arguments as draw_views takes them."""
+    """Returns: reference and target (PIL), {name: number}; as draw_views."""
     reference, ((target, change),) = draw_views(rng, files, size, ranges, 1)
     return reference, target, change
 

@@ -155,17 +155,20 @@ def find_pictures(photos):
     return list(map(find_photo, files + (EXTRA if photos == "train" else [])))
 
 
-def make_pairs(s):
-    """Yields: for each pair, TRAINING_FILE, {"reference", "target": (name, PIL picture)}, source, prompt."""
+def make_pairs(s, out):
+    """Save pairs below the folder out. Yields: for each, TRAINING_FILE and its row."""
     ranges, files, rng = choose_changes(s.controls), find_pictures(s.photos), random.Random(s.seed)
     for i in tqdm(range(s.pairs), desc="pairs"):
         reference, target, change = draw_pair(rng, files, s.image_size, ranges)
-        pictures = {"reference": (f"{i:05d}_reference", reference), "target": (f"{i:05d}_target", target)}
-        yield TRAINING_FILE, pictures, [round(change[name], 6) for name in ranges], ""
+        row = {"source": [round(change[name], 6) for name in ranges]}
+        for key, picture in (("reference", reference), ("target", target)):
+            row[key] = f"{PICTURES}/{i:05d}_{key}.png"
+            picture.save(out / row[key])
+        yield TRAINING_FILE, row | {"prompt": ""}
 
 
-def make_views(s):
-    """Yields: for each photo and control, the file it belongs to, {"target": (name, PIL picture)}, source, prompt."""
+def make_views(s, out):
+    """Save views below the folder out. Yields: for each photo and control, the file it belongs to and its row."""
     files, rng = {TRAINING_FILE: TRAIN_ANGLES, VALIDATION_FILE: VALIDATION_ANGLES}, random.Random(s.seed)
     if s.angles is not None:
         try:
@@ -178,9 +181,10 @@ def make_views(s):
         for name, photo in tqdm(select_photos(s.photos).items(), desc=file):
             for number in numbers:
                 control = draw_view(rng) if s.views else (number,)
-                target = f"{name}_{'_'.join(f'{value:+g}' for value in control)}"
-                pictures = {"target": (target, render_framed(photo, s.image_size, *control))}
-                yield file, pictures, list(control) if s.views else f"{number:g}", photo.prompt
+                target = f"{PICTURES}/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
+                source = list(control) if s.views else f"{number:g}"
+                render_framed(photo, s.image_size, *control).save(out / target)
+                yield file, {"source": source, "target": target, "prompt": photo.prompt}
 
 
 def main(s):
@@ -201,12 +205,8 @@ def main(s):
     lines = {}
     with whole_folder(out_dir, removes=MADE) as out:
         (out / PICTURES).mkdir()
-        for file, pictures, source, prompt in make_pairs(s) if s.pairs else make_views(s):
-            row = {"source": source}
-            for key, (name, picture) in pictures.items():
-                row[key] = f"{PICTURES}/{name}.png"
-                picture.save(out / row[key])
-            lines.setdefault(file, []).append(json.dumps(row | {"prompt": prompt}))
+        for file, row in (make_pairs if s.pairs else make_views)(s, out):
+            lines.setdefault(file, []).append(json.dumps(row))
         for file, own in lines.items():
             (out / file).write_text("\n".join(own) + "\n")
         write_yaml({"names": names, "units": units}, out / CONTROLS_FILE)
