@@ -16,15 +16,20 @@ PATHS = ("MODEL_PATH", "FILE.safetensors")
 if __name__ == "__main__":
     answer(__file__, *PATHS)
 
+import os
+from pathlib import Path
+
 from cldm.conversion import export_control
 from cldm.model import load_model
-from ldm.files import find_path, fresh_file
+from ldm.files import find_path, fresh_folder
 
 
 def main(s, paths):
-    if not paths[1].endswith(".safetensors"):
-        raise InputError(f"{paths[1]}: expected a name that ends in .safetensors")
-    file = fresh_file(paths[1], s.overwrite, inputs=[find_path(paths[0])])
+    file, control = Path(os.path.expanduser(paths[1])), find_path(paths[0])
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: expected a name that ends in .safetensors")
+    own = [file.name] if file.resolve().is_relative_to(control.resolve()) else []
+    fresh_folder(file.parent, s.overwrite, only=[file.name], never=own)
     export_control(load_model(paths[0]).control_net, file)
     print(f"{file}: the control of {paths[0]}")
 

@@ -20,7 +20,7 @@ from ldm.checkpoints import SD2, check_finite, identify, read_weights, to_half
 from ldm.ddim import ddim_sample, ddim_schedule
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder
 from ldm.pictures import fit_picture, pictures_to_tensor
-from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_config, write_yaml
+from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_config, reason, write_yaml
 from ldm.settings import InputError, Settings
 from ldm.unet import decode_unet, encode_unet
 
@@ -251,7 +251,7 @@ def pick_device(name):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
         torch.empty(0, device=device).cpu()  # "meta" has nothing to give
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f'setting "device": {name} cannot be used ({str(error).splitlines()[0]})') from None
+        raise InputError(f'setting "device": {name} cannot be used ({reason(error)})') from None
     return device
 
 

@@ -17,9 +17,8 @@ def find_rows(s, defaults, control_net):
     Returns: list of Row. Raises: InputError if there are none, or if they do not fit the control.
     """
     own_reference, own_target = (s[key] != defaults[key] for key in ("input_image_path", "target_image_path"))
-    reference = find_path(s.input_image_path) if s.input_image_path else None
-    if not own_reference and (s.targets or own_target or not control_net.uses_reference):
-        reference = None
+    demo = control_net.uses_reference and not s.targets and not own_target
+    reference = find_path(s.input_image_path) if s.input_image_path and (own_reference or demo) else None
     if reference and own_reference and not s.targets and not own_target:
         raise InputError("input_image_path: picture A alone; give picture B too, target_image_path")
     rows, names = find_targets(s, defaults, reference), control_net.config.control_names

@@ -91,23 +91,20 @@ def load_scheduler(folder, prediction_type=None, overrule=False):
 
 def check_parts(where, vae, text_encoder, unet):
     """Raises: InputError if the parts of a base do not belong together, or are of another kind of model."""
-    config, text = unet.config, text_encoder.config
-    takes, latents, width = config.in_channels, vae.config.latent_channels, config.cross_attention_dim
-    beyond = [key for key in BEYOND_TEXT if config.get(key) not in (None, "text")]
-    length, words = text.max_position_embeddings, text.vocab_size
-    faults = {
-        f"its UNet is given more than a text ({', '.join(beyond)})": beyond,
-        f"its UNet takes {takes} channels and returns {config.out_channels}": takes != config.out_channels,
-        f"its UNet draws latents of {takes} channels, its VAE's have {latents}": takes != latents,
-        f"its UNet takes texts of width {width}, its text encoder's are {text.hidden_size}": width != text.hidden_size,
-        f"its text encoder knows {words} tokens, {length} a prompt, not CLIP's": (
-            length < LENGTH or words < clip_tokenizer().vocab_size
-        ),
-        "its VAE shifts its latents, as Stable Diffusion 3's": vae.config.get("shift_factor") is not None,
+    config, text, words = unet.config, text_encoder.config, clip_tokenizer().vocab_size
+    alike = {
+        "inputs of its UNet beyond a text": ([key for key in BEYOND_TEXT if config.get(key) not in (None, "text")], []),
+        "channels that its UNet takes and returns": (config.in_channels, config.out_channels),
+        "channels of its UNet's and its VAE's latents": (config.in_channels, vae.config.latent_channels),
+        "width of its UNet's and its text encoder's texts": (config.cross_attention_dim, text.hidden_size),
+        "tokens that its text encoder knows, and CLIP": (min(text.vocab_size, words), words),
+        "tokens of a prompt, its and CLIP's": (min(text.max_position_embeddings, LENGTH), LENGTH),
+        "shift of its VAE's latents": (vae.config.get("shift_factor"), None),
     }
-    for fault, found in faults.items():
-        if found:
-            raise InputError(f"base {where}: {fault}; expected a text-to-image model like Stable Diffusion 1 or 2")
+    for what, (found, other) in alike.items():
+        if found != other:
+            remedy = "expected a text-to-image model like Stable Diffusion 1 or 2"
+            raise InputError(f"base {where}: {what}: {found} and {other}; {remedy}")
 
 
 class LatentDiffusion(nn.Module):

@@ -160,9 +160,8 @@ def find_control(weights):
 
     Returns: {name in the original, without "control_model.": tensor}; empty if there is none.
     """
-    if found := {key.removeprefix(CONTROL): t for key, t in weights.items() if key.startswith(CONTROL)}:
-        return found
-    return weights if identify(weights) == "a ControlNet in the original layout" else {}
+    found = {key.removeprefix(CONTROL): tensor for key, tensor in weights.items() if key.startswith(CONTROL)}
+    return found or (weights if identify(weights) == "a ControlNet in the original layout" else {})
 
 
 def fill_control(control_net, weights, file, keep=()):

@@ -75,11 +75,11 @@ def output_folder(path):
     return path
 
 
-def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=()):
+def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=(), only=None):
     """Check, before any work, a folder that is to be filled: it is new or empty, or the user said overwrite=true.
 
     inputs: what is read meanwhile, which must not lie in it. own: names that may be in it. never: names of what is not
-    even overwritten.
+    even overwritten. only: names of all that is to be written, where other things may be in it.
     Returns: its Path; it is not made yet.
     """
     path = check_writable(path)
@@ -87,24 +87,14 @@ def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=()):
         if source.resolve().is_relative_to(path.resolve()):
             raise InputError(f"{path}: holds {source}, which is read; choose another folder to write into")
     there = sorted(item.name for item in path.iterdir()) if path.is_dir() else []
-    there = [name for name in there if not name.startswith(".") and name not in own]
+    if only is None:
+        there = [name for name in there if not name.startswith(".") and name not in own]
+    else:
+        there = [name for name in there if name in only]
     kept = not set(there).isdisjoint(never)
     if there and (kept or not overwrite):
         remedy = "" if kept else ", or give overwrite=true to replace what has the same names"
         raise InputError(f"{path}: has {', '.join(there[:4])} in it already; choose another folder{remedy}")
-    return path
-
-
-def fresh_file(path, overwrite=False, *, inputs=()):
-    """Check, before any work, a file that is to be written: as fresh_folder. inputs: folders with what is read."""
-    path = Path(os.path.expanduser(path))
-    check_writable(path.parent)
-    with writing(path):
-        there = path.exists()
-    kept = path.is_dir() or any(path.resolve().is_relative_to(Path(source).resolve()) for source in inputs)
-    if there and (kept or not overwrite):
-        remedy = "" if kept else ", or give overwrite=true to replace it"
-        raise InputError(f"{path}: is there already; choose another name{remedy}")
     return path
 
 

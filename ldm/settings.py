@@ -6,7 +6,6 @@ Nothing imported here takes long, so that `-h` and a misspelt setting are answer
 import argparse
 import ast
 import copy
-import errno
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from ldm.schema import FLAG, InputError, Rule, Settings, expect, nearest, number
+from ldm.schema import FLAG, InputError, Rule, Settings, expect, nearest, number, reason
 
 TEXTS = ("a_prompt", "n_prompt")  # settings that are texts though their default is None
 WORDS = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None}
@@ -170,7 +169,7 @@ def answer(file, *paths):
 def run_script(main, settings, arguments=None, *, paths=(), resume=""):
     """Run `main(settings)` with key=value overrides, the command line's unless `arguments` are given.
 
-    An InputError, a full disk and a lack of memory become one line and exit code 2; Ctrl-C one line and exit code 130.
+    An InputError, a full disk or a lack of memory becomes one line and exit code 2; Ctrl-C one line and exit code 130.
     paths: as for `answer`; main is then called with the list of them too. resume: how a stopped run is continued.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -184,11 +183,9 @@ def run_script(main, settings, arguments=None, *, paths=(), resume=""):
         print(f"\nstopped; {resume}" if resume else "\nstopped", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO):
-            raise
-        _fail(f"{error.filename or 'a file'}: cannot be written ({error.strerror})")
+        _fail(f"{error.filename or 'a file'}: cannot be read or written ({reason(error)})")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
             raise
         less = [f"{key}={least}" for key, least in LEAST_MEMORY.items() if key in settings]
         _fail(f"out of memory; the least is needed with {' '.join(less) or 'smaller pictures'}")

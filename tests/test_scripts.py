@@ -212,9 +212,10 @@ class TestOverwrite:
         for more in ([], ["overwrite=true"]):
             self.run(script, control_folder, file, *more)
         paths = [control_folder, file]
-        assert "is there already" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        line = fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        assert "has a.safetensors in it already" in line
         paths = [control_folder, control_folder / WEIGHTS, "overwrite=true"]
-        assert "choose another name" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
+        assert "choose another folder" in fails_in_one_line(script.main, script.settings, paths, paths=script.PATHS)
 
     def test_a_full_disk_leaves_a_control_whole(self, control_folder, base_yaml, fails_in_one_line, small_disk):
         before, script = digest([control_folder]), tool_add_control

@@ -260,7 +260,7 @@ class TestRunScript:
         def main(s):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.txt")
 
-        assert fails_in_one_line(main, {}, []) == "error: a.txt: cannot be written (No space left on device)"
+        assert fails_in_one_line(main, {}, []) == "error: a.txt: cannot be read or written (No space left on device)"
 
     @pytest.mark.parametrize(
         "error",
