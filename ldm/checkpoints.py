@@ -49,7 +49,7 @@ def check_download(file):
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({reason(error)})") from None
     if start.lstrip().lower().startswith((b"version https://git-lfs", b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{file}: no weights, but a web page or a Git LFS pointer; download the file itself")
+        raise InputError(f"{file}: a web page or a Git LFS pointer (git lfs pull), not the weights themselves")
     return start
 
 
