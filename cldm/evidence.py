@@ -37,12 +37,15 @@ def check_evidence(reading, pictures, config, known=(), sides=None):
     show a blur of less than half of its own pixels. None: nothing was enlarged.
     Returns: a Reading with `reach` and, where due, the flag "no_effect".
     """
-    ranges = dict(zip(config.control_names, zip(config.control_low, config.control_high)))
+    rows = zip(config.control_names, config.control_units, zip(config.control_low, config.control_high))
+    numbers = {name: bounds if CHANGES.get(name, ("",))[0] == unit else None for name, unit, bounds in rows}
+    ours = [k for k, bounds in enumerate(numbers.values()) if bounds]  # by name and unit; nothing is known of others
+    ranges = {name: bounds for name, bounds in numbers.items() if bounds}
     reach = torch.zeros_like(reading.control)
-    for i, (target, reference) in enumerate(pictures):
-        reach[i] = find_reach(reference, target, ranges, reading.control[i], known)
+    for i, (target, reference) in enumerate(pictures if ours else ()):
+        reach[i, ours] = find_reach(reference, target, ranges, reading.control[i, ours], known).to(reach)
         if sides and sides[i] < target.width and "blur" in set(ranges) - set(known):
-            reach[i, list(ranges).index("blur")].clamp_(min=target.width / sides[i] / 2)
+            reach[i, list(numbers).index("blur")].clamp_(min=target.width / sides[i] / 2)
     unseen = [unseen_numbers(config, *of_one) for of_one in zip(reading.control, reach)]
     flags = [own + ["no_effect"] * bool(names) for own, names in zip(reading.flags, unseen)]
     return replace(reading, reach=reach, flags=flags)

@@ -31,8 +31,8 @@ class Solution:
         )
 
     def select(self, index):
-        """index: (P',) integers. Returns: the Solution of those."""
-        return Solution(*(getattr(self, field.name)[index] for field in fields(self)))
+        """index: (P',) integers, or a slice. Returns: the Solution of those, a copy."""
+        return Solution(*(getattr(self, field.name)[index].clone() for field in fields(self)))
 
     @property
     def losses(self):
@@ -60,14 +60,14 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
     scale: (P,), of the Cauchy loss; None: the loss is the mean square. tolerance: a control whose step is shorter than
     this share of the range has settled.
     A step that does not lower the loss is taken back and the damping raised tenfold; otherwise it falls tenfold. The
-    Jacobian is exact at the start and after long steps; Broyden's update serves after short ones.
+    Jacobian is exact at controls to start from and after long steps; Broyden's update serves after short ones.
     Returns: Solution.
     Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
     """
     free = objective.free
     low, high = bounds[:, free]
     width = high - low
-    at = start if isinstance(start, Solution) else Solution.at(objective, start, index, draws)
+    at = start.select(slice(None)) if isinstance(start, Solution) else Solution.at(objective, start, index, draws)
     damping = torch.full_like(at.control[:, 0], DAMPING)
     scale = torch.full_like(at.residuals[:, 0, 0], torch.inf) if scale is None else scale
     loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
@@ -82,7 +82,11 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
             residuals = objective.evaluate(control, index[active[rows]], draws)
             return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
 
-        step = gauss_newton_step(now.gradients.mean(1), now.curvature, damping[active], width)
+        gradient, place = now.gradients.mean(1), now.control[:, free]
+        held = ((place <= low) & (gradient > 0)) | (
+            (place >= high) & (gradient < 0)
+        )  # at a bound, with downhill beyond
+        step = gauss_newton_step(gradient, now.curvature, damping[active], width, held)
         trial = attempt(step, torch.arange(len(active), device=index.device))
         step = (trial[0] - now.control)[:, free] / width  # what the bounds left of it
         double_steps(trial, now, loss[active], step, width, tolerance, attempt)
@@ -104,13 +108,16 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
     return at
 
 
-def gauss_newton_step(gradient, curvature, damping, width):
-    """Solve (H + damping diag(H)) step = -gradient in units of the range.
+def gauss_newton_step(gradient, curvature, damping, width, held):
+    """Solve (H + damping diag(H)) step = -gradient in units of the range, for the numbers that are not held.
 
-    gradient: (P, f). curvature: (P, f, f). damping: (P,). width: (f,), of the range. Returns: (P, f).
+    gradient: (P, f). curvature: (P, f, f). damping: (P,). width: (f,), of the range. held: (P, f) bool, numbers that
+    bounds keep where they are (the active set). Returns: (P, f).
     """
     gradient, curvature = gradient * width, curvature * width[:, None] * width
     diagonal = curvature.diagonal(dim1=1, dim2=2)
+    coupled = ~(held[:, :, None] | held[:, None]) | torch.eye(len(width), dtype=torch.bool, device=held.device)
+    gradient, curvature = gradient.masked_fill(held, 0), curvature * coupled
     floor = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-12)  # a number without effect stays where it is
     return -torch.linalg.solve(curvature + torch.diag_embed(damping[:, None] * diagonal + floor), gradient)
 
@@ -160,7 +167,7 @@ def cauchy_loss(residuals, scale, channels):
 def distinct_solutions(found, index, width, free):
     """index: (P,), the target of each. width: (f,), of the searched range of the free numbers, (d,) bool.
 
-    Returns: for every target, the indices of its solutions that are not one (SAME), the best first.
+    Returns: for every target, the indices of its solutions further apart than SAME, the best first.
     """
     order, place = found.losses.mean(1).argsort(stable=True), found.control[:, free] / width
     distinct = []

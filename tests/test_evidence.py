@@ -87,10 +87,13 @@ def test_intervals_hold_all_that_looks_the_same():
     shades = lambda x, y: 0.5 + 0.3 * np.sin(9 * x) * np.sin(7 * y + x)  # noqa: E731
     pictures = [(draw(shades), draw(shades)), (draw(FEATURELESS["flat"][0]),) * 2]
     bounds = dict(control_low=[-10, -0.1], control_high=[10, 0.1])
-    checked = check_evidence(reading, pictures, SimpleNamespace(control_names=["rotation", "shift x"], **bounds))
+    config = SimpleNamespace(control_names=["rotation", "shift x"], control_units=["degrees", "widths"], **bounds)
+    checked = check_evidence(reading, pictures, config)
     assert checked.flags == [[], ["ambiguous", "no_effect"]] or checked.flags[0] == ["no_effect"]
     low, high = checked.interval90[1, 0].tolist()
     assert low <= -6 and high >= 10 and checked.std[0, 1] == pytest.approx(0.1)
+    config.control_units = ["turns", "widths"]  # another rotation, of which nothing is known
+    assert check_evidence(reading, pictures, config).reach[1, 0] == 0
 
 
 def test_changes_are_those_of_the_training_set():
@@ -114,7 +117,7 @@ def test_changes_are_those_of_the_training_set():
 def test_an_enlarged_picture_shows_no_blur_below_its_own_pixels():
     covariance, scale = torch.full((1, 1, 1), 0.01).double(), torch.zeros(1).double()
     reading = Reading(torch.tensor([[0.3]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale)
-    config = SimpleNamespace(control_names=["blur"], control_low=[0], control_high=[2])
+    config = SimpleNamespace(control_names=["blur"], control_units=["pixels"], control_low=[0], control_high=[2])
     sharp = draw(lambda x, y: 0.5 + 0.5 * np.sign(np.sin(40 * x) * np.sin(40 * y)))
     for side, flags in ((SIZE, []), (SIZE // 8, ["no_effect"])):
         checked = check_evidence(reading, [(sharp, sharp)], config, sides=[side])
