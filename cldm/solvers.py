@@ -85,7 +85,7 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
         gradient, place = now.gradients.mean(1), now.control[:, free]
         held = ((place <= low) & (gradient > 0)) | (
             (place >= high) & (gradient < 0)
-        )  # at a bound, with downhill beyond
+        )  # downhill is beyond a bound
         step = gauss_newton_step(gradient, now.curvature, damping[active], width, held)
         trial = attempt(step, torch.arange(len(active), device=index.device))
         step = (trial[0] - now.control)[:, free] / width  # what the bounds left of it
