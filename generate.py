@@ -8,7 +8,7 @@ All are drawn from the same noise, so that only the number differs. A control th
 it as input_image_path. Leaves a picture for every control and all of them in strip.png in out_dir.
 """
 
-from ldm.settings import InputError, answer, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     model_path="models/control_tiny",  # the out_dir of a training
@@ -37,6 +37,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from cldm.confidence import is_outside
 from cldm.dataset import parse_control
 from cldm.model import Sampling, load_model
 from cldm.report import describe_control, draw_pictures, show_panels
@@ -47,7 +48,7 @@ from ldm.pictures import load_picture
 def parse_controls(text, count, names):
     """Read a number, a list or a range of controls. Returns: (B, d) float64. Raises: InputError."""
     try:
-        ends = [json.loads(part) for part in text.split("..")]
+        ends = [json.loads(part) if part.lstrip()[:1] == "[" else float(part) for part in text.split("..")]
         if len(ends) == 1:
             (value,) = ends
             several = isinstance(value, list) and (len(names) == 1 or isinstance(value[0], list))
@@ -70,12 +71,20 @@ def main(s):
     model = load_model(s.model_path, device=s.device)
     config = model.control_net.config
     controls = parse_controls(s.control, s.count, config.control_names).to(model.base.device)
+    if not model.control_net.uses_reference:
+        check_used(s, settings, "with a control that is no change of a picture", "input_image_path")
+    if ".." not in s.control:
+        check_used(s, settings, "without a range", "count")
     reference = load_picture(find_path(s.input_image_path)) if s.input_image_path else None
     target = model.encode([s.prompt], None, reference and [reference], s.a_prompt, s.n_prompt)
     sampling = Sampling(s.ddim_steps, s.scale, s.strength, s.eta)
+    if config.control_low and (outside := is_outside(config, controls, torch.full_like(controls, math.inf)).sum()):
+        print(f"outside_range: {outside} of {len(controls)} control(s) lie beyond the trained range")
     files = [f"control_{i:03d}.png" for i in range(1, len(controls) + 1)]
     report = {"files": files, "controls": controls.tolist()}
     write_whole(out_dir / "controls.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
+    for file in out_dir.glob("control_*.png"):  # of an earlier run
+        file.unlink()
     pictures = {}
     for file, control in zip(files, tqdm(controls, desc="drawing", leave=False)):
         (picture,) = draw_pictures(model, target, control[None], s.seed, sampling)

@@ -21,9 +21,11 @@ settings = dict(
     seed=0,
     eta=1.0,  # 0: deterministic DDIM; 1: fresh noise at every step
     denoise_strength=1.0,  # share of the noise that the input picture is given before it is drawn anew; 1: all
-    warm_steps=None,  # None: every generation starts from the input picture; a number: test5_s1.py tells
-    warm_denoise_strength=0.9,
-    learning_rate=None,  # of plain SGD; None: found from the first gradient, then Barzilai-Borwein steps
+    warm_steps=None,  # DDIM steps of later generations, if they start from the previous; None: from the input picture
+    warm_denoise_strength=0.9,  # with warm_steps: share of the noise that the previous result is given
+    # of SGD, in units of each number's spread in training, with no step longer than half a spread;
+    # None: found from the first gradient, then by Barzilai and Borwein's rule
+    learning_rate=None,
     iterations=100,  # at most; it ends earlier once the control has settled
     guess_mode=False,  # True: the control acts less in the outer blocks, and not on the negative prompt
     save_memory=False,  # True: activations are computed twice instead of kept
@@ -59,11 +61,10 @@ def infer(model, s, start, target, control):
     """
     began, config = time.perf_counter(), model.control_net.config
     sampling = Sampling(s.ddim_steps, s.scale, s.strength, s.eta, s.denoise_strength, s.guess_mode)
-    warm = (
-        replace(sampling, ddim_steps=s.warm_steps, denoise_strength=s.warm_denoise_strength) if s.warm_steps else None
-    )
-    if warm:  # whatever does not fit is said before the first iteration
-        ddim_schedule(model.base.scheduler, warm.ddim_steps, warm.denoise_strength)
+    warm = None
+    if s.warm_steps:
+        warm = replace(sampling, ddim_steps=s.warm_steps, denoise_strength=s.warm_denoise_strength)
+        ddim_schedule(model.base.scheduler, s.warm_steps, s.warm_denoise_strength)  # what does not fit is said now
     noise = draw_noise(start.shape, 1 + max(s.ddim_steps, s.warm_steps or 0), s.seed, start.device, s.num_samples)
     samples = target.select(torch.zeros(s.num_samples, dtype=torch.long))
     start, control = start.expand_as(samples.latents), control.to(start.device)
@@ -78,6 +79,8 @@ def infer(model, s, start, target, control):
         loss = (drawn - target.latents).square().mean()
         # backward: through all DDIM steps, into the control alone
         (gradient,) = torch.autograd.grad(loss, control)
+        if not (loss.isfinite() and gradient.isfinite().all()):
+            raise InputError(f"the loss or its gradient at {control.tolist()} is not finite; start elsewhere (control)")
         control, drawn = control.detach(), drawn.detach()
         result.add(control, loss.item(), drawn[:1])
         found = ", ".join(f"{name} {value:+.3f}" for name, value in zip(config.control_names, control.tolist()))
@@ -100,6 +103,8 @@ def check(s, model):
     check_numbers(s, int, iterations=(1, math.inf), seed=(0, 2**63 - 1))
     check_numbers(s, denoise_strength=(1e-3, 1), warm_denoise_strength=(1e-3, 1), eta=(0, 1))
     check_numbers(s, learning_rate=(1e-6, math.inf), scale=(0, math.inf), strength=(0, math.inf))
+    if not s.warm_steps:
+        check_used(s, settings, "without warm_steps", "warm_denoise_strength")
     if s.scale == 1:
         check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
     try:

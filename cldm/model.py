@@ -238,8 +238,9 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
             )
     own_unet = (path / "unet").is_dir()
     if own_unet:
-        base.unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype, low_cpu_mem_usage=False)
-        check_finite(base.unet, path / "unet")
+        unet = load_part(UNet2DConditionModel, path / "unet", torch_dtype=dtype, low_cpu_mem_usage=False)
+        check_finite(unet, path / "unet")
+        base = LatentDiffusion(base.vae, base.text_encoder, unet, base.scheduler)  # others may use the one given
     model = ControlLDM(base, control_net, config).requires_grad_(False).eval().to(pick_device(device))
     model.own_unet, model.save_memory = own_unet, save_memory
     return model

@@ -83,9 +83,7 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
             return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
 
         gradient, place = now.gradients.mean(1), now.control[:, free]
-        held = ((place <= low) & (gradient > 0)) | (
-            (place >= high) & (gradient < 0)
-        )  # downhill is beyond a bound
+        held = ((place <= low) & (gradient > 0)) | ((place >= high) & (gradient < 0))  # downhill is beyond a bound
         step = gauss_newton_step(gradient, now.curvature, damping[active], width, held)
         trial = attempt(step, torch.arange(len(active), device=index.device))
         step = (trial[0] - now.control)[:, free] / width  # what the bounds left of it

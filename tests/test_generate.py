@@ -14,6 +14,7 @@ from ldm.settings import InputError, run_script
     "text, names, expected",
     [
         ("3", "a", [[3]]),
+        ("+.5", "a", [[0.5]]),
         ("[-5,0,5]", "a", [[-5], [0], [5]]),
         ("-5..5", "a", [[-5], [0], [5]]),
         ("[5,1.1]", "ab", [[5, 1.1]]),
@@ -36,8 +37,10 @@ def test_pictures_differ_by_their_numbers_alone(control_folder, tmp_path, fails_
     run_script(generate.main, generate.settings, [*arguments, "control=[-3,3,-3]"])
     report = json.loads((tmp_path / "out" / "controls.json").read_text())
     first, other, again = (Image.open(tmp_path / "out" / file).tobytes() for file in report["files"])
+    run_script(generate.main, generate.settings, [*arguments, "control=3"])
+    assert sorted(file.name for file in (tmp_path / "out").glob("control_*")) == ["control_001.png"]
     assert first == again != other and report["controls"] == [[-3], [3], [-3]]
-    assert Image.open(tmp_path / "out" / "strip.png").width > 300
+    assert Image.open(tmp_path / "out" / "strip.png").width > 200
     (tmp_path / "out" / "controls.json").unlink()
     line = fails_in_one_line(generate.main, generate.settings, [*arguments, "control=1"])
     assert "not of this script" in line
