@@ -28,7 +28,7 @@ def calibrate(model, folder, dataset):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
     error_scale, error_floor: such that 90% of each number lie in their 90% intervals, at the rank of split conformal
-    prediction; variances by the residuals are halfway to typical ones, as they tell the errors' only roughly.
+    prediction; residual variances are averaged with their median, as they tell the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.

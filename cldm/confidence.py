@@ -9,7 +9,7 @@ from einops import einsum, rearrange
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # share of the trained range beyond which a control is outside, however unsure it is
 AMBIGUOUS = 0.1  # a second valley whose loss is higher by less than this share explains the target as well
-NO_EFFECT = 1e-6  # share of the loss: a number that changes less than this over its range has no effect
+NO_EFFECT = 1e-6  # share of the loss: a number that changes the loss by less, over its range, has no effect
 
 # What may be wrong with a reading, and what that means.
 FLAGS = {

@@ -66,7 +66,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
 
 
 def read_and_profile(model, target, known=None, draws=8, seed=0):
-    """As read_controls, but never a result that its own profile contradicts: where one is lower, it is read again.
+    """As read_controls, and once more from there where a profile of the loss is lower elsewhere.
 
     Returns: Reading; what `profile` returns at its controls.
     """

@@ -141,7 +141,8 @@ def double_steps(trial, now, before, step, width, tolerance, attempt):
 def broyden_update(now, residuals, step, width):
     """Correct the Jacobian J of a Solution by what a step s showed: J + (r' - r - J s) s^T / (s^T s).
 
-    residuals: (P, K, N), r', after the step. step: (P, f), in units of the range, width (f,), as s^T s needs it.
+    residuals: (P, K, N), r', after the step. step: (P, f), in units of the range, width (f,), which
+    makes numbers of different sizes comparable in s^T s.
     Returns: (P, K, N, f). Source: Broyden 1965.
     """
     surprise = residuals - now.residuals - einsum(now.jacobian, (step * width).to(residuals), "p k n f, p f -> p k n")
