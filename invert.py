@@ -104,8 +104,8 @@ def read_one(model, s, known, rows, unlike, out_dir):
 def read_many(model, s, known, rows, unlike, out_dir):
     """Read all targets, batch after batch, each kept in results.jsonl before the next begins."""
     config, about = model.control_net.config, dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
-    about |= dict(rows=list(map(str, rows)), pictures=digest(file for row in rows for file in row.pictures))
-    lines = resume(out_dir, about | dict(sha256=digest_model(s.model_path, model.config.base)))
+    about["sha256"] = digest_model(s.model_path, model.config.base)
+    lines = resume(out_dir, about, [f"{row} {digest(row.pictures)}" for row in rows])
     for first in trange(len(lines), len(rows), s.batch_size, desc="reading", leave=False):
         some = slice(first, first + s.batch_size)
         reading, draw = read(model, s, known, rows[some], unlike[some], s.figures)

@@ -9,25 +9,26 @@ from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
 
-def resume(out_dir, about):
-    """Take up results.jsonl, or begin it by writing down in settings.yaml what its results depend on.
+def resume(out_dir, about, rows):
+    """Take up results.jsonl where it ends, and write down in settings.yaml what its results depend on.
 
-    about: {what: value}, of rows, settings and digests of files.
+    about: {what: value}, of settings and digests. rows: a text for every target, which changes with what is read.
     Returns: the lines there already. Raises: InputError if they depend on something else.
     """
-    file, settings_file, about = out_dir / "results.jsonl", out_dir / "settings.yaml", json.dumps(about, indent=1)
-    if not file.exists():
-        write_whole(settings_file, lambda partial: partial.write_text(about))
-        return []
-    try:
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        same = settings_file.read_text() == about and all("flags" in json.loads(line) for line in lines)
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        what = "results of another model, other targets, pictures or settings"
-        raise InputError(f"{file}: {what}; delete it, or choose another out_dir")
-    print(f"going on after {len(lines)} targets")
+    file, settings_file, lines = out_dir / "results.jsonl", out_dir / "settings.yaml", []
+    if file.exists():
+        try:
+            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            before = json.loads(settings_file.read_text())
+            same = before.pop("rows")[: len(lines)] == rows[: len(lines)] and before == about
+            same = same and all("flags" in json.loads(line) for line in lines)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            same = False
+        if not same:
+            what = "results of another model, other targets, pictures or settings"
+            raise InputError(f"{file}: {what}; delete it, or choose another out_dir")
+        print(f"going on after {len(lines)} of {len(rows)} targets")
+    write_whole(settings_file, lambda partial: partial.write_text(json.dumps(about | {"rows": rows}, indent=1)))
     return lines
 
 

@@ -94,9 +94,21 @@ def test_a_killed_run_goes_on(arguments, targets, tmp_path, capsys):
     file.write_text("".join(kept) + lines[3][:20])
     run(*arguments, targets)
     first, *others = read_results(tmp_path)
-    assert first.pop("kept") and "going on after 3 targets" in capsys.readouterr().out
+    assert first.pop("kept") and "going on after 3 of 5 targets" in capsys.readouterr().out
     for again, before in zip([first, *others], whole, strict=True):
         assert again["control"] == pytest.approx(before["control"], abs=1e-3) and again["prompt"] == before["prompt"]
+
+
+def test_targets_may_be_added_at_the_end(arguments, targets, tmp_path, capsys, fails_in_one_line):
+    path = tmp_path / "targets.json"
+    five = path.read_text()
+    path.write_text("\n".join(five.splitlines()[:3]))
+    run(*arguments, targets)
+    path.write_text(five)
+    run(*arguments, targets)
+    assert "going on after 3 of 5" in capsys.readouterr().out and len(read_results(tmp_path)) == 5
+    path.write_text("\n".join(five.splitlines()[:3]))
+    assert "other targets" in fails_in_one_line(invert.main, invert.settings, [*arguments, targets])
 
 
 @pytest.mark.parametrize(
