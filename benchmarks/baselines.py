@@ -25,12 +25,12 @@ class SamplingObjective(Objective):
         self.target, self.sampling, self.channels = target, sampling, target.latents.shape[1]
         self.noise = draw_noise(target.latents.shape, 1 + sampling.ddim_steps, seed, target.latents.device, draws)
 
-    def residuals(self, control, index, draws):
-        target = self.target.select(index.repeat_interleave(len(draws)))
-        noise = self.noise[:, draws].repeat(1, len(index), 1, 1, 1)
+    def residuals(self, control, index, draw_index):
+        target = self.target.select(index.repeat_interleave(len(draw_index)))
+        noise = self.noise[:, draw_index].repeat(1, len(index), 1, 1, 1)
         control = rearrange(control, "p k d -> (p k) d")
         generated = self.model.generate(noise, control, target, self.sampling, target.latents)
-        return rearrange(generated - target.latents, "(p k) c h w -> p k (c h w)", k=len(draws))
+        return rearrange(generated - target.latents, "(p k) c h w -> p k (c h w)", k=len(draw_index))
 
 
 @torch.no_grad()
@@ -58,19 +58,19 @@ def read_by_adam(model, target, starts=4, iterations=100, learning_rate=0.1):
     objective = DenoisingObjective(model, target)
     low, high = search_bounds(model.control_net.config)
     places = low + (high - low) * torch.linspace(0, 1, starts + 2)[1:-1, None]
-    index, draws = torch.arange(len(target)).repeat_interleave(starts), torch.arange(objective.draws)
+    index, draw_index = torch.arange(len(target)).repeat_interleave(starts), torch.arange(objective.draws)
     unit = model.control_net.spread(low)
     position = (places.repeat(len(target), 1) / unit).requires_grad_(True)
     optimizer = torch.optim.Adam([position], learning_rate)
     for _ in range(iterations):
         optimizer.zero_grad()
         for rows in torch.arange(len(index)).split(2):
-            control = repeat(position[rows] * unit, "p d -> p k d", k=len(draws))
-            objective.residuals(control, index[rows], draws).square().mean((1, 2)).sum().backward()
+            control = repeat(position[rows] * unit, "p d -> p k d", k=len(draw_index))
+            objective.residuals(control, index[rows], draw_index).square().mean((1, 2)).sum().backward()
         optimizer.step()
     found = position.detach() * unit
     best = objective.losses(found, index).view(-1, starts).argmin(1) + starts * torch.arange(len(target))
-    return found[best], 2 * iterations * len(index) * len(draws)
+    return found[best], 2 * iterations * len(index) * len(draw_index)
 
 
 def train_regressor(network, minutes, draw_batch, loss):

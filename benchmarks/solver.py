@@ -37,9 +37,9 @@ from dataForTrain.make_dataset import find_pictures
 BATCH = 12  # pairs read together
 
 
-def without_cauchy(objective, start, index, bounds, draws=None, scale=None):
+def without_cauchy(objective, start, index, bounds, draw_index=None, scale=None):
     """levenberg_marquardt, but for the last solution by a Cauchy loss."""
-    return start if scale is not None else solvers.levenberg_marquardt(objective, start, index, bounds, draws)
+    return start if scale is not None else solvers.levenberg_marquardt(objective, start, index, bounds, draw_index)
 
 
 VARIANTS = {

@@ -43,8 +43,8 @@ class DenoisingObjective(Objective):
             chunks = zip(*(tensor.split(self.chunk) for tensor in inputs))
             self.encoded = Encoded.cat([encode_unet(model.base.unet, *chunk) for chunk in chunks])
 
-    def residuals(self, control, index, draws):
-        picture = rearrange(index[:, None] * self.draws + draws.to(index.device), "p k -> (p k)")
+    def residuals(self, control, index, draw_index):
+        picture = rearrange(index[:, None] * self.draws + draw_index.to(index.device), "p k -> (p k)")
         encoded, reference = self.encoded.select(picture), self.target.reference
         prediction = self.model.predict(
             self.noisy[picture],
@@ -54,7 +54,7 @@ class DenoisingObjective(Objective):
             None if reference is None else reference[picture // self.draws],
             encoded=encoded,
         )
-        return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k (c h w)", k=len(draws))
+        return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k (c h w)", k=len(draw_index))
 
     @property
     def middle_draws(self):

@@ -59,45 +59,45 @@ class Objective(ABC):
         self.calls = 0  # pictures that the model was evaluated on so far; a derivative counts as one more
 
     @abstractmethod
-    def residuals(self, control, index, draws):
-        """control: (P, k, d). index: (P,). draws: (k,), which of the K. Returns: (P, k, N)."""
+    def residuals(self, control, index, draw_index):
+        """control: (P, k, d). index: (P,). draw_index: (k,), which of the K. Returns: (P, k, N)."""
 
-    def _in_chunks(self, function, control, index, draws, chunk):
-        """Returns: what function(control (P, k, d), index, draws) makes of everything: tensors (P, k, ...)."""
-        draws = torch.arange(self.draws) if draws is None else draws
-        control = control[:, None].repeat(1, len(draws), 1)
+    def _in_chunks(self, function, control, index, draw_index, chunk):
+        """Returns: what function(control (P, k, d), index, draw_index) makes of everything: tensors (P, k, ...)."""
+        draw_index = torch.arange(self.draws) if draw_index is None else draw_index
+        control = control[:, None].repeat(1, len(draw_index), 1)
         rows = []
-        for some, which in zip(*(part.split(max(1, chunk // len(draws))) for part in (control, index))):
-            parts = [function(c, which, k) for c, k in zip(some.split(chunk, 1), draws.split(chunk))]
+        for some, which in zip(*(part.split(max(1, chunk // len(draw_index))) for part in (control, index))):
+            parts = [function(c, which, k) for c, k in zip(some.split(chunk, 1), draw_index.split(chunk))]
             rows.append([torch.cat(tensors, 1) for tensors in zip(*parts)])
         return tuple(map(torch.cat, zip(*rows)))
 
     @torch.no_grad()
-    def evaluate(self, control, index, draws=None):
-        """control: (P, d). index: (P,). draws: (k,); None: all. Returns: residuals (P, k, N)."""
+    def evaluate(self, control, index, draw_index=None):
+        """control: (P, d). index: (P,). draw_index: (k,); None: all. Returns: residuals (P, k, N)."""
 
-        def function(control, index, draws):
+        def function(control, index, draw_index):
             self.calls += control.shape[0] * control.shape[1]
-            return (self.residuals(control, index, draws),)
+            return (self.residuals(control, index, draw_index),)
 
-        return self._in_chunks(function, control, index, draws, self.chunk)[0]
+        return self._in_chunks(function, control, index, draw_index, self.chunk)[0]
 
     @torch.no_grad()
-    def linearize(self, control, index, draws=None):
+    def linearize(self, control, index, draw_index=None):
         """Forward mode: one pass for all numbers, in the memory of an evaluation.
 
-        control: (P, d). index: (P,). draws: (k,); None: all.
+        control: (P, d). index: (P,). draw_index: (k,); None: all.
         Returns: residuals (P, k, N) and their Jacobian (P, k, N, f), by the free numbers.
         """
         axes = torch.eye(control.shape[1], dtype=control.dtype, device=control.device)[self.free]
 
-        def function(control, index, draws):
+        def function(control, index, draw_index):
             self.calls += (1 + len(axes)) * control.shape[0] * control.shape[1]
-            return forward_mode(lambda c: self.residuals(c, index, draws), control, axes)
+            return forward_mode(lambda c: self.residuals(c, index, draw_index), control, axes)
 
         chunk = max(1, self.chunk // max(1, len(axes) // NUMBERS))
-        return self._in_chunks(function, control, index, draws, chunk)
+        return self._in_chunks(function, control, index, draw_index, chunk)
 
-    def losses(self, control, index, draws=None):
+    def losses(self, control, index, draw_index=None):
         """As evaluate. Returns: (P,) mean squared residuals."""
-        return self.evaluate(control, index, draws).square().mean((1, 2))
+        return self.evaluate(control, index, draw_index).square().mean((1, 2))

@@ -137,23 +137,23 @@ def probe(objective, bounds):
     Returns: places low in valleys (P, d); the index (P,) of the target that each is for.
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
-    count, draws, width = len(target), objective.middle_draws, (high - low)[free]
+    count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
     moving = free
     if target.reference is not None:
         moving = free & find_moving(model.control_net, target.latents.shape[2:])
     if target.reference is not None and moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
-        draws = draws[:1]
+        draw_index = draw_index[:1]
         probes = (model.control_net.config.probes or PROBES) * (SEVERAL if free.sum() > 1 else 1)
         points = fill_range(probes, bounds, free)
         every = torch.arange(count, device=bounds.device)
-        losses = objective.losses(points.repeat(count, 1), every.repeat_interleave(probes), draws)
+        losses = objective.losses(points.repeat(count, 1), every.repeat_interleave(probes), draw_index)
         index, which = find_valleys(points[:, free] / width, losses.view(count, probes)).nonzero(as_tuple=True)
         control = points[which]
         if free.sum() == 1:  # the points lie close enough to the bottom
             return control, index
-    found = levenberg_marquardt(objective, control, index, bounds, draws)
+    found = levenberg_marquardt(objective, control, index, bounds, draw_index)
     kept = keep_rivals(found, index, width, free)
     return found.control[kept], index[kept]
 

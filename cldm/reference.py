@@ -111,7 +111,7 @@ class Registration(Objective):
         super().__init__(model, free, draws=1)
         self.target, self.pool, self.chunk = target, pool, 1024
 
-    def residuals(self, control, index, draws):
+    def residuals(self, control, index, draw_index):
         control_net, target = self.model.control_net, self.target.select(index)
         control = control_net.normalize(control[:, 0])
         positions, inside, _ = control_net.controlnet_cond_embedding.motion(control, *target.latents.shape[2:])

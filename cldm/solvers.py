@@ -23,9 +23,9 @@ class Solution:
     weights: torch.Tensor  # (P, 1, N), of the residuals
 
     @staticmethod
-    def at(objective, control, index, draws=None):
+    def at(objective, control, index, draw_index=None):
         """Returns: the Solution that consists of controls (P, d) as they are, for the targets `index` (P,)."""
-        residuals, jacobian = objective.linearize(control, index, draws)
+        residuals, jacobian = objective.linearize(control, index, draw_index)
         return Solution(
             control.clone(), residuals, jacobian, torch.zeros_like(index), torch.ones_like(residuals[:, :1])
         )
@@ -52,11 +52,11 @@ class Solution:
         return einsum(weighted, self.jacobian, "p k n e, p k n f -> p e f").to(self.control) / self.residuals[0].numel()
 
 
-def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None, iterations=20, tolerance=5e-3):
+def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=None, iterations=20, tolerance=5e-3):
     """Minimise an objective's loss over its free numbers by damped Gauss-Newton steps within bounds.
 
     start: controls (P, d), or a Solution to go on from. index: (P,), the target that each is for. bounds: (2, d).
-    draws: (k,), of noise; None: all.
+    draw_index: (k,), of noise; None: all.
     scale: (P,), of the Cauchy loss; None: the loss is the mean square. tolerance: a control whose step is shorter than
     this share of the range has settled.
     A step that does not lower the loss is taken back and the damping raised tenfold; otherwise it falls tenfold. The
@@ -67,7 +67,7 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
     free = objective.free
     low, high = bounds[:, free]
     width = high - low
-    at = start.select(slice(None)) if isinstance(start, Solution) else Solution.at(objective, start, index, draws)
+    at = start.select(slice(None)) if isinstance(start, Solution) else Solution.at(objective, start, index, draw_index)
     damping = torch.full_like(at.control[:, 0], DAMPING)
     scale = torch.full_like(at.residuals[:, 0, 0], torch.inf) if scale is None else scale
     loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
@@ -79,7 +79,7 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
             """Returns: controls, residuals, losses, weights after steps (P', f), in units of the range."""
             control = now.control[rows]
             control[:, free] = (control[:, free] + step * width).clamp(low, high)
-            residuals = objective.evaluate(control, index[active[rows]], draws)
+            residuals = objective.evaluate(control, index[active[rows]], draw_index)
             return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
 
         gradient, place = now.gradients.mean(1), now.control[:, free]
@@ -93,7 +93,7 @@ def levenberg_marquardt(objective, start, index, bounds, draws=None, scale=None,
         length, better = step.abs().amax(1), after < loss[active]
         jacobian = broyden_update(now, residuals, step, width)
         if (long := better & (length > LONG_STEP)).any():
-            jacobian[long] = objective.linearize(control[long], index[active[long]], draws)[1]
+            jacobian[long] = objective.linearize(control[long], index[active[long]], draw_index)[1]
         at.jacobian[active] = jacobian
         kept = active[better]
         at.control[kept], at.residuals[kept], at.weights[kept] = control[better], residuals[better], weights[better]
