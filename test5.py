@@ -23,9 +23,7 @@ settings = dict(
     denoise_strength=1.0,  # share of the noise that the input picture is given before it is drawn anew; 1: all
     warm_steps=None,  # DDIM steps of later generations, if they start from the previous; None: from the input picture
     warm_denoise_strength=0.9,  # with warm_steps: share of the noise that the previous result is given
-    # of SGD, in units of each number's spread in training, with no step longer than half a spread;
-    # None: found from the first gradient, then by Barzilai and Borwein's rule
-    learning_rate=None,
+    learning_rate=None,  # of SGD, in spreads of the training set, no step above half of one; None: found as it descends
     iterations=100,  # at most; it ends earlier once the control has settled
     guess_mode=False,  # True: the control acts less in the outer blocks, and not on the negative prompt
     save_memory=False,  # True: activations are computed twice instead of kept
