@@ -31,8 +31,8 @@ class Solution:
         )
 
     def select(self, index):
-        """index: (P',) integers, or a slice. Returns: the Solution of those, a copy."""
-        return Solution(*(getattr(self, field.name)[index].clone() for field in fields(self)))
+        """index: (P',) integers. Returns: the Solution of those, a copy."""
+        return Solution(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @property
     def losses(self):
@@ -67,11 +67,11 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
     free = objective.free
     low, high = bounds[:, free]
     width = high - low
-    at = start.select(slice(None)) if isinstance(start, Solution) else Solution.at(objective, start, index, draw_index)
+    active = torch.arange(len(index), device=index.device)  # those that have not settled
+    at = start.select(active) if isinstance(start, Solution) else Solution.at(objective, start, index, draw_index)
     damping = torch.full_like(at.control[:, 0], DAMPING)
     scale = torch.full_like(at.residuals[:, 0, 0], torch.inf) if scale is None else scale
     loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
-    active = torch.arange(len(index), device=index.device)  # those that have not settled
     for _ in range(iterations):
         now = at.select(active)
 
