@@ -3,7 +3,7 @@
 import re
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel
 
@@ -107,6 +107,12 @@ def check_parts(where, vae, text_encoder, unet):
             raise InputError(f"base {where}: {what}: {found} and {other}; {remedy}")
 
 
+def load_vae(folder, **options):
+    """Read a VAE: Stable Diffusion's AutoencoderKL, or AutoencoderDC (Chen et al. 2024), which draws no samples."""
+    kind = read_config(folder / "config.json").get("_class_name") if folder.is_dir() else None
+    return load_part(AutoencoderDC if kind == "AutoencoderDC" else AutoencoderKL, folder, **options)
+
+
 class LatentDiffusion(nn.Module):
     """A latent diffusion model (Rombach et al. 2022) with all weights frozen; the caller owns the gradient policy."""
 
@@ -135,7 +141,7 @@ class LatentDiffusion(nn.Module):
         else:
             folder, options = path, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
             parts = (
-                load_part(AutoencoderKL, path / "vae", **options),
+                load_vae(path / "vae", **options),
                 load_part(CLIPTextModel, path / "text_encoder", dtype=dtype),
                 load_part(UNet2DConditionModel, path / "unet", **options),
             )
@@ -153,12 +159,18 @@ class LatentDiffusion(nn.Module):
     @property
     def downsampling(self):
         """Pixels per latent along a side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        config = self.vae.config
+        return 2 ** (len(config.get("block_out_channels") or config.encoder_block_out_channels) - 1)
 
     def encode(self, pictures):
         """pictures: (B, 3, H, W) in -1..1. Returns: (B, C, H/f, W/f) scaled latents, the means; f: downsampling."""
         factor = self.vae.config.scaling_factor
-        return self._in_parts(lambda part: factor * self.vae.encode(part).latent_dist.mean, pictures, 1)
+
+        def means(part):
+            encoded = self.vae.encode(part)
+            return factor * (encoded.latent_dist.mean if "latent_dist" in encoded else encoded.latent)
+
+        return self._in_parts(means, pictures, 1)
 
     def decode(self, latents):
         """latents: (B, C, H/f, W/f), scaled. Returns: (B, 3, H, W) pictures in -1..1."""
