@@ -2,7 +2,8 @@
 
 The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder in diffusers' layout or a single file.
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
-"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers. With
+"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers and say after what period one is back
+where it was: names: [hour, size], units: [h, m], periods: [12, null]. With
 "reference": "y.png" in every row, source is the change from that picture to the target; pairs=FOLDER cuts such pairs
 from any pictures. All results go to out_dir, which is then the model_path of test5.py, test5_s1.py and invert.py.
 A run that was killed goes on when started again with the same out_dir.
@@ -91,10 +92,15 @@ def make_model(s, data):
     else:
         if references:
             check_used(s, settings, "with references, which have a hint of their own", "hint")
-        model = add_control(*load_base(s.base), control_dim=numbers, hint="reference" if references else s.hint)
-    own = model.control_net.control_dim, model.control_net.uses_reference
-    if own != (numbers, references):
-        made, has = (f"{n} number(s), {'with' if r else 'without'} references" for n, r in (own, (numbers, references)))
+        how = dict(control_dim=numbers, periods=data.periods, hint="reference" if references else s.hint)
+        model = add_control(*load_base(s.base), **how)
+    own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
+    given = numbers, references, data.periods or own[2]
+    if own != given:
+        made, has = (
+            f"{n} number(s), {'with' if r else 'without'} references" + f", periods {p}" * any(p)
+            for n, r, p in (own, given)
+        )
         raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts)

@@ -43,7 +43,7 @@ def read_by_sampling(model, target, sampling, draws):
     control, index = probe(denoising, bounds)
     objective = SamplingObjective(model, target, sampling, draws)
     found = levenberg_marquardt(objective, control, index, bounds)
-    valleys = distinct_solutions(found, index, bounds[1] - bounds[0], objective.free)
+    valleys = distinct_solutions(found, index, objective, bounds)
     best = torch.stack([own[0] for own in valleys])
     calls = denoising.calls + objective.calls * sampling.ddim_steps
     return found.control[best], calls, found.iterations[best]

@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from cldm.confidence import Z90
 from cldm.denoising import DenoisingObjective
+from cldm.hints import wrap
 from cldm.model import CALIBRATED, Sampling, Target
-from cldm.reading import PROBES, read_controls, search_bounds
+from cldm.reading import PROBES, move_numbers, read_controls
 from ldm.ddim import draw_noise
 from ldm.files import find_path, write_whole
 
@@ -46,9 +47,8 @@ def calibrate(model, folder, dataset):
     covariances = ([getattr(r, key) for r in readings] for key in ("noise_covariance", "residual_covariance"))
     noise, residual = (torch.cat(own).diagonal(dim1=1, dim2=2).cpu() for own in covariances)
     found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
-    missing = (
-        (found - dataset.controls[chosen]) / Z90
-    ).square() - noise  # variance that the noise does not account for
+    errors = wrap(found - dataset.controls[chosen], model.control_net.config.periods)
+    missing = (errors / Z90).square() - noise  # variance that the noise does not account for
     typical = residual.median(0).values
     moderated = (residual + typical) / 2
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
@@ -83,15 +83,11 @@ def choose_probes(model, target, control):
         return None
     target, control = target.select(slice(PROFILED)), control[:PROFILED]
     objective = DenoisingObjective(model, target)
-    index = torch.arange(len(control), device=control.device).repeat_interleave(MOST_PROBES)
-    narrowest = MOST_PROBES
-    for k, (low, high) in enumerate(search_bounds(model.control_net.config).T):
-        points = control[:, None].repeat(1, MOST_PROBES, 1)
-        points[:, :, k] = torch.linspace(low, high, MOST_PROBES).to(points)
-        losses = objective.losses(rearrange(points, "b n d -> (b n) d"), index, objective.middle_draws)
-        truths = ((control[:, k].cpu() - low) / (high - low) * (MOST_PROBES - 1)).round().long().tolist()
-        for own, truth in zip(losses.view(-1, MOST_PROBES).tolist(), truths):
-            narrowest = min(narrowest, valley_width(own, truth))
+    points = move_numbers(model.control_net.config, control, MOST_PROBES)
+    index = torch.arange(len(control), device=control.device).repeat_interleave(points[0, ..., 0].numel())
+    losses = objective.losses(rearrange(points, "b k n d -> (b k n) d"), index, objective.middle_draws)
+    truths = (points - control[:, None, None]).abs().sum(-1).argmin(-1).flatten().tolist()
+    narrowest = min(map(valley_width, losses.view(-1, MOST_PROBES).tolist(), truths))
     return min(MOST_PROBES, max(PROBES, math.ceil(IN_A_VALLEY * MOST_PROBES / narrowest)))
 
 

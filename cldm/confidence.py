@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from einops import einsum, rearrange
 
+from cldm.hints import wrap
+
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # share of the trained range beyond which a control is outside, however unsure it is
 AMBIGUOUS = 0.1  # a second valley whose loss is higher by less than this share explains the target as well
@@ -40,6 +42,14 @@ class Reading:
     model_calls: float = 0.0  # pictures that the model was evaluated on, per target
     seconds: float = 0.0  # per target
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
+    periods: tuple = ()  # of the d numbers, None where one does not go round; (): none does
+    middle: tuple | float = 0.0  # of the circles that periodic numbers are told in
+
+    @property
+    def largest_std(self):
+        """(d,), standard error of a periodic number of which nothing is known; infinite of others."""
+        periods = self.periods or [None] * len(self.error_scale)
+        return self.error_scale.new_tensor([period / 12**0.5 if period else math.inf for period in periods])
 
     @property
     def covariance(self):
@@ -47,11 +57,11 @@ class Reading:
         scale, sought = torch.diag(self.error_scale), self.residual_covariance.diagonal(dim1=1, dim2=2) > 0
         floor = torch.diag_embed(self.error_floor.square() * sought)
         covariance = self.noise_covariance + scale @ self.residual_covariance @ scale + floor
-        if self.reach is None:
-            return covariance
-        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
-        wider = (self.reach / (Z90 * std)).nan_to_num(1).clamp_min(1)
-        return wider[:, :, None] * covariance * wider[:, None]
+        std, factor = covariance.diagonal(dim1=1, dim2=2).sqrt(), torch.ones_like(self.control)
+        if self.reach is not None:
+            factor = (self.reach / (Z90 * std)).nan_to_num(1).clamp_min(1)
+        factor = torch.minimum(factor, self.largest_std / std)
+        return factor[:, :, None] * covariance * factor[:, None]
 
     @property
     def std(self):
@@ -59,9 +69,24 @@ class Reading:
         return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
 
     @property
+    def anywhere(self):
+        """(B, d) bool, whether a periodic number may lie anywhere on its circle."""
+        return self.std > 0.999 * self.largest_std
+
+    @property
+    def margin(self):
+        """(B, d), half the width of interval90."""
+        return torch.where(self.anywhere, 3**0.5 * self.largest_std, Z90 * self.std)
+
+    @property
     def interval90(self):
-        """(B, d, 2), [low, high]."""
-        return torch.stack([self.control - Z90 * self.std, self.control + Z90 * self.std], 2)
+        """(B, d, 2), [low, high]; low is above high where the interval runs through the seam of a circle."""
+        middle = self.control.new_tensor(self.middle)
+        ends = (
+            torch.where(self.anywhere, middle + side, wrap(self.control + side, self.periods, middle))
+            for side in (-self.margin, self.margin)
+        )
+        return torch.stack([*ends], 2)
 
 
 def standard_errors(found, paired, width):
@@ -85,13 +110,14 @@ def standard_errors(found, paired, width):
 
 
 def is_outside(config, control, std):
-    """control, std: (B, d); std 0: the number was known, and does not count.
+    """control, std: (B, d); std 0: the number was known, and does not count; nor does a periodic one.
 
     Returns: (B,) bool, whether a number lies further beyond the trained range than its 90% interval, or than OUTSIDE.
     """
     low, high = control.new_tensor(config.control_low), control.new_tensor(config.control_high)
     slack = torch.minimum(Z90 * std, OUTSIDE * (high - low))
-    return (((control < low - slack) | (control > high + slack)) & (std > 0)).any(1)
+    has_ends = torch.tensor([not period for period in config.periods], device=control.device)
+    return (((control < low - slack) | (control > high + slack)) & (std > 0) & has_ends).any(1)
 
 
 def is_ambiguous(losses, paired):

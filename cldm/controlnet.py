@@ -4,7 +4,7 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 
-from cldm.hints import HINTS, CoordinateHint, DenseHint
+from cldm.hints import HINTS, CoordinateHint, DenseHint, encode, wrap
 from cldm.reference import ReferenceHint
 from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_config
 from ldm.settings import InputError
@@ -34,6 +34,7 @@ def check_control(file):
         "hint_hidden": or_null(each(number(1, whole=True), 2)),
         "hint_octaves": number(0, whole=True),
         "latent_size": or_null(number(1, whole=True)),
+        "periods": or_null(each(or_null(POSITIVE), control_dim)),
         "control_low": or_null(each(number(), control_dim)),
         "control_high": or_null(each(number(), control_dim)),
         "error_scale": or_null(each(number(0), control_dim)),
@@ -66,8 +67,10 @@ class NumericControlNet(ControlNetModel):
     hint: one of HINTS; with "reference", the control is a change from a reference picture, whose latents go in too.
     hint_hidden: widths of the MLP's hidden layers; None: as in HINTS. hint_octaves: of "coordinate" alone.
     latent_size: side of the latents, needed by "dense" and "original" alone.
-    control_names, control_units: d texts. control_mean, control_std: the training set's statistics, which normalise a
-    control. control_low, control_high: the trained range, None before training. prompts: those of training, distinct,
+    control_names, control_units: d texts. periods: d numbers, None where one does not go round; None: none does.
+    control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
+    trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
+    in which it is told. prompts: those of training, distinct,
     the most frequent first. error_scale, error_floor, explained_loss, sampling_loss, probes: what
     cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's middle alone.
     The rest are ControlNetModel's own.
@@ -86,6 +89,7 @@ class NumericControlNet(ControlNetModel):
         control_units: tuple[str, ...] = ("",),
         control_mean: tuple[float, ...] = (0.0,),
         control_std: tuple[float, ...] = (1.0,),
+        periods: tuple[float | None, ...] | None = None,
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
         prompts: tuple[str, ...] | None = None,
@@ -102,7 +106,10 @@ class NumericControlNet(ControlNetModel):
             raise InputError(f'hint: expected one of {", ".join(HINTS)}, got "{hint}"')
         if hint_hidden is None:
             self.register_to_config(hint_hidden=HINTS[hint])
-        size = (len(control_mean), self.conv_in.out_channels, self.config.hint_hidden)
+        if periods is None:
+            self.register_to_config(periods=(None,) * len(control_mean))
+        inputs = len(control_mean) + sum(map(bool, self.config.periods))
+        size = (inputs, self.conv_in.out_channels, self.config.hint_hidden)
         if hint == "coordinate":
             self.controlnet_cond_embedding = CoordinateHint(*size, hint_octaves)
         elif hint == "reference":
@@ -142,15 +149,20 @@ class NumericControlNet(ControlNetModel):
     def normalize(self, control):
         """control: (B, d) in the dataset's units, float64 where float32 would round it.
 
-        Returns: (B, d) with the training set's mean 0 and spread 1, in the precision of the hint's weights.
+        Returns: (B, inputs), what the hint takes: each number with the training set's mean 0 and spread 1, or its sine
+        and cosine; in the precision of the hint's weights.
         """
         control = control.double()
         normal = (control - control.new_tensor(self.config.control_mean)) / self.spread(control)
-        return normal.to(self.controlnet_cond_embedding.mlp[0].weight.dtype)
+        return encode(normal, control, self.config.periods).to(self.controlnet_cond_embedding.mlp[0].weight.dtype)
 
     def spread(self, control):
         """Returns: (d,) the training set's standard deviations, on the control's device and in its precision."""
         return control.new_tensor(self.config.control_std)
+
+    def wrap(self, control):
+        """control: (..., d). Returns: likewise, periodic numbers within the circle that the control tells them in."""
+        return wrap(control, self.config.periods, control.new_tensor(self.config.control_mean))
 
     def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, *args, **kwargs):
         """ControlNetModel.forward with a control for its picture.

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from cldm.controlnet import NumericControlNet, default_names
+from cldm.hints import circle_middle
 from cldm.model import CALIBRATED, ControlLDM
 from ldm.checkpoints import CONTROL, HINT, fill_control, find_control, identify, original_key, read_weights, to_half
 from ldm.files import find_path, write_whole
@@ -17,11 +18,11 @@ from ldm.settings import InputError, Settings
 MOST_PROMPTS = 1000  # kept in a control's config
 
 
-def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, encoder=""):
+def add_control(base, config, *, control_dim=1, periods=None, hint="dense", hint_hidden=None, encoder=""):
     """Give a base a fresh control: the UNet's encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
-    hint, hint_hidden: as NumericControlNet has them. encoder: a file with a ControlNet in the original layout, whose
-    encoder is copied instead of the UNet's.
+    periods, hint, hint_hidden: as NumericControlNet has them. encoder: a file with a ControlNet in the original
+    layout, whose encoder is copied instead of the UNet's.
     Returns: ControlLDM whose output equals the base's exactly until it is trained.
     """
     control_net = NumericControlNet.from_unet(
@@ -33,6 +34,7 @@ def add_control(base, config, *, control_dim=1, hint="dense", hint_hidden=None, 
         control_units=[""] * control_dim,
         control_mean=[0.0] * control_dim,
         control_std=[1.0] * control_dim,
+        periods=periods,
     )
     if encoder:
         weights = read_weights(find_path(encoder))
@@ -92,12 +94,14 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
     """Take over what a training set says of its numbers, their names, units, mean, spread and range, and its prompts.
 
     A control that was trained before keeps the mean and spread that its weights rely on, and its range only grows.
+    Those of a periodic number are a whole circle's.
     controls: (N, d) numbers. names, units: d texts, or None where nobody named the numbers. prompts: one for each row.
     Raises: InputError if the control was trained on other numbers, or if a number never changes.
     """
     config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
     low, high = controls.amin(0), controls.amax(0)
     own, unnamed = (list(config.control_names), list(config.control_units)), (default_names(len(low)), [""] * len(low))
+    period = low.new_tensor([period or math.nan for period in config.periods])
     zero_convolutions = *control_net.controlnet_down_blocks, control_net.controlnet_mid_block
     if not any(layer.weight.any() for layer in zero_convolutions):  # never trained
         names, units = (names, units) if names else unnamed
@@ -106,8 +110,15 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
                 raise InputError(f"nothing to learn: {name} is {value:.10g} in all rows of the training data")
         size = controls.abs().amax(0)  # without it, squares of numbers near the ends of float64 overflow
         mean, std = (controls / size).mean(0) * size, (controls / size).std(0, correction=0) * size
-        control_net.register_to_config(control_mean=mean.tolist(), control_std=std.tolist())
+        middle = torch.where(period.isnan(), mean, circle_middle(controls, config.periods))
+        std, low, high = (
+            torch.where(period.isnan(), own, of_circle)
+            for own, of_circle in ((std, period / 12**0.5), (low, middle - period / 2), (high, middle + period / 2))
+        )
+        control_net.register_to_config(control_mean=middle.tolist(), control_std=std.tolist())
     else:
+        controls = control_net.wrap(controls)
+        low, high = controls.amin(0), controls.amax(0)
         if names and own not in ((names, units), unnamed):
             said = [", ".join(f"{name} {unit}".strip() for name, unit in zip(*both)) for both in (own, (names, units))]
             raise InputError(

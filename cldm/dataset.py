@@ -3,8 +3,9 @@
 import difflib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from einops import rearrange
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from cldm.hints import circle_middle, wrap
 from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
-from ldm.schema import TEXT, Rule, check, each, read_config
+from ldm.schema import POSITIVE, TEXT, Rule, check, each, or_null, read_config
 from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
@@ -45,6 +47,7 @@ class TrainingData:
     controls: list  # of d numbers each: every row's, or a sample of the changes that are drawn
     names: list | None  # d texts; None where nobody named the numbers
     units: list | None
+    periods: list | None = None  # d numbers, None where a number does not go round
     ranges: dict | None = None  # of pairs: {name: (low, high)}
 
     @property
@@ -130,21 +133,37 @@ def _check_alike(where, row, first):
 
 
 def split_rows(data_root):
-    """Returns: a dataset's training rows; the rows of its validation.json if there is one, else what is held out."""
+    """Returns: a dataset's training rows; the rows of its validation.json if there is one, else what is held out.
+
+    Periodic numbers are brought into one turn.
+    """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
+    periods = read_control_names(data_root, len(rows[0].control))[2] or ()
+    middle = circle_middle([row.control for row in rows], periods)
     if other.exists():
         validation = read_rows(other)
         _check_alike(other, validation[0], rows[0])
-        return rows, validation
-    held_out = hold_out([(row.prompt, row.control) for row in rows])
+        return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
+    rows = wrap_rows(rows, periods, middle)
+    held_out = hold_out([(row.prompt, row.control) for row in rows], periods)
     return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
 
 
-def hold_out(pairs):
+def wrap_rows(rows, periods, middle):
+    """Returns: Rows with their controls as hints.wrap brings them into one turn; tells how many that changed."""
+    controls = wrap(torch.tensor([row.control for row in rows], dtype=torch.float64), periods, middle).tolist()
+    wrapped = [replace(row, control=tuple(control)) for row, control in zip(rows, controls)]
+    if moved := sum(row != own for row, own in zip(rows, wrapped)):
+        print(f"{moved} of {len(rows)} rows have periodic numbers beyond one turn, which are taken back into it")
+    return wrapped
+
+
+def hold_out(pairs, periods=()):
     """Choose one in ten of every prompt's distinct controls, spread over the range, never one with an extreme value.
 
     Prompts with fewer than five controls are left whole; if all are such, they count as one prompt.
-    pairs: (prompt, control) of every row. Returns: a set of such pairs.
+    pairs: (prompt, control) of every row. periods: as in hints.wrap; what goes round has no extremes.
+    Returns: a set of such pairs.
     """
     groups = {}
     for prompt, control in pairs:
@@ -154,6 +173,7 @@ def hold_out(pairs):
     groups = {prompt: controls for prompt, controls in groups.items() if len(controls) >= SMALLEST_SPLIT}
     for k, (prompt, controls) in enumerate(groups.items()):
         ends = [{min(column), max(column)} for column in zip(*controls)]
+        ends = [set() if period else end for end, period in zip_longest(ends, periods)]
         inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
         count, phase = min(len(inner), max(1, round(len(controls) / 10))), (0.5 + GOLDEN * k) % 1  # others for each
         chosen |= {(prompt, inner[int((i + phase) * len(inner) / count)]) for i in range(count)}
@@ -168,15 +188,16 @@ def read_data(data_root):
 
 
 def read_control_names(data_root, control_dim):
-    """Returns: the control_dim names and units in a dataset's controls.yaml; (None, None) without the file."""
+    """Returns: the control_dim names, units and periods in a dataset's controls.yaml; three None without the file."""
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
-        return None, None
+        return None, None, None
     config = read_config(file)
-    check(file, config, dict.fromkeys(("names", "units"), each(TEXT, control_dim)), ("names", "units"), complete=False)
+    schema = dict.fromkeys(("names", "units"), each(TEXT, control_dim))
+    check(file, config, schema | {"periods": each(or_null(POSITIVE), control_dim)}, schema, complete=False)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
-    return config.names, config.units
+    return config.names, config.units, config.get("periods") or [None] * control_dim
 
 
 @lru_cache  # prints every message once

@@ -1,4 +1,7 @@
-"""Hints: 3-layer MLPs that turn a control vector into the ControlNet's first features, in place of the hint CNN."""
+"""Hints: 3-layer MLPs that turn a control vector into the ControlNet's first features, in place of the hint CNN.
+
+A periodic number, such as an hour of the clock, comes back to the same after its period. It enters as sine and cosine.
+"""
 
 import math
 
@@ -10,6 +13,42 @@ from ldm.settings import InputError
 
 # hint type -> widths of its MLP's two hidden layers
 HINTS = {"coordinate": (256, 256), "dense": (256, 64), "original": (256, 512), "reference": (256, 256)}
+
+
+def wrap(values, periods, middle=0.0):
+    """Bring periodic numbers within half a period of `middle`; without one, differences, which are then the shortest.
+
+    values: (..., d). periods: d numbers, None where a number does not go round; or nothing at all. middle: a number or
+    (..., d). Returns: (..., d), from middle - period / 2, included, to middle + period / 2.
+    """
+    if not any(periods):
+        return values
+    goes_round, period = (values.new_tensor(own) for own in ([*map(bool, periods)], [p or 1.0 for p in periods]))
+    turns = ((values - middle) / period + 0.5).floor()
+    return torch.where(goes_round.bool(), values - turns * period, values)
+
+
+def circle_middle(controls, periods):
+    """Choose the circle that periodic numbers are told in: around zero if training's are, else from zero on.
+
+    controls: (N, d) numbers of training. periods: as in wrap. Returns: (d,), the middles; 0 of numbers without period.
+    """
+    controls = torch.as_tensor(controls, dtype=torch.float64)
+    half = controls.new_tensor([(period or 0.0) / 2 for period in periods] or 0.0)
+    around_zero = (controls < 0).any(0) & (controls.abs() <= half).all(0)
+    return torch.where(around_zero, 0, half)
+
+
+def encode(normal, control, periods):
+    """Returns: (..., d + p) what an MLP is given: normalised numbers, of periodic ones sine and cosine of spread 1.
+
+    normal, control: (..., d), normalised and as they are. periods: as in wrap.
+    """
+    columns = []
+    for k, period in enumerate(periods):
+        phase = 2 * math.pi * control[..., k] / (period or 1.0)
+        columns += [2**0.5 * phase.sin(), 2**0.5 * phase.cos()] if period else [normal[..., k]]
+    return torch.stack(columns, -1)
 
 
 def make_mlp(layer, inputs, hidden, outputs, activation=nn.SiLU):
@@ -35,7 +74,7 @@ class Hint(nn.Module):
     output_dtype = None  # of the features: that of the ControlNet's other weights; None: that of the hint's own
 
     def forward(self, condition):
-        """condition: (B, d, h, w), the normalised control, constant over h and w. Returns: (B, channels, h, w)."""
+        """condition: (B, inputs, h, w), the encoded control, constant over h and w. Returns: (B, channels, h, w)."""
         return self.features(condition).to(self.output_dtype or self.mlp[0].weight.dtype)
 
 
@@ -47,10 +86,10 @@ class CoordinateHint(Hint):
     Source: Tancik et al. 2020, Fourier features.
     """
 
-    def __init__(self, control_dim, channels, hidden, octaves):
+    def __init__(self, inputs, channels, hidden, octaves):
         super().__init__()
         self.octaves = octaves
-        self.mlp = make_mlp(lambda i, o: nn.Conv2d(i, o, 1), control_dim + 2 + 4 * octaves, hidden, channels)
+        self.mlp = make_mlp(lambda i, o: nn.Conv2d(i, o, 1), inputs + 2 + 4 * octaves, hidden, channels)
 
     def features(self, condition):
         height, width = condition.shape[2:]
@@ -77,11 +116,11 @@ class DenseHint(Hint):
     original: with ReLU after every layer, the last included, as in the original fork; otherwise SiLU between layers.
     """
 
-    def __init__(self, control_dim, channels, hidden, latent_size, original):
+    def __init__(self, inputs, channels, hidden, latent_size, original):
         super().__init__()
         self.shape = (channels, latent_size, latent_size)
         activation = nn.ReLU if original else nn.SiLU
-        self.mlp = make_mlp(nn.Linear, control_dim, hidden, channels * latent_size**2, activation)
+        self.mlp = make_mlp(nn.Linear, inputs, hidden, channels * latent_size**2, activation)
         if original:
             self.mlp.append(nn.ReLU())
 

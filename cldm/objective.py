@@ -55,6 +55,7 @@ class Objective(ABC):
 
     def __init__(self, model, free, draws):
         self.model, self.free, self.draws = model, free, draws
+        self.periods = model.control_net.config.periods
         self.chunk = SAVING_CHUNK if model.save_memory else CHUNK
         self.calls = 0  # pictures that the model was evaluated on so far; a derivative counts as one more
 

@@ -42,7 +42,7 @@ def read_photos(train, validation, ranges, seed):
     rng = random.Random(seed)
     drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
     controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
-    return TrainingData(train, validation, controls, list(ranges), [CHANGES[name][0] for name in ranges], ranges)
+    return TrainingData(train, validation, controls, list(ranges), [CHANGES[name][0] for name in ranges], ranges=ranges)
 
 
 def training_set(data, base, image_size, seed):

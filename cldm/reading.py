@@ -8,6 +8,7 @@ from einops import rearrange, repeat
 
 from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors
 from cldm.denoising import DenoisingObjective
+from cldm.hints import wrap
 from cldm.reference import MATCHES, find_moving, match_reference
 from cldm.solvers import SAME, distinct_solutions, keep_rivals, levenberg_marquardt
 from ldm.settings import InputError
@@ -39,7 +40,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     else:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
     found = levenberg_marquardt(objective, control, index, bounds)
-    valleys = distinct_solutions(found, index, width, free)
+    valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
     loss = best.losses.mean(1)
     if target.reference is not None:
@@ -50,13 +51,15 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
         for own in standard_errors(best, objective.paired, width)
     ]
     learned = (bounds.new_tensor(own or [0.0] * len(free)) for own in (config.error_scale, config.error_floor))
-    others = [found.control[own[1:]].tolist() for own in valleys]
-    calibrated = config.error_scale is not None
-    reading = Reading(best.control, *covariances, loss, best.iterations, others, [], *learned, calibrated)
+    control = model.control_net.wrap(best.control)
+    others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
+    calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
+    reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
+    several = torch.tensor([is_ambiguous(found.losses[own], objective.paired) for own in valleys])
     reading.flags = raise_flags(
         len(target),
         outside_range=is_outside(config, reading.control, reading.std),
-        ambiguous=[is_ambiguous(found.losses[own], objective.paired) for own in valleys],
+        ambiguous=several | reading.anywhere.any(1).cpu(),
         unexplained=loss > (config.explained_loss or math.inf),
         uncalibrated=[not calibrated] * len(target),
     )
@@ -72,7 +75,8 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
     """
     reading = read_controls(model, target, known, draws, seed)
     profiles = profile(model, target, reading.control, seed)
-    lower = find_lower(search_bounds(model.control_net.config, known), reading.control, *profiles)
+    config = model.control_net.config
+    lower = find_lower(search_bounds(config, known), config.periods, reading.control, *profiles)
     if (lower == reading.control).all():
         return reading, profiles
     most = max(map(len, reading.others))  # every target starts from as many places
@@ -90,25 +94,38 @@ def profile(model, target, control, seed=0):
     target: Target of B pictures. control: (B, d).
     Returns: controls (B, d, n, d), their losses (B, d, n); the losses (B,) of `control` by the same draws.
     """
-    count, numbers = control.shape
     objective = DenoisingObjective(model, target, draws=PROFILE_DRAWS, seed=seed)
-    points = repeat(control, "b d -> b k n d", k=numbers, n=PROFILE_POINTS // min(2, numbers)).clone()
-    for k, (low, high) in enumerate(search_bounds(model.control_net.config).T):
-        points[:, k, :, k] = torch.linspace(low, high, points.shape[2]).to(points)
-    every = torch.arange(count, device=control.device)
+    points = move_numbers(model.control_net.config, control, PROFILE_POINTS // min(2, control.shape[1]))
+    every = torch.arange(len(control), device=control.device)
     along = objective.losses(
         rearrange(points, "b k n d -> (b k n) d"), every.repeat_interleave(points[0, ..., 0].numel())
     )
     return points, along.view(points.shape[:-1]), objective.losses(control, every)
 
 
-def find_lower(bounds, control, points, losses, here):
-    """bounds: (2, d), equal for numbers that are known. control: (B, d). points, losses, here: as `profile` has them.
+def move_numbers(config, control, count):
+    """Move one number at a time through its searched range, a periodic one half a turn either way.
+
+    control: (B, d). Returns: (B, d, count, d).
+    """
+    low, high = search_bounds(config).to(control)
+    goes_round = torch.tensor([*map(bool, config.periods)], device=control.device)
+    low = torch.where(goes_round, control - (high - low) / 2, low)[..., None]
+    high = torch.where(goes_round, 2 * control - low[..., 0], high)[..., None]
+    points = repeat(control, "b d -> b k n d", k=control.shape[1], n=count).clone()
+    along = torch.lerp(low, high, torch.linspace(0, 1, count).to(low))  # (B, d, count)
+    points.diagonal(dim1=1, dim2=3).copy_(rearrange(along, "b d n -> b n d"))
+    return points
+
+
+def find_lower(bounds, periods, control, points, losses, here):
+    """bounds: (2, d), equal for numbers that are known. periods: as in the config. control: (B, d).
+    points, losses, here: as `profile` has them.
 
     Returns: (B, d), the lowest place of a profile if it lies below the control and away from it; else the control.
     """
     low, high = bounds.to(points)
-    away = ((points - control[:, None, None]).abs() > SAME * (high - low)).any(-1)
+    away = (wrap(points - control[:, None, None], periods).abs() > SAME * (high - low)).any(-1)
     losses = losses.masked_fill(~away | (low == high)[:, None], torch.inf).flatten(1)
     lowest = rearrange(points, "b k n d -> b (k n) d")[range(len(control)), losses.argmin(1)]
     return torch.where((losses.amin(1) < here)[:, None], lowest, control)
@@ -117,6 +134,7 @@ def find_lower(bounds, control, points, losses, here):
 def search_bounds(config, known=None):
     """Returns: (2, d) float64, where controls are searched: the trained range and MARGIN beyond; known ones as given.
 
+    Of a periodic number, these are the ends of its circle.
     Raises: InputError if there is no trained range.
     """
     if config.control_low is None:
@@ -124,6 +142,7 @@ def search_bounds(config, known=None):
     statistics = (config.control_low, config.control_high, config.control_std)
     low, high, std = (torch.tensor(own, dtype=torch.float64) for own in statistics)
     margin = MARGIN * torch.where(high > low, high - low, std)
+    margin[[period is not None for period in config.periods]] = 0
     bounds = torch.stack([low - margin, high + margin])
     for name, number in (known or {}).items():
         bounds[:, config.control_names.index(name)] = number
@@ -149,12 +168,13 @@ def probe(objective, bounds):
         points = fill_range(probes, bounds, free)
         every = torch.arange(count, device=bounds.device)
         losses = objective.losses(points.repeat(count, 1), every.repeat_interleave(probes), draw_index)
-        index, which = find_valleys(points[:, free] / width, losses.view(count, probes)).nonzero(as_tuple=True)
+        gaps = wrap(points[:, None] - points, objective.periods)[..., free] / width
+        index, which = find_valleys(gaps, losses.view(count, probes)).nonzero(as_tuple=True)
         control = points[which]
         if free.sum() == 1:  # the points lie close enough to the bottom
             return control, index
     found = levenberg_marquardt(objective, control, index, bounds, draw_index)
-    kept = keep_rivals(found, index, width, free)
+    kept = keep_rivals(found, index, objective, bounds)
     return found.control[kept], index[kept]
 
 
@@ -170,13 +190,13 @@ def fill_range(count, bounds, which):
     return points
 
 
-def find_valleys(points, losses):
+def find_valleys(gaps, losses):
     """Find points below all their neighbours and at least halfway down from the median to the lowest point.
 
-    points: (P, f). losses: (B, P). Returns: (B, P) bool, at least one per target.
+    gaps: (P, P, f), between the points. losses: (B, P). Returns: (B, P) bool, at least one per target.
     """
-    distance = torch.cdist(points, points).fill_diagonal_(torch.inf)
-    neighbours = distance.topk(min(2 * points.shape[1], len(points) - 1), largest=False).indices  # (P, 2 f)
+    distance = gaps.norm(dim=2).fill_diagonal_(torch.inf)
+    neighbours = distance.topk(min(2 * gaps.shape[2], len(gaps) - 1), largest=False).indices  # (P, 2 f)
     lowest, middle = losses.amin(1, keepdim=True), losses.median(1, keepdim=True).values
     below = (losses[:, :, None] <= losses[:, neighbours]).all(2)
     return (below & (losses <= (lowest + middle) / 2)) | (losses == lowest)

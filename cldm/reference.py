@@ -26,13 +26,13 @@ class ReferenceHint(Hint):
     Source: Jaderberg et al. 2015, spatial transformers; Perez et al. 2018, FiLM.
     """
 
-    def __init__(self, control_dim, channels, hidden, latent_channels):
+    def __init__(self, inputs, channels, hidden, latent_channels):
         super().__init__()
-        self.control_dim = control_dim
+        self.inputs = inputs
         self.widths = (6, *2 * [FEATURES + 1], *2 * [2 * FEATURES])
-        self.mlp = make_mlp(nn.Linear, control_dim, hidden, sum(self.widths))
+        self.mlp = make_mlp(nn.Linear, inputs, hidden, sum(self.widths))
         nn.init.normal_(self.mlp[-1].weight, std=1e-3)  # hardly any change at first
-        self.generators = nn.Linear(control_dim, 6, bias=False)
+        self.generators = nn.Linear(inputs, 6, bias=False)
         nn.init.zeros_(self.generators.weight)
         self.extract = nn.Sequential(  # to twice the resolution, to tell positions between two latents apart
             nn.Conv2d(latent_channels, 2 * FEATURES, 3, padding=1),
@@ -44,7 +44,7 @@ class ReferenceHint(Hint):
         self.out = nn.Conv2d(2 * FEATURES, channels, 3, padding=1)
 
     def features(self, condition):
-        control, reference = condition[:, : self.control_dim, 0, 0], condition[:, self.control_dim :]
+        control, reference = condition[:, : self.inputs, 0, 0], condition[:, self.inputs :]
         positions, inside, modulation = self.motion(control, *reference.shape[2:])
         scale, shift, scale2, shift2 = (rearrange(part, "b c -> b c 1 1") for part in modulation)
         moved = sample_bilinear(self.extract(reference), 2 * positions + 0.5)
@@ -53,7 +53,7 @@ class ReferenceHint(Hint):
         return self.out(F.silu(mixed))
 
     def motion(self, control, height, width):
-        """control: (B, d), normalised. height, width: of the latents.
+        """control: (B, inputs), encoded. height, width: of the latents.
 
         Returns: x and y, in latents of the reference, of every latent of the target (B, 2, h, w); how far inside the
         reference that is, from 0 to 1 (B, 1, h, w); scales and shifts of the features.
@@ -157,5 +157,5 @@ def match_reference(model, target, control, free, bounds):
     while pool:
         found = levenberg_marquardt(Registration(model, target, free, pool), control, index, bounds)
         control, pool = found.control, pool // 2
-    kept = keep_rivals(found, index, (bounds[1] - bounds[0])[free], free, most=RIVALS)
+    kept = keep_rivals(found, index, coarse, bounds, most=RIVALS)
     return control[kept], index[kept]

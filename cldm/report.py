@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cldm.evidence import unseen_numbers
+from cldm.hints import wrap
 from cldm.model import Sampling
 from ldm.ddim import draw_noise
 from ldm.files import write_whole
@@ -133,13 +134,14 @@ def describe_reading(config, reading, i, row, seed):
     result = {"reference": str(row.reference)} if row.reference else {}
     result |= dict(target=str(row.target), prompt=row.prompt)
     result |= dict(names=list(config.control_names), units=list(config.control_units))
+    result |= dict(periods=list(config.periods)) if any(config.periods) else {}
     result |= dict(control=number(control), std=std and number(std), interval90=interval90, covariance=covariance)
     result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
     result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
     result |= dict(model_calls=reading.model_calls, seconds=reading.seconds, seed=seed)
     if row.control:
-        error = number([found - true for found, true in zip(control, row.control)])
-        result |= dict(source=list(row.control), error=error)
+        error = wrap(reading.control[i] - reading.control.new_tensor(row.control), config.periods)
+        result |= dict(source=list(row.control), error=number(error.tolist()))
     return result
 
 
@@ -166,13 +168,18 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         axes.plot(points[:, k], losses, color="tab:blue", label="denoising loss")
         error = ""
         if reading.calibrated:
-            error = f" ± {reading.std[i, k]:.3f}"
-            axes.axvspan(*reading.interval90[i, k].tolist(), color="tab:orange", alpha=0.4, label="90% interval")
+            error, margin = f" ± {reading.std[i, k]:.3f}", reading.margin[i, k]
+            interval = (control[k] - margin).item(), (control[k] + margin).item()
+            axes.axvspan(*interval, color="tab:orange", alpha=0.4, label="90% interval")
         axes.axvline(control[k].item(), color="tab:red", label="read")
-        axes.axvspan(config.control_low[k], config.control_high[k], color="gray", alpha=0.1, label="trained range")
+        ends = (config.control_low[k], config.control_high[k]) if config.periods[k] is None else points[[0, -1], k]
+        axes.axvspan(*ends, color="gray", alpha=0.1, label="trained range")
         axes.set(xlim=(points[0, k], points[-1, k]), xlabel=unit, ylim=(0, None))
         axes.set_title(f"{name}\n{control[k]:+.3f}{error} {unit}".rstrip(), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
+            low = config.control_low[k]
+            axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.10g}")
         axes.tick_params(labelsize=8)
     below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(", ".join(reading.flags[i]), color="tab:red")

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from cldm.confidence import FLAGS
+from cldm.confidence import FLAGS, Z90
 from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
@@ -56,10 +56,9 @@ def summarize(config, lines):
     results = [json.loads(line) for line in lines]
     known = [r for r in results if "error" in r]
     if known:
-        errors, found = (np.stack([np.atleast_1d(r[key]) for r in known]) for key in ("error", "control"))  # (n, d)
+        errors = np.stack([np.atleast_1d(r["error"]) for r in known])  # (n, d)
         if calibrated := all(r["interval90"] for r in known):
-            low, high = np.moveaxis([r["interval90"] for r in known], 2, 0)
-            inside = (low <= found - errors) & (found - errors <= high)
+            inside = np.abs(errors) <= Z90 * np.stack([np.atleast_1d(r["std"]) for r in known])
         for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
             e = np.abs(errors[:, i])
             numbers = f"error median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"

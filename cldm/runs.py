@@ -71,6 +71,8 @@ def describe_run(s, model, data, precision):
     keys = "learning_rate", "prompt_dropout", "sd_locked", "only_mid_control", "batch_size", "max_steps", "seed"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
+    if any(periods := model.control_net.config.periods):
+        rows = rows, periods
     files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
     base = model.config | {"base": digest([find_path(model.config.base)])}
     return {key: s[key] for key in keys} | {

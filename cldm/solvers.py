@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from einops import einsum, rearrange
 
+from cldm.hints import wrap
+
 DAMPING = 1e-3  # at first, as a share of the curvature's own diagonal
 LONG_STEP = 0.1  # share of the range; a longer step asks for a new Jacobian
 GAIN = 1.6  # a step that lowers the loss by this many times what was predicted is doubled
@@ -59,14 +61,15 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
     draw_index: (k,), of noise; None: all.
     scale: (P,), of the Cauchy loss; None: the loss is the mean square. tolerance: a control whose step is shorter than
     this share of the range has settled.
+    A periodic number has no bounds: a step takes it half a period either way at most, its range is the period.
     A step that does not lower the loss is taken back and the damping raised tenfold; otherwise it falls tenfold. The
     Jacobian is exact at controls to start from and after long steps; Broyden's update serves after short ones.
     Returns: Solution.
     Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
     """
     free = objective.free
-    low, high = bounds[:, free]
-    width = high - low
+    least, most = bounds[:, free]
+    width, goes_round = most - least, torch.tensor([*map(bool, objective.periods)], device=free.device)[free]
     active = torch.arange(len(index), device=index.device)  # those that have not settled
     at = start.select(active) if isinstance(start, Solution) else Solution.at(objective, start, index, draw_index)
     damping = torch.full_like(at.control[:, 0], DAMPING)
@@ -74,15 +77,19 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
     loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
     for _ in range(iterations):
         now = at.select(active)
+        place = now.control[:, free]
+        low, high = (
+            torch.where(goes_round, place + half, bound) for half, bound in ((-width / 2, least), (width / 2, most))
+        )
 
-        def attempt(step, rows, now=now, active=active):
+        def attempt(step, rows, now=now, active=active, low=low, high=high):
             """Returns: controls, residuals, losses, weights after steps (P', f), in units of the range."""
             control = now.control[rows]
-            control[:, free] = (control[:, free] + step * width).clamp(low, high)
+            control[:, free] = (control[:, free] + step * width).clamp(low[rows], high[rows])
             residuals = objective.evaluate(control, index[active[rows]], draw_index)
             return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
 
-        gradient, place = now.gradients.mean(1), now.control[:, free]
+        gradient = now.gradients.mean(1)
         held = ((place <= low) & (gradient > 0)) | ((place >= high) & (gradient < 0))  # downhill is beyond a bound
         step = gauss_newton_step(gradient, now.curvature, damping[active], width, held)
         trial = attempt(step, torch.arange(len(active), device=index.device))
@@ -163,26 +170,28 @@ def cauchy_loss(residuals, scale, channels):
     return loss.mean(1), (1 / (1 + excess))[:, None].repeat(1, 1, channels)
 
 
-def distinct_solutions(found, index, width, free):
-    """index: (P,), the target of each. width: (f,), of the searched range of the free numbers, (d,) bool.
+def distinct_solutions(found, index, objective, bounds):
+    """index: (P,), the target of each. objective: whose solutions they are. bounds: (2, d), of the search.
 
     Returns: for every target, the indices of its solutions further apart than SAME, the best first.
     """
-    order, place = found.losses.mean(1).argsort(stable=True), found.control[:, free] / width
+    order, free = found.losses.mean(1).argsort(stable=True), objective.free
+    width = (bounds[1] - bounds[0])[free]
     distinct = []
     for own in (order[index[order] == i].tolist() for i in index.unique()):
         kept = []
         for i in own:
-            if ((place[kept] - place[i]).abs().amax(1) > SAME).all():
+            gaps = wrap(found.control[kept] - found.control[i], objective.periods)[:, free]
+            if ((gaps / width).abs().amax(1) > SAME).all():
                 kept.append(i)
         distinct.append(torch.tensor(kept))
     return distinct
 
 
-def keep_rivals(found, index, width, free, most=None):
+def keep_rivals(found, index, objective, bounds, most=None):
     """As distinct_solutions. Returns: indices of every target's best solutions, `most` or fewer, close to the best."""
     losses, kept = found.losses.mean(1), []
-    for own in distinct_solutions(found, index, width, free):
+    for own in distinct_solutions(found, index, objective, bounds):
         kept += [i for i in own[:most].tolist() if losses[i] <= RIVAL * losses[own[0]]]
     return kept
 

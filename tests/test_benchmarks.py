@@ -117,7 +117,7 @@ def test_drawn_things_are_a_dataset(tmp_path):
     rows = read_rows(tmp_path / "prompt.json")
     assert len(rows) == 2 * len(drawn.THINGS) == len({row.control for row in rows})
     assert all(0 < row.control[0] < drawn.HIGHEST and row.control[0] % 1 for row in rows)
-    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"])
+    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None])
 
 
 def test_drawn_things_are_tabled(capsys):

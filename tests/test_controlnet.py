@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import CHANNELS, LATENT_SIZE
+from conftest import CHANNELS, LATENT_SIZE, randomize_zero_convolutions
 
 import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
 from cldm.conversion import fit_statistics
+from cldm.hints import wrap
 from cldm.model import load_base, load_model, save_model
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -231,6 +232,40 @@ def test_statistics_are_those_of_the_data(make_model):
     assert (config.control_mean, config.control_low, config.control_high) == ([2.0, 7.5], [1.0, 7.0], [3.0, 8.0])
     assert (config.control_std, config.control_names, config.control_units) == ([1.0, 0.5], ["a", "b"], ["", "m"])
     assert config.prompts == ["y", "x"]
+
+
+def test_wrap_takes_the_shortest_way_round():
+    values = torch.tensor([[6.0, 6.0], [-5.0, -5.0], [5.0, 5.0], [22.0, 22.0], [-0.25, -0.25]]).double()
+    expected = [[-4.0, 6.0], [-5.0, -5.0], [-5.0, 5.0], [2.0, 22.0], [-0.25, -0.25]]
+    assert wrap(values, [10.0, None]).tolist() == expected and wrap(values, ()) is values
+    assert wrap(values[:, :1], [10.0], 5.0).flatten().tolist() == [6.0, 5.0, 5.0, 2.0, 9.75]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_a_periodic_number_comes_back_to_the_same(make_model, inputs, hint, tmp_path):
+    """Its hint is wider by one input; what does not go round is unlike after a turn."""
+    model, plain = make_model(2, hint, periods=[10.0, None]), make_model(2, hint)
+    widths = [own.control_net.controlnet_cond_embedding.mlp[0].weight.shape[1] for own in (model, plain)]
+    assert widths[0] == widths[1] + 1
+    save_model(model, tmp_path / "control")
+    first, turned, half, other = (
+        predict(load_model(tmp_path / "control"), inputs, [control, control])
+        for control in ([0.25, 1.0], [20.25, 1.0], [5.25, 1.0], [0.25, 11.0])
+    )
+    torch.testing.assert_close(first, turned)
+    assert min((first - half).abs().max(), (first - other).abs().max()) > 1e-3
+
+
+def test_statistics_of_a_periodic_number_are_a_circle_s(make_model):
+    for low, data in (0.0, [0.0, 2.0]), (-5.0, [-4.0, 4.0]), (0.0, [-4.0, 9.0]):
+        control_net = make_model(2, fresh=True, periods=[10.0, None]).control_net
+        fit_statistics(control_net, [(data[0], 7.0), (data[1], 8.0)], ["a", "b"], ["", "m"])
+        config = control_net.config
+        assert (config.control_low, config.control_high) == ([low, 7.0], [low + 10, 8.0])
+        assert config.control_mean == [low + 5, 7.5] and config.control_std == [pytest.approx(10 / 12**0.5), 0.5]
+        randomize_zero_convolutions(control_net)
+        fit_statistics(control_net, [(30.0, 7.0), (-12.0, 9.0)], ["a", "b"], ["", "m"])
+        assert (control_net.config.control_low, control_net.config.control_high) == ([low, 7.0], [low + 10, 9.0])
 
 
 def test_unknown_hint_is_refused(base_yaml, tmp_path):

@@ -13,6 +13,7 @@ from cldm.dataset import (
     hold_out,
     parse_control,
     read_control_names,
+    read_data,
     read_rows,
     recognize_prompt,
     split_rows,
@@ -222,16 +223,16 @@ def test_picture_to_tensor_and_back(picture):
 
 def test_controls_have_the_names_of_their_file(write_dataset):
     folder = write_dataset([[1, 2]])
-    assert read_control_names(folder, 2) == (None, None)
+    assert read_control_names(folder, 2) == (None, None, None)
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
-    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""])
+    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""], [None, None])
     with pytest.raises(InputError, match='controls.yaml: "names" must be a list of length 3'):
         read_control_names(folder, 3)
     (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
     with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
         read_control_names(folder, 2)
     (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: ['1e-3', '']\n")
-    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""])
+    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""], [None, None])
     for text in (
         "names:\nunits: [a, b]",
         "names: ab\nunits: [a, b]",
@@ -241,6 +242,30 @@ def test_controls_have_the_names_of_their_file(write_dataset):
         (folder / "controls.yaml").write_text(text)
         with pytest.raises(InputError, match="controls.yaml: .*a list of length 2, each a text, in quotes"):
             read_control_names(folder, 2)
+
+
+def test_periodic_numbers_are_brought_into_one_turn(write_dataset, capsys):
+    folder = write_dataset([[0, 5], [9.9, 6], [10, 7], [-0.5, 25]])
+    (folder / "controls.yaml").write_text("names: [hour, size]\nunits: ['', '']\nperiods: [10, null]\n")
+    data = read_data(folder)
+    assert data.periods == [10, None] and data.controls == [(0, 5), (9.9, 6), (0, 7), (9.5, 25)]
+    assert "2 of 4 rows" in capsys.readouterr().out
+    for text in ("10", "[0, null]", "[10]"):
+        (folder / "controls.yaml").write_text(f"names: [hour, size]\nunits: ['', '']\nperiods: {text}\n")
+        with pytest.raises(InputError, match='controls.yaml: "periods" must be a list of length 2'):
+            read_data(folder)
+
+
+def test_a_circle_around_zero_is_kept(write_dataset, capsys):
+    folder = write_dataset([-180, -90, 0, 179])
+    (folder / "controls.yaml").write_text("names: [angle]\nunits: [degrees]\nperiods: [360]\n")
+    assert read_data(folder).controls == [(-180,), (-90,), (0,), (179,)] and not capsys.readouterr().out
+
+
+def test_what_goes_round_has_no_extremes_to_keep(write_dataset):
+    pairs = [("", (float(k),)) for k in range(5)]
+    chosen = {k for n in range(12) for _, (k,) in hold_out([(f"{i}", c) for i in range(n) for _, c in pairs], (5.0,))}
+    assert chosen == set(range(5))
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,7 @@ def test_a_lower_place_is_read_again_and_nothing_known_is_lost(one, tmp_path, mo
         return reading
 
     monkeypatch.setattr(reading_module, "read_controls", read)
-    monkeypatch.setattr(reading_module, "find_lower", lambda bounds, control, *_: control + 0.5)
+    monkeypatch.setattr(reading_module, "find_lower", lambda bounds, periods, control, *_: control + 0.5)
     run(*one)
     assert starts[0] is None and starts[1].shape == (1, 3, 1)
     control, lower, other = starts[1].flatten().tolist()

@@ -73,7 +73,7 @@ def test_a_known_number_is_left_out_of_the_derivative(make_objective):
 class Valley:
     """Residuals of Rosenbrock's valley, whose minimum is at (1, 1), for one target and one draw."""
 
-    channels, free = 1, torch.tensor([True, True])
+    channels, free, periods = 1, torch.tensor([True, True]), (None, None)
 
     def evaluate(self, control, targets, draws=None):
         x, y = control.unbind(1)
@@ -98,7 +98,7 @@ def test_levenberg_marquardt_finds_the_bottom_and_respects_bounds():
 class Far(Valley):
     """A detail of a picture, a narrow bump, seen from where it and the target's hardly overlap."""
 
-    free = torch.tensor([True])
+    free, periods = torch.tensor([True]), (None,)
 
     def evaluate(self, control, targets, draws=None):
         x = torch.linspace(-5, 5, 201)
@@ -127,7 +127,7 @@ def test_levenberg_marquardt_is_quick_from_far_away(monkeypatch):
 class Strangers(Valley):
     """Numbers that should all be the control, a tenth of which something else has put far away; two channels."""
 
-    channels, free = 2, torch.tensor([True])
+    channels, free, periods = 2, torch.tensor([True]), (None,)
 
     def __init__(self):
         self.seen = torch.randn(1, 4, 2, 500, generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,7 @@
 """Reading controls: it finds them without a start, and says how sure it is."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,18 @@ from cldm import calibration, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
 from cldm.confidence import Reading, is_ambiguous, is_outside, standard_errors
 from cldm.denoising import DenoisingObjective
+from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
 from cldm.objective import Objective
-from cldm.reading import PROBES, find_lower, find_valleys, read_controls, search_bounds
+from cldm.reading import (
+    PROBES,
+    fill_range,
+    find_lower,
+    find_valleys,
+    read_and_profile,
+    read_controls,
+    search_bounds,
+)
 from cldm.solvers import Solution, distinct_solutions
 
 LOW, HIGH = [-2.0, -1.0], [4.0, 3.0]
@@ -26,6 +36,20 @@ def trained(make_model):
         model = make_model(control_dim)
         bounds = dict(control_low=LOW[:control_dim], control_high=HIGH[:control_dim])
         model.control_net.register_to_config(**bounds, error_scale=[0.0] * control_dim)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def periodic(make_model):
+    """periodic(periods) -> a model that knows its range, with numbers from 0 to 10 where they go round."""
+
+    def make(periods=(10.0,), fresh=False):
+        model = make_model(len(periods), periods=periods, fresh=fresh)
+        statistics = dict(control_mean=[5.0, 1.0], control_std=[10 / 12**0.5, 1.0])
+        known = dict(control_low=[0.0, -1.0], control_high=[10.0, 3.0], error_scale=[0.0, 0.0], **statistics)
+        model.control_net.register_to_config(**{key: own[: len(periods)] for key, own in known.items()})
         return model
 
     return make
@@ -105,7 +129,7 @@ def test_large_residuals_are_flagged(trained, explained, make_target):
 def test_valleys_are_low_and_below_their_neighbours():
     points = torch.linspace(0, 1, 8)[:, None]
     losses = torch.tensor([[5.0, 1.0, 4.0, 5.0, 2.0, 5.0, 4.9, 5.0], [9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]])
-    valleys = find_valleys(points, losses)
+    valleys = find_valleys(points[:, None] - points, losses)
     assert valleys.nonzero().tolist() == [[0, 1], [0, 4], [1, 7]]  # 4.9 is low on neither side's scale
 
 
@@ -117,7 +141,8 @@ def test_solutions_close_together_are_one_valley():
     control = torch.tensor([[1.0], [3.0], [1.01], [5.0]])
     losses = torch.tensor([2.0, 1.0, 1.9, 3.0])
     found = solution(control, losses.sqrt()[:, None, None], torch.ones(4, 1, 1, 1))
-    ranked = distinct_solutions(found, torch.tensor([0, 0, 0, 1]), torch.tensor([10.0]), torch.tensor([True]))
+    objective, bounds = SimpleNamespace(free=torch.tensor([True]), periods=[None]), torch.tensor([[0.0], [10.0]])
+    ranked = distinct_solutions(found, torch.tensor([0, 0, 0, 1]), objective, bounds)
     assert [own.tolist() for own in ranked] == [[1, 2], [3]]
 
 
@@ -273,9 +298,13 @@ def test_a_lower_place_in_the_profile_is_found(trained):
     points = torch.tensor([0.0, 1.1, 3.0]).double().expand(3, 1, 3)[..., None]
     losses = torch.tensor([[[5.0, 1.0, 2.0]], [[5.0, 1.0, 3.5]], [[5.0, 1.0, 2.0]]])
     profiles = control, points, losses, torch.tensor([3.0, 3.0, 1.5])
-    assert find_lower(search_bounds(config), *profiles).tolist() == [[3.0], [1.0], [1.0]]  # 1.1 is the valley found
+    assert find_lower(search_bounds(config), [None], *profiles).tolist() == [
+        [3.0],
+        [1.0],
+        [1.0],
+    ]  # 1.1 is the valley found
     known = search_bounds(config, {config.control_names[0]: 1.0})
-    assert find_lower(known, *profiles).tolist() == control.tolist()
+    assert find_lower(known, [None], *profiles).tolist() == control.tolist()
 
 
 def test_large_numbers_keep_their_digits(trained, explained, make_target):
@@ -295,3 +324,58 @@ def test_a_control_that_was_never_calibrated_says_so(trained, explained, make_ta
     explained(torch.tensor([[1.7]]).double())
     found = read_controls(model, make_target(1))
     assert found.flags == [["uncalibrated"]] and not found.calibrated
+
+
+def test_a_periodic_number_is_read_across_its_seam(periodic, explained, make_target):
+    """Within one circle, with intervals that run through its seam, and never outside."""
+    model, truth = periodic(), torch.tensor([[0.01], [9.99], [5.0]]).double()
+    model.control_net.register_to_config(error_floor=[0.03])
+    explained(truth, noise=1e-3)
+    found = read_controls(model, make_target(3))
+    assert wrap(found.control - truth, (10.0,)).abs().max() < 0.02
+    assert ((found.control >= 0) & (found.control < 10)).all() and found.flags == [[], [], []]
+    low, high = found.interval90[:, 0].T
+    assert (low > high).tolist() == [True, True, False] and (low >= 0).all() and (high < 10).all()
+
+
+@pytest.mark.parametrize("start", [9.0, 0.5, 25.0])
+def test_steps_pass_the_seam(periodic, explained, make_target, start):
+    model, truth = periodic(), torch.tensor([[0.2]]).double()
+    explained(truth, noise=1e-3)
+    found = read_controls(model, make_target(1), start=torch.full((1, 1, 1), start).double())
+    assert wrap(found.control - truth, (10.0,)).abs().max() < 0.02
+
+
+def test_a_periodic_number_beside_another_is_read(periodic, explained, make_target):
+    model, truth = periodic((10.0, None)), torch.tensor([[9.95, 0.3], [3.0, 2.2]]).double()
+    explained(truth, noise=1e-3)
+    found, profiles = read_and_profile(model, make_target(2))
+    assert wrap(found.control - truth, (10.0, None)).abs().max() < 0.02
+    along, across = profiles[0][0, 0, :, 0], profiles[0][0, 1, :, 1]  # half a turn either way; the searched range
+    torch.testing.assert_close(along[[0, -1]] - found.control[0, 0], torch.tensor([-5.0, 5.0]).double())
+    torch.testing.assert_close(across[[0, -1]], torch.tensor([-2.4, 4.4]).double())
+    known = read_controls(model, make_target(2), known={model.control_net.config.control_names[0]: 13.0})
+    assert known.control[:, 0].tolist() == [3.0, 3.0] and not known.std[:, 0].any()
+
+
+def test_a_periodic_number_without_effect_may_be_anywhere_and_says_so(periodic, explained, make_target):
+    model = periodic(fresh=True)
+    explained(torch.tensor([[1.0]]).double(), noise=0.1)
+    found = read_controls(model, make_target(1))
+    assert found.flags == [["ambiguous"]] and found.interval90[0].tolist() == [[0.0, 10.0]]
+    assert found.std.item() == pytest.approx(10 / 12**0.5)
+
+
+def test_probes_cover_a_circle_once(periodic):
+    bounds = search_bounds(periodic().control_net.config)
+    points = fill_range(8, bounds, torch.tensor([True]))
+    assert points.flatten().tolist() == [0.625 + 1.25 * k for k in range(8)]
+    gaps = wrap(points[:, None] - points, (10.0,)) / 10
+    losses = torch.tensor([[1.0, 2.0, 3.0, 9.0, 9.0, 9.0, 3.0, 2.0], [2.0, 3.0, 9.0, 9.0, 9.0, 9.0, 3.0, 1.0]])
+    assert find_valleys(gaps, losses).nonzero().tolist() == [[0, 0], [1, 7]]  # neighbours through the seam
+
+
+def test_solutions_either_side_of_a_seam_are_one_valley():
+    found = solution(torch.tensor([[0.05], [9.95], [3.0]]), torch.ones(3, 1, 1), torch.ones(3, 1, 1, 1))
+    objective, bounds = SimpleNamespace(free=torch.tensor([True]), periods=[10.0]), torch.tensor([[0.0], [10.0]])
+    assert [own.tolist() for own in distinct_solutions(found, torch.zeros(3), objective, bounds)] == [[0, 2]]
