@@ -70,7 +70,7 @@ def main(s):
     out_dir = report_folder(s.out_dir, "controls.json", "files", "control_*.png", "strip.png")
     model = load_model(s.model_path, device=s.device)
     config = model.control_net.config
-    controls = parse_controls(s.control, s.count, config.control_names).to(model.base.device)
+    controls = model.control_net.wrap(parse_controls(s.control, s.count, config.control_names)).to(model.base.device)
     if not model.control_net.uses_reference:
         check_used(s, settings, "with a control that is no change of a picture", "input_image_path")
     if ".." not in s.control:

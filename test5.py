@@ -87,7 +87,7 @@ def infer(model, s, start, target, control):
         step = descent.step(gradient)
         if descent.settled:
             break
-        control = control + step
+        control = model.control_net.wrap(control + step)
         if warm:  # the next generation starts from this one, and takes fewer steps
             start, sampling = drawn, warm
     result.flags = flag_inversion(config, result.control, result.loss, descent.settled)
@@ -112,7 +112,7 @@ def check(s, model):
     names = model.control_net.config.control_names
     if len(control) != len(names):
         raise InputError(f"control: the model takes {len(names)} number(s) ({', '.join(names)}), got {s.control}")
-    return torch.tensor(control, dtype=torch.float64)
+    return model.control_net.wrap(torch.tensor(control, dtype=torch.float64))
 
 
 def main(s):

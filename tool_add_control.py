@@ -12,6 +12,7 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 
 settings = dict(
     control_dim=1,  # how many numbers
+    periods=None,  # of each number, null where it does not go round: [360,null]; None: none does
     hint="dense",  # dense (one resolution), coordinate (any), original (the fork's) or reference (a change from A)
     encoder="",  # a ControlNet in the original layout, whose encoder is copied instead of the UNet's
     control_range=None,  # [low, high] that the original fork trained on, for invert.py to search
@@ -29,7 +30,7 @@ from cldm.model import control_folder, load_base, save_model
 from ldm.base import PREDICTION
 from ldm.checkpoints import find_control, read_weights
 from ldm.files import find_path
-from ldm.schema import Rule, each, expect, number, or_null
+from ldm.schema import POSITIVE, Rule, each, expect, number, or_null
 
 RANGE = Rule("[low, high], two numbers", lambda value: each(number(), 2).holds(value) and value[0] < value[1])
 
@@ -38,18 +39,21 @@ def main(s, paths):
     check_numbers(s, int, control_dim=(1, math.inf))
     expect('setting "prediction_type": expected', s.prediction_type, or_null(PREDICTION))
     expect('setting "control_range": expected', s.control_range, or_null(RANGE))
+    periods = each(or_null(POSITIVE), s.control_dim)
+    expect('setting "periods": expected', s.periods, or_null(periods))
     output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
     base, config = load_base(paths[0], s.prediction_type)
     file = find_path(config.base)
     found = find_control(read_weights(file)) if file.is_file() else {}
     if any(name.startswith("mlp.") for name in found):
-        check_used(s, settings, "on a control that the file brings", "control_dim", "hint", "encoder")
+        check_used(s, settings, "on a control that the file brings", "control_dim", "periods", "hint", "encoder")
         model = import_control(base, config, found, file, s.control_range)
     elif found and not s.encoder:
         raise InputError(f"{file}: holds a ControlNet on pictures; encoder={file} starts from its encoder")
     else:
         check_used(s, settings, "without a trained control in INPUT", "control_range")
-        model = add_control(base, config, control_dim=s.control_dim, hint=s.hint, encoder=s.encoder)
+        how = {key: s[key] for key in ("control_dim", "periods", "hint", "encoder")}
+        model = add_control(base, config, **how)
     save_model(model, output)
     weights = sum(p.numel() for p in model.control_net.parameters())
     hint, numbers = model.control_net.config.hint, model.control_net.control_dim

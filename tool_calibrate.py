@@ -36,7 +36,8 @@ def main(s, paths):
     config, (low, high) = model.control_net.config, search_bounds(model.control_net.config)
     controls = torch.tensor(data.controls, dtype=torch.float64)
     fits = data.names in (None, list(config.control_names)) and bool(s.pairs) <= model.control_net.uses_reference
-    if not fits or controls.shape[1:] != low.shape or not ((low <= controls) & (controls <= high)).all():
+    fits = fits and data.periods in (None, list(config.periods)) and controls.shape[1:] == low.shape
+    if not fits or not ((low <= (own := model.control_net.wrap(controls))) & (own <= high)).all():
         raise InputError(
             f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(config.control_names)} from "
             f"{list(config.control_low)} to {list(config.control_high)}; of pairs, controls= says names and ranges"

@@ -3,8 +3,9 @@
     python tool_export_control.py MODEL_PATH FILE.safetensors
 
 Only for hint=original, the one hint that the original's code knows. Weights are named as there
-(control_model.input_blocks.…), and the MLP's layers mlp.fc1 to mlp.fc3, which take the number unnormalised; the file's
-metadata holds the config. diffusers loads the folder MODEL_PATH itself, whatever its hint.
+(control_model.input_blocks.…), and the MLP's layers mlp.fc1 to mlp.fc3, which take the number unnormalised, or the sine
+and cosine of a periodic one; the file's metadata holds the config. diffusers loads the folder MODEL_PATH itself,
+whatever its hint.
 """
 
 from ldm.settings import InputError, answer, run_script

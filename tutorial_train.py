@@ -2,10 +2,10 @@
 
 The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder in diffusers' layout or a single file.
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
-"prompt": "a text"}; targets are relative to data_root, whose controls.yaml may name the numbers and say after what period one is back
-where it was: names: [hour, size], units: [h, m], periods: [12, null]. With
-"reference": "y.png" in every row, source is the change from that picture to the target; pairs=FOLDER cuts such pairs
-from any pictures. All results go to out_dir, which is then the model_path of test5.py, test5_s1.py and invert.py.
+"prompt": "a text"}; targets are relative to data_root. Its controls.yaml may name the numbers and say which go round:
+names: [hour, size], units: [h, m], periods: [12, null]. With "reference": "y.png" in every row, source is the change
+from that picture to the target; pairs=FOLDER cuts such pairs from any pictures. All results go to out_dir, which is
+then the model_path of test5.py, test5_s1.py and invert.py.
 A run that was killed goes on when started again with the same out_dir.
 """
 

@@ -4,9 +4,11 @@ import json
 import math
 
 import numpy as np
+import torch
 
 import invert
 from cldm.changes import MOTIONS, NO_CHANGE, similarity
+from cldm.hints import wrap
 from ldm.files import report_folder, write_whole
 from ldm.settings import InputError, nearest, override
 
@@ -50,24 +52,30 @@ def quantiles(errors, shares, digits=3):
     return [f"{value:.{digits}f}" for value in np.quantile(np.abs(errors), shares)]
 
 
-def compose(first, second):
+def compose(first, second, periods=None):
     """first, second: {name: number}, changes. Returns: likewise, the change that both make, one after the other.
 
-    Numbers that are not in CHANGES add up.
+    Numbers that are not in CHANGES add up. periods: {name: number} of those that go round, the shortest way.
     """
     given = [{name: change.get(name, none) for name, none in NO_CHANGE.items()} for change in (first, second)]
     matrix = similarity(*map(given[1].get, MOTIONS)) @ similarity(*map(given[0].get, MOTIONS))
     whole = {name: first[name] + second[name] for name in first} | decompose(matrix)
     whole["blur"] = math.hypot(given[0]["blur"] * given[1]["zoom"], given[1]["blur"])
-    return {name: whole[name] for name in first}
+    return shortest({name: whole[name] for name in first}, periods)
 
 
-def inverse(change):
-    """change: {name: number}. Returns: likewise, the change back, which blurs nothing."""
+def inverse(change, periods=None):
+    """change: {name: number}. Returns: likewise, the change back, which blurs nothing. periods: as in compose."""
     given = {name: change.get(name, none) for name, none in NO_CHANGE.items()}
     back = {name: -value for name, value in change.items()} | {"blur": 0.0}
     back |= decompose(np.linalg.inv(similarity(*map(given.get, MOTIONS))))
-    return {name: back[name] for name in change}
+    return shortest({name: back[name] for name in change}, periods)
+
+
+def shortest(change, periods):
+    """Returns: a change, {name: number}, with those of `periods`, {name: number} or None, within half a period."""
+    values = torch.tensor([*change.values()], dtype=torch.float64)
+    return dict(zip(change, wrap(values, [(periods or {}).get(name) for name in change]).tolist()))
 
 
 def decompose(matrix):

@@ -68,7 +68,8 @@ def import_control(base, config, weights, file, control_range=None):
 def export_control(control_net, file):
     """Write a NumericControlNet as one .safetensors file in the original layout: control_model.…, mlp.fc1 to mlp.fc3.
 
-    The original's MLP takes the number unnormalised, so the training's mean and spread are folded into its first layer.
+    The original's MLP takes numbers unnormalised, so the training's mean and spread are folded into its first layer. In
+    place of a periodic number it takes two, its sine and cosine.
     The file's metadata holds the config.
     Raises: InputError if the original has no such hint.
     """
@@ -80,12 +81,16 @@ def export_control(control_net, file):
         )
     weights = dict(control_net.state_dict())
     weight, bias = (weights[f"{HINT}mlp.0.{kind}"].double() for kind in ("weight", "bias"))
-    mean, std = (torch.tensor(config[f"control_{which}"]).to(weight) for which in ("mean", "std"))
+    inputs = []  # mean and spread of each
+    for period, *own in zip(config.periods, config.control_mean, config.control_std):
+        inputs += [(0.0, 0.5**0.5)] * 2 if period else [own]
+    mean, std = weight.new_tensor(inputs).T
     weights[f"{HINT}mlp.0.weight"] = (weight / std).float()
     weights[f"{HINT}mlp.0.bias"] = (bias - weight @ (mean / std)).float()
     weights = {CONTROL + original_key(key, config.layers_per_block): t for key, t in to_half(weights).items()}
     own = json.loads(control_net.to_json_string())
-    own |= {"control_mean": [0.0] * len(mean), "control_std": [1.0] * len(mean)}
+    count = control_net.control_dim
+    own |= {"control_mean": [0.0] * count, "control_std": [1.0] * count}
     metadata = {"format": "pt", "config": json.dumps(own)}
     write_whole(Path(file), lambda partial: save_file(weights, partial, metadata))
 

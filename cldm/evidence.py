@@ -14,6 +14,8 @@ from einops import einsum, rearrange, repeat
 from torch.nn import functional as F
 
 from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
+from cldm.confidence import raise_flags
+from cldm.hints import wrap
 
 AS_GOOD = 0.2  # fits are as good as each other if their log mean squared errors differ by less
 GREY_LEVEL = 2 / 255  # root mean squared error that resampling alone leaves
@@ -35,20 +37,25 @@ def check_evidence(reading, pictures, config, known=(), sides=None):
     pictures: B pairs of PIL pictures, target and reference. config: of the control. known: names of given numbers.
     sides: B numbers of pixels, the shorter side of each pair before it was fitted: a picture that was enlarged does not
     show a blur of less than half of its own pixels. None: nothing was enlarged.
-    Returns: a Reading with `reach` and, where due, the flag "no_effect".
+    Returns: a Reading with `reach` and, where due, the flags "no_effect" and "ambiguous".
     """
     rows = zip(config.control_names, config.control_units, zip(config.control_low, config.control_high))
     numbers = {name: bounds if CHANGES.get(name, ("",))[0] == unit else None for name, unit, bounds in rows}
     ours = [k for k, bounds in enumerate(numbers.values()) if bounds]  # by name and unit; nothing is known of others
     ranges = {name: bounds for name, bounds in numbers.items() if bounds}
+    periods = dict(zip(config.control_names, config.periods))
     reach = torch.zeros_like(reading.control)
     for i, (target, reference) in enumerate(pictures if ours else ()):
-        reach[i, ours] = find_reach(reference, target, ranges, reading.control[i, ours], known).to(reach)
+        reach[i, ours] = find_reach(reference, target, ranges, reading.control[i, ours], known, periods).to(reach)
         if sides and sides[i] < target.width and "blur" in set(ranges) - set(known):
             reach[i, list(numbers).index("blur")].clamp_(min=target.width / sides[i] / 2)
-    unseen = [unseen_numbers(config, *of_one) for of_one in zip(reading.control, reach)]
-    flags = [own + ["no_effect"] * bool(names) for own, names in zip(reading.flags, unseen)]
-    return replace(reading, reach=reach, flags=flags)
+    reading = replace(reading, reach=reach)
+    raised = raise_flags(
+        len(pictures),
+        no_effect=[bool(unseen_numbers(config, *of_one)) for of_one in zip(reading.control, reach)],
+        ambiguous=reading.anywhere.any(1),
+    )
+    return replace(reading, flags=[[*dict.fromkeys(own + new)] for own, new in zip(reading.flags, raised)])
 
 
 def unseen_numbers(config, control, reach):
@@ -65,13 +72,13 @@ def unseen_numbers(config, control, reach):
     return names
 
 
-def find_reach(reference, target, ranges, control, known=()):
+def find_reach(reference, target, ranges, control, known=(), periods=None):
     """How far from a reading lie other numbers that explain a pair of pictures as well.
 
     Others are tried along each number, along the combinations of numbers that change A's pixels least, and where the
     picture repeats itself; what fits nearly as well is refined by Gauss-Newton first.
     reference, target: PIL pictures of one size. ranges: {name: (low, high)}. control: (d,), as read. known: names of
-    given numbers, which stay.
+    given numbers, which stay. periods: {name: number} of those that go round.
     Returns: (d,) the largest distances, in the numbers' units; 0 where none is far, and for names not in CHANGES.
     """
     a, b = grey_levels(reference), grey_levels(target)[0]
@@ -81,7 +88,9 @@ def find_reach(reference, target, ranges, control, known=()):
     read = torch.tensor([numbers[name] for name in NO_CHANGE]).double()
     at = read.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom and blur
     width, least, most = high - low, torch.minimum(low, at), torch.maximum(high, at)
-    least, most = least - BEYOND * width, most + BEYOND * width
+    periods = [(periods or {}).get(name) for name in NO_CHANGE]
+    beyond = width * torch.tensor([math.inf if period else BEYOND for period in periods])
+    least, most = least - beyond, most + beyond
     least[5].clamp_(min=0)
 
     others = torch.cat([trial_changes(a, b, at, width), repetitions(a, b, at)])
@@ -93,7 +102,7 @@ def find_reach(reference, target, ranges, control, known=()):
     refined = refine(a, b, others[close], width).clamp(least, most)
     others, worse = torch.cat([others, refined]), torch.cat([worse, log_error(a, b, refined) - here])
 
-    distances = (others - read).abs()
+    distances = wrap(others - read, periods).abs()
     nearest = width * torch.tensor([LEAST.get(name, STEPS[0]) for name in CHANGES])
     counts = (worse <= AS_GOOD) & ((distances >= 0.99 * nearest) & (width > 0)).any(1)
     reach = dict(zip(CHANGES, (distances * counts[:, None]).amax(0).tolist()))

@@ -29,9 +29,11 @@ def describe_data(data, config):
     """Returns: lines on the TrainingData of a control; config: the control's."""
     kind = "photographs" if data.ranges else "pictures"
     lines = [f"{len(data.train)} training and {len(data.validation)} validation {kind}"]
-    for name, unit, values in zip(config.control_names, config.control_units, zip(*data.controls)):
+    numbers = zip(config.control_names, config.control_units, config.periods, zip(*data.controls))
+    for name, unit, period, values in numbers:
         count = "drawn at random" if data.ranges else f"{len({*values})} values"
-        lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}")
+        goes_round = f", which goes round every {period:.10g}" if period else ""
+        lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}{goes_round}")
     if texts := sorted({*data.prompts} - {""}):
         shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
         lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")

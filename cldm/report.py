@@ -117,7 +117,9 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     labels = [
         plain(f"{name} ({unit})" if unit else name) for name, unit in zip(config.control_names, config.control_units)
     ]
-    control_axes.plot(iterations, [entry["control"] for entry in result.history], label=labels)
+    controls = zip(*(entry["control"] for entry in result.history))
+    for label, values, period in zip(labels, controls, config.periods):
+        control_axes.plot(iterations, np.unwrap(values, period=period) if period else values, label=label)
     control_axes.set(xlabel="iteration", ylabel="control")
     control_axes.legend()
     for axes in (loss_axes, control_axes):

@@ -88,12 +88,28 @@ def test_intervals_hold_all_that_looks_the_same():
     pictures = [(draw(shades), draw(shades)), (draw(FEATURELESS["flat"][0]),) * 2]
     bounds = dict(control_low=[-10, -0.1], control_high=[10, 0.1])
     config = SimpleNamespace(control_names=["rotation", "shift x"], control_units=["degrees", "widths"], **bounds)
+    config.periods = [None, None]
     checked = check_evidence(reading, pictures, config)
     assert checked.flags == [[], ["ambiguous", "no_effect"]] or checked.flags[0] == ["no_effect"]
     low, high = checked.interval90[1, 0].tolist()
     assert low <= -6 and high >= 10 and checked.std[0, 1] == pytest.approx(0.1)
     config.control_units = ["turns", "widths"]  # another rotation, of which nothing is known
     assert check_evidence(reading, pictures, config).reach[1, 0] == 0
+
+
+def test_what_looks_the_same_all_round_may_be_anywhere():
+    covariance, scale = torch.full((1, 1, 1), 0.01).double(), torch.zeros(1).double()
+    circle, names = dict(periods=[360.0], middle=[0.0]), dict(control_names=["rotation"], control_units=["degrees"])
+    reading = Reading(
+        torch.tensor([[170.0]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale, **circle
+    )
+    config = SimpleNamespace(control_low=[-180], control_high=[180], periods=[360.0], **names)
+    for kind, flags in ("disc", ["ambiguous", "no_effect"]), ("stripes", []):
+        picture = draw(FEATURELESS[kind][0]).convert("RGB")
+        checked = check_evidence(reading, [(picture.rotate(170, Image.Resampling.BICUBIC), picture)], config)
+        assert sorted(checked.flags[0]) == flags and checked.reach[0, 0] <= 180
+    whole = check_evidence(reading, [(draw(FEATURELESS["disc"][0]),) * 2], config)
+    assert whole.interval90[0].tolist() == [[-180, 180]]
 
 
 def test_changes_are_those_of_the_training_set():
@@ -118,6 +134,7 @@ def test_an_enlarged_picture_shows_no_blur_below_its_own_pixels():
     covariance, scale = torch.full((1, 1, 1), 0.01).double(), torch.zeros(1).double()
     reading = Reading(torch.tensor([[0.3]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale)
     config = SimpleNamespace(control_names=["blur"], control_units=["pixels"], control_low=[0], control_high=[2])
+    config.periods = [None]
     sharp = draw(lambda x, y: 0.5 + 0.5 * np.sign(np.sin(40 * x) * np.sin(40 * y)))
     for side, flags in ((SIZE, []), (SIZE // 8, ["no_effect"])):
         checked = check_evidence(reading, [(sharp, sharp)], config, sides=[side])

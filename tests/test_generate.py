@@ -46,6 +46,16 @@ def test_pictures_differ_by_their_numbers_alone(control_folder, tmp_path, fails_
     assert "not of this script" in line
 
 
+def test_a_periodic_number_is_named_within_its_circle(make_model, tmp_path, capsys):
+    model = make_model(periods=[10.0])
+    model.control_net.register_to_config(control_mean=[5.0], control_low=[0.0], control_high=[10.0])
+    save_model(model, tmp_path / "control")
+    arguments = [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "prompt="]
+    run_script(generate.main, generate.settings, [*arguments, "control=9..11", "count=3"])
+    report = json.loads((tmp_path / "out" / "controls.json").read_text())
+    assert report["controls"] == [[9], [0], [1]] and "outside_range" not in capsys.readouterr().out
+
+
 def test_a_change_needs_its_picture(make_model, picture, tmp_path, fails_in_one_line):
     save_model(make_model(2, "reference"), tmp_path / "control")
     arguments = [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "control=[1,1]"]

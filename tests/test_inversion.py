@@ -20,10 +20,10 @@ VARIANTS = pytest.mark.parametrize("variant", [{}, WARM, {"num_samples": 2}], id
 
 @pytest.fixture
 def scene(make_model, normal):
-    """scene(control_dim) -> model, latents to start from, a Target with prompts and a negative prompt."""
+    """scene(control_dim, periods) -> model, latents to start from, a Target with prompts and a negative prompt."""
 
-    def make(control_dim=1):
-        model = make_model(control_dim)
+    def make(control_dim=1, periods=None):
+        model = make_model(control_dim, periods=periods)
         embeddings, negative = model.base.embed(["a photo of a cup", "blurred"]).split(1)
         start, latents = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE).split(1)
         return model, start, Target(embeddings, latents, negative=negative)
@@ -117,6 +117,18 @@ def test_steps_are_in_units_of_the_spread(scene, learning_rate):
     model.control_net.register_to_config(control_mean=(60 * mean).tolist(), control_std=(60 * std).tolist())
     minutes = infer(model, start, target, [30.0], learning_rate=learning_rate)
     torch.testing.assert_close(minutes.control, 60 * degrees.control, atol=1e-2, rtol=1e-3)
+
+
+def test_a_periodic_number_passes_its_seam(scene):
+    """And is told within its circle."""
+    model, start, target = scene(periods=[10.0])
+    model.control_net.register_to_config(control_mean=[5.0], control_std=[10 / 12**0.5])
+    options = dict(denoise_strength=1.0, eta=0.0)
+    target = replace(target, latents=draw(model, start, target, [0.2], eta=0.0))
+    result = infer(model, start, target, [9.8], iterations=40, **options)
+    found = torch.tensor([entry["control"] for entry in result.history])
+    assert found[0] == 9.8 and result.control.item() == pytest.approx(0.2, abs=0.05)
+    assert found.min() >= 0 and found.max() < 10 and "outside_range" not in result.flags
 
 
 def test_what_is_wrong_with_an_inversion_is_flagged(make_model):

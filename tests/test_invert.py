@@ -62,6 +62,22 @@ def test_one_picture(one, tmp_path, capsys):
     assert f"control: {control:+.3f} ± {result['std']:.3f}" in printed and "figure.png" in printed
 
 
+def test_a_periodic_number_is_told_within_its_circle(arguments, targets, make_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
+    model = make_model(periods=[10.0])
+    circle = dict(control_low=[0.0], control_high=[10.0], control_mean=[5.0], control_std=[2.9])
+    model.control_net.register_to_config(**circle, **CALIBRATED)
+    save_model(model, tmp_path / "control")
+    run(*arguments, targets, "figures=true")
+    for result in read_results(tmp_path):
+        low, high = result["interval90"][0]
+        assert result["periods"] == [10.0] and 0 <= result["control"] < 10 and min(low, high) >= 0
+        assert "outside_range" not in result["flags"]
+        if "error" in result:
+            assert abs(result["error"]) <= 5 and (result["control"] - result["error"]) % 10 in (0, 1)
+    assert "of 2 targets" in capsys.readouterr().out
+
+
 def test_many_pictures(arguments, targets, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
     run(*arguments, targets, "figures=true", "batch_size=2")

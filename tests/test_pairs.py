@@ -102,6 +102,9 @@ def test_a_change_and_its_inverse_are_no_change():
     assert compose(change, inverse(change)) == pytest.approx(NO_CHANGE, abs=1e-12)
     assert compose(NO_CHANGE, change) == pytest.approx(change) and compose(change, NO_CHANGE) == pytest.approx(change)
     assert inverse({"exposure": 0.5, "tilt": 2.0}) == {"exposure": -0.5, "tilt": -2.0}
+    round_about = {"hour": 10.0}
+    assert compose({"hour": 4.0, "tilt": 4.0}, {"hour": 5.0, "tilt": 5.0}, round_about) == {"hour": -1.0, "tilt": 9.0}
+    assert inverse({"hour": 9.0}, round_about) == {"hour": 1.0}
 
 
 def test_views_of_one_reference(photos):

@@ -41,6 +41,8 @@ CONFIG = [
     ("control_low", None, 'at most "control_high"'),
     ("control_low", [-INFINITE], "a finite number"),
     ("control_high", GONE, 'at most "control_high"'),
+    ("periods", [0.0], "above 0, or null"),
+    ("periods", [None, 10.0], "a list of length 1"),
     ("error_scale", [-0.1], "at least 0"),
     ("error_floor", [INFINITE], "at least 0"),
     ("explained_loss", "0.03", "at least 0"),

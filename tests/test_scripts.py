@@ -408,6 +408,9 @@ def test_unwritable_output_of_a_fresh_control_is_named(base_yaml, unwritable, fa
         ("control_dim=1.5", "control_dim"),
         ("control_range=[-5,5]", 'setting "control_range": has no effect without a trained control in INPUT'),
         ("control_dim=-1", "control_dim"),
+        ("periods=10", 'setting "periods": expected a list of length 1'),
+        ("periods=[10,null]", 'setting "periods": expected a list of length 1'),
+        ("periods=[-10]", 'setting "periods"'),
         ("hint=cnn", "hint"),
     ],
 )

@@ -1,6 +1,7 @@
 """Stable Diffusion through every script, into diffusers' pipeline, out to a file, in little memory."""
 
 import json
+import math
 import re
 
 import pytest
@@ -200,9 +201,9 @@ def test_what_the_original_fork_trained_keeps_its_statistics(model, folder, tmp_
     assert taken.control_net.config.control_high == [8.0]
 
 
-def originals_hint(weights, number, latent_size):
-    """Returns: (1, 8, latent_size, latent_size), what the original's code makes of a number, as it is."""
-    hidden = torch.tensor([[number]])
+def originals_hint(weights, numbers, latent_size):
+    """Returns: (1, 8, latent_size, latent_size), what the original's code makes of one or more numbers, as they are."""
+    hidden = torch.tensor([numbers]).view(1, -1)
     for i in 1, 2, 3:
         weight, bias = (weights[f"control_model.mlp.fc{i}.{kind}"].float() for kind in ("weight", "bias"))
         hidden = torch.nn.functional.linear(hidden, weight, bias).relu()
@@ -238,6 +239,18 @@ def test_the_original_computes_the_same_of_an_exported_file(model, tmp_path, mea
     with safe_open(tmp_path / "control.safetensors", "pt") as opened:
         config = json.loads(opened.metadata()["config"])
     assert (config["control_names"], config["control_mean"], config["control_std"]) == (["angle"], [0.0], [1.0])
+
+
+@pytest.mark.parametrize("version", [1], indirect=True)
+def test_an_exported_periodic_number_is_given_as_sine_and_cosine(model, tmp_path):
+    how = dict(control_dim=2, periods=[None, 10.0], hint="original")
+    model = add_control(model.base, Settings(model.config | {"image_size": 40}), **how)
+    model.control_net.register_to_config(control_mean=[2.0, 5.0], control_std=[3.0, 2.9])
+    weights, own = read_weights(export(model, tmp_path)), load_model(tmp_path / "control").control_net
+    phase, condition = 2 * math.pi * 0.7, own.normalize(torch.tensor([[4.0, 7.0]]))[:, :, None, None]
+    ours = own.controlnet_cond_embedding(condition.expand(-1, -1, 5, 5))
+    theirs = originals_hint(weights, [4.0, math.sin(phase), math.cos(phase)], 5)
+    torch.testing.assert_close(theirs, ours, rtol=1e-2, atol=1e-2 * ours.max().item())
 
 
 def test_an_exported_file_beside_its_base_is_taken_over(model, folder, tmp_path, normal):
