@@ -47,7 +47,7 @@ from torchvision.models import resnet18
 
 import test5
 import test5_s1
-from benchmarks.baselines import read_by_adam, read_by_sampling, train_regressor
+from benchmarks.baselines import augment, read_by_adam, read_by_sampling, train_regressor
 from benchmarks.common import choose, quantiles
 from cldm.dataset import split_rows
 from cldm.model import Sampling, load_model
@@ -154,17 +154,6 @@ def by_regressor(model, cases, s):
         began = time.perf_counter()
         found = network(pictures_to_tensor([case.picture for case in cases]))[:, 0] * spread
     return dict(found=found.tolist(), calls=len(cases), seconds=(time.perf_counter() - began) / len(cases))
-
-
-def augment(pictures):
-    """Returns: (B, 3, H, W) pictures moved by up to 2 pixels, 3% of their size and 10% of their brightness."""
-    count = len(pictures)
-    move = torch.zeros(count, 2, 3)
-    move[:, 0, 0] = move[:, 1, 1] = 1 + 0.06 * torch.rand(count) - 0.03
-    move[:, :, 2] = 8 / SIZE * torch.rand(count, 2) - 4 / SIZE
-    grid = nn.functional.affine_grid(move, pictures.shape, align_corners=False)
-    moved = nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
-    return moved * (0.9 + 0.2 * torch.rand(count, 1, 1, 1))
 
 
 # name: (it takes one in so many targets, coprime to the 12 photographs; function(model, cases, settings) -> result)

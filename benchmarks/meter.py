@@ -1,0 +1,407 @@
+"""Reading a real meter: error against the number of labelled pictures, what alternatives reach, and mishaps.
+
+    python benchmarks/meter.py folder=FOLDER                                  # all, about three hours on two cores
+    python benchmarks/meter.py folder=FOLDER counts=60 model_path=runs/meter  # with a control trained before
+
+FOLDER is one that dataForTrain/make_meter.py takes. For every count, the control is trained by tutorial_train.py's own
+settings on so many labelled pictures of every dial, the regressor on the same ones, and image processing learns from
+them how the dials are mounted; all then read the same pictures of those that are left. Errors are against the labels,
+which go in tenths, and against the value that the next dial tells, less a constant of every dial that its labelled
+pictures tell. At 60 labelled pictures, mishaps are read too. Prints the tables of docs/results.md; leaves plot.png,
+mishaps.png and results.json. Started again with the same out_dir, it trains nothing twice.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.schema import each, expect, number
+from ldm.settings import answer, check_numbers, override, run_script
+
+settings = dict(
+    folder="",  # of photographs and readings.csv
+    counts=[5, 10, 20, 60, 200],  # labelled pictures of every dial
+    methods="all",
+    model_path="",  # a control trained on 60 labelled pictures a dial, in place of training one
+    regressor_minutes=12.0,  # as long as a control is trained
+    targets=400,  # read at every count
+    mishaps="all",  # or some of them; "": none
+    out_dir="outputs/meter",
+)
+if __name__ == "__main__":
+    answer(__file__)
+
+import json
+import math
+import random
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.models import resnet18
+
+import tutorial_train
+from benchmarks.baselines import augment, train_regressor
+from benchmarks.common import choose, quantiles, read_targets, save_json, start_report
+from benchmarks.mishaps import MISHAPS
+from cldm.confidence import Z90
+from cldm.dataset import TRAINING_FILE, split_rows
+from dataForTrain import make_meter
+from dataForTrain.make_meter import PERIOD, TARGETS_FILE
+from ldm.files import find_path, write_whole
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
+
+MAIN = 60  # labelled pictures of every dial, where mishaps are read
+READ = 60  # pictures of every mishap
+SIZE, BATCH = 128, 12  # pixels of what the regressor sees; pictures read together
+TURN = 180  # degrees by which the regressor's pictures are turned at most, either way, and their labels with them
+DIAL = 0.42  # widths: radius in which image processing looks for a needle
+HARMONIC = 15  # labelled pictures of a dial from which image processing learns its eccentricity too
+HEADS = ["", "labelled", "median", "95% within", "worst", "within 0.1", "second truth: median", "95% within"]
+HEADS += ["in the interval", "width, median", "flagged", "seconds", "training minutes"]
+OTHER_PROMPT, UNTRAINED = "another dial's prompt", "a dial never trained"
+
+
+@dataclass
+class Readings:
+    """What a method read from n pictures."""
+
+    found: list  # n values
+    half: list  # n halves of 90% intervals
+    flagged: list  # n bool
+    seconds: float  # a picture
+
+
+def wrap(difference):
+    """Returns: differences of values, the short way round the circle."""
+    return (np.asarray(difference) + PERIOD / 2) % PERIOD - PERIOD / 2
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def column(rows, key):
+    """Returns: (n,) of the numbers that rows have; NaN where they have none."""
+    return np.array([row.get(key, math.nan) for row in rows])
+
+
+def labelled(data):
+    """Returns: the rows of a dataset that a control learns from, and those that its training sets aside."""
+    parts = [{(row.prompt, row.control[0]) for row in part} for part in split_rows(data)]
+    rows = [row | {"target": str(data / row["target"])} for row in read_lines(data / TRAINING_FILE)]
+    return tuple([row for row in rows if (row["prompt"], row["source"]) in part] for part in parts)
+
+
+# What reads a meter: each a function(settings, folder, minutes) -> function(rows, name) -> Readings.
+# folder: a Path, with labelled pictures in folder/data. minutes: {method: of training}, which is added to.
+
+
+def ours(s, folder, minutes):
+    """A control, trained unless there is one, and read as invert.py does."""
+    given = s.model_path and folder.name == str(MAIN)
+    model = find_path(s.model_path) if given else folder / "control"
+    config = model / "config.json"
+    if not given and not (config.exists() and json.loads(config.read_text()).get("error_scale")):
+        began = time.perf_counter()
+        try:
+            arguments = [f"data_root={folder / 'data'}", f"out_dir={model}"]
+            tutorial_train.main(override(tutorial_train.settings, arguments))
+        finally:  # a training that was stopped goes on
+            minutes["ours"] = minutes.get("ours", 0) + (time.perf_counter() - began) / 60
+
+    def read(rows, name):
+        write_lines(folder / f"{name}.json", rows)
+        results = read_targets(model, folder / f"{name}.json", folder / f"{name}_readings")
+        half = np.minimum(Z90 * column(results, "std"), PERIOD / 2)
+        flagged = [bool(result["flags"]) for result in results]
+        return Readings(column(results, "control").tolist(), half.tolist(), flagged, column(results, "seconds").mean())
+
+    return read
+
+
+class DialNetwork(nn.Module):
+    """A ResNet-18 from a picture to the sine and cosine of a value, with a last layer for each of several dials."""
+
+    def __init__(self, dials):
+        super().__init__()
+        self.whole = resnet18(num_classes=2 * dials)
+
+    def forward(self, pictures, dial):
+        """pictures: (B, 3, H, W). dial: (B,) int. Returns: (B, 2)."""
+        return self.whole(pictures).unflatten(1, (-1, 2))[torch.arange(len(dial)), dial]
+
+
+def resnet(s, folder, minutes):
+    """A DialNetwork, trained on what the control learns from, with bars by what its training sets aside."""
+    train, validation = labelled(folder / "data")
+    dials, file = sorted({row["prompt"] for row in train}), folder / "resnet.safetensors"
+    network = DialNetwork(len(dials))
+
+    def load(rows):
+        pictures = [fit_picture(load_picture(row["target"]), SIZE) for row in rows]
+        return pictures_to_tensor(pictures), torch.tensor([dials.index(row["prompt"]) for row in rows])
+
+    def draw_batch(step):
+        chosen = torch.randint(len(train), (32,))
+        turn = TURN * (2 * torch.rand(32) - 1)
+        changed = augment(pictures[chosen], turn) + 0.2 * torch.rand(32, 3, 1, 1) - 0.1
+        angle = angles[chosen] + torch.deg2rad(turn)
+        return (changed, dial[chosen]), torch.stack([angle.sin(), angle.cos()], 1)
+
+    if not file.exists():
+        torch.manual_seed(0)
+        pictures, dial = load(train)
+        angles = 2 * math.pi / PERIOD * torch.tensor(column(train, "source"), dtype=torch.float32)
+        train_regressor(network, s.regressor_minutes, draw_batch, nn.functional.mse_loss)
+        minutes["resnet"] = s.regressor_minutes
+        write_whole(file, partial(save_file, network.state_dict()))
+    network.load_state_dict(load_file(file))
+    network.eval()
+
+    @torch.no_grad()
+    def values(rows):
+        sine, cosine = network(*load(rows)).T
+        return (torch.atan2(sine, cosine) * PERIOD / (2 * math.pi)).numpy() % PERIOD
+
+    return with_bars(values, validation)
+
+
+def processing(s, folder, minutes):
+    """Image processing: the direction of what is red, and what it means, fitted to what the control learns from.
+
+    Of a dial that has few labelled pictures, only how it is mounted; of others its eccentricity too, as a harmonic.
+    """
+    train, validation = labelled(folder / "data")
+    fits = {}
+
+    def terms(angle, count):
+        return np.stack([np.ones_like(angle), np.sin(angle), np.cos(angle)][:count], -1)
+
+    def measure(rows):
+        return np.array([find_needle(load_picture(row["target"])) for row in rows])
+
+    for dial in {row["prompt"] for row in train}:
+        own = [row for row in train if row["prompt"] == dial]
+        angle, count = measure(own), 3 if len(own) >= HARMONIC else 1
+        missing = 2 * math.pi / PERIOD * column(own, "source") - angle
+        mounting = np.angle(np.exp(1j * missing).mean())
+        rest = np.angle(np.exp(1j * (missing - mounting)))
+        fits[dial] = mounting, np.linalg.lstsq(terms(angle, count), rest)[0]
+
+    def values(rows):
+        found = []
+        for row, angle in zip(rows, measure(rows)):
+            mounting, weights = fits[row["prompt"]]
+            found.append(angle + mounting + terms(angle, len(weights)) @ weights)
+        return PERIOD / (2 * math.pi) * np.array(found) % PERIOD
+
+    return with_bars(values, validation)
+
+
+def find_needle(picture):
+    """Returns: the angle, clockwise from the top, of the long side of what is red in a picture's middle."""
+    red, green, blue = np.moveaxis(np.asarray(picture, float), 2, 0)
+    redness, side = red - np.maximum(green, blue), len(red)
+    y, x = np.mgrid[:side, :side] - (side - 1) / 2
+    dial = np.hypot(x, y) < DIAL * side
+    needle = dial & (redness >= np.percentile(redness[dial], 95) / 2)
+    place = np.stack([x[needle], y[needle]])
+    place = place - place.mean(1, keepdims=True)
+    axis = np.linalg.eigh(place @ place.T)[1][:, 1]
+    right, down = axis * np.sign(((axis @ place) ** 3).sum())
+    return math.atan2(right, -down)
+
+
+def with_bars(values, validation):
+    """Give a method error bars by split conformal prediction: what nine in ten of its absolute errors stay below.
+
+    values: function(rows) -> (n,). validation: rows that it has not learned from.
+    Returns: function(rows, name) -> Readings, none of them flagged. Source: Angelopoulos & Bates 2021, eq. 1.
+    """
+    errors = np.sort(np.abs(wrap(values(validation) - column(validation, "source"))))
+    half = errors[min(len(errors), math.ceil(0.9 * (len(errors) + 1))) - 1]
+
+    def read(rows, name):
+        began = time.perf_counter()
+        found = np.concatenate([values(rows[first : first + BATCH]) for first in range(0, len(rows), BATCH)])
+        seconds = (time.perf_counter() - began) / len(rows)
+        return Readings(found.tolist(), [half] * len(rows), [False] * len(rows), seconds)
+
+    return read
+
+
+METHODS = {"ours": ours, "resnet": resnet, "processing": processing}
+
+
+def make_data(folder, s, count):
+    """Make the dataset folder/data. Returns: the rows to read, spread over those that are left."""
+    arguments = [f"folder={s.folder}", f"labelled={count}", f"out_dir={folder / 'data'}", "overwrite=true"]
+    make_meter.main(override(make_meter.settings, arguments))
+    rows = read_lines(folder / "data" / TARGETS_FILE)
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(s.targets, len(rows))).round().astype(int)]
+
+
+def errors(readings, rows, data):
+    """Returns: (n,) errors against the labels; against what the next dials tell, NaN where they do not."""
+    known = read_lines(data / TRAINING_FILE)
+    offsets = {}
+    for dial in {row["prompt"] for row in rows}:
+        own = [row for row in known if row["prompt"] == dial and "value_from_next_dial" in row]
+        differences = wrap(column(own, "source") - column(own, "value_from_next_dial"))
+        offsets[dial] = np.median(differences) if own else math.nan
+    second = column(rows, "value_from_next_dial") + [offsets[row["prompt"]] for row in rows]
+    return wrap(readings.found - column(rows, "source")), wrap(readings.found - second)
+
+
+def tabulate(readings, rows, data, minutes):
+    """Returns: cells of a table's row."""
+    first, second = errors(readings, rows, data)
+    size, inside = np.abs(first), np.abs(first) <= readings.half
+    return [
+        *quantiles(first, [0.5, 0.95, 1]),
+        f"{np.mean(size <= 0.1 + 1e-6):.0%}",
+        *quantiles(second[np.isfinite(second)], [0.5, 0.95]),
+        f"{inside.mean():.0%}",
+        f"{2 * np.median(readings.half):.3f}",
+        f"{np.mean(readings.flagged):.1%}",
+        f"{readings.seconds:.3f}",
+        f"{minutes:.1f}",
+    ]
+
+
+def print_table(heads, rows):
+    print(f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for cells in rows:
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def suffer(name, rows, folder):
+    """Let a mishap happen to some rows. Returns: the rows to read, whose pictures lie in a folder."""
+    rng, dials, result = random.Random(name), sorted({row["prompt"] for row in rows}), []
+    if name == UNTRAINED:
+        rows = [row for row in rows if row["prompt"] == dials[-1]]
+    for i, row in enumerate(rng.sample(rows, min(READ, len(rows)))):
+        if name in MISHAPS:
+            picture, value = MISHAPS[name](rng, load_picture(row["target"]), row["source"])
+            file = folder / name.replace(" ", "_") / f"{i:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(file)
+            row = {"source": value, "target": str(file.absolute()), "prompt": row["prompt"]}
+        else:
+            others = [dial for dial in dials[:-1] if dial != row["prompt"]]
+            row = row | {"prompt": rng.choice(others)}
+        result.append(row)
+    return result
+
+
+def draw_sheet(mishaps, file, shown=10):
+    """Draw some pictures of every mishap, in a row each. mishaps: {name: rows}."""
+    sheet = Image.new("RGB", (shown * SIZE, len(mishaps) * SIZE))
+    for j, rows in enumerate(mishaps.values()):
+        for i, row in enumerate(rows[:shown]):
+            sheet.paste(fit_picture(load_picture(row["target"]), SIZE), (i * SIZE, j * SIZE))
+    write_whole(file, partial(sheet.save, format="PNG"))
+
+
+def draw_plot(sizes, file):
+    """Plot errors over the number of labelled pictures. sizes: {method: {count: (n,) absolute errors}}."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method, own in sizes.items():
+        for share, style in ((0.5, "o-"), (0.95, "o:")):
+            line = [np.quantile(size, share) for size in own.values()]
+            label = f"{method}, {'median' if share == 0.5 else '95%'}"
+            axes.loglog(list(own), line, style, color=f"C{list(METHODS).index(method)}", label=label)
+    axes.set_xticks(list(own), [str(count) for count in own], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="labelled pictures a dial", ylabel="error, of 10")
+    axes.legend(fontsize=8)
+    write_whole(file, partial(figure.savefig, format="png", dpi=110))
+
+
+def read_mishaps(suffered, readers, untrained):
+    """suffered: {mishap: rows}. readers: {method: its read}. untrained: that of the control that lacks a dial.
+
+    Returns: rows of a table, of how many readings are off by more than their interval and how many are flagged.
+    """
+    table = []
+    for mishap, rows in suffered.items():
+        table.append([mishap, len(rows)])
+        for method, read in readers.items():
+            read = read if mishap != UNTRAINED else untrained if method == "ours" else None
+            readings = read(rows, re.sub(r"\W", "_", mishap)) if read else Readings([math.nan], [math.nan], [False], 0)
+            off = np.abs(wrap(readings.found - column(rows, "source"))) > readings.half
+            table[-1].append(f"{off.mean():.0%}" if read else "—")
+            if method == "ours":
+                flagged = np.array(readings.flagged)
+                table[-1] += [f"{flagged[off].mean():.0%}" if off.any() else "—", f"{flagged.mean():.0%}"]
+    return table
+
+
+def make_untrained(data, folder):
+    """Copy a dataset into folder/data, all but the pictures of its last dial."""
+    shutil.copytree(data, folder / "data", dirs_exist_ok=True)
+    rows = read_lines(data / TRAINING_FILE)
+    last = max(row["prompt"] for row in rows)
+    write_lines(folder / "data" / TRAINING_FILE, [row for row in rows if row["prompt"] != last])
+
+
+def main(s):
+    expect('setting "counts": expected', s.counts, each(number(2, 10**6, whole=True)))
+    check_numbers(s, int, targets=(1, 10**6))
+    check_numbers(s, regressor_minutes=(0, 10**4))
+    names = choose(s.methods, METHODS, "methods")
+    mishaps = choose(s.mishaps, [*MISHAPS, OTHER_PROMPT, UNTRAINED], "mishaps") if s.mishaps else []
+    out_dir = start_report(s.out_dir, "results.json", "minutes")
+    report = {"results": {}, "minutes": json.loads((out_dir / "results.json").read_text())["minutes"] or {}}
+    table, sizes, mishap_table = [], {name: {} for name in names}, []
+
+    def open_reader(name, folder):
+        try:
+            return METHODS[name](s, folder, report["minutes"].setdefault(folder.name, {}))
+        finally:
+            save_json(out_dir / "results.json", report)
+
+    for count in s.counts:
+        folder = out_dir / str(count)
+        rows = make_data(folder, s, count)
+        readers = {name: open_reader(name, folder) for name in names}
+        for name, read in readers.items():
+            readings = read(rows, "targets")
+            report["results"][f"{name} {count}"] = asdict(readings)
+            sizes[name][count] = np.abs(errors(readings, rows, folder / "data")[0])
+            minutes = report["minutes"][folder.name].get(name, math.nan)
+            table.append([name, count, *tabulate(readings, rows, folder / "data", minutes)])
+        save_json(out_dir / "results.json", report)
+        if count == MAIN and mishaps:
+            suffered = {mishap: suffer(mishap, rows, folder / "mishaps") for mishap in mishaps}
+            draw_sheet(suffered, out_dir / "mishaps.png")
+            untrained = None
+            if UNTRAINED in mishaps and "ours" in names:
+                make_untrained(folder / "data", out_dir / "untrained")
+                untrained = open_reader("ours", out_dir / "untrained")
+            mishap_table = read_mishaps(suffered, readers, untrained)
+    print(f"\n{len(rows)} pictures a row, errors of {PERIOD}")
+    print_table(HEADS, table)
+    if mishap_table:
+        heads = [[f"{name}: off", "of these flagged", "flagged"][: 3 if name == "ours" else 1] for name in names]
+        print_table(["", "pictures", *sum(heads, [])], mishap_table)
+    draw_plot(sizes, out_dir / "plot.png")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)

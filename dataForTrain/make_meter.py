@@ -1,0 +1,156 @@
+"""Sort photographs of a meter's dials into some that are labelled, to train on, and the others, to be read.
+
+    python dataForTrain/make_meter.py folder=FOLDER                                 # 60 a dial, into runs/meter
+    python dataForTrain/make_meter.py folder=FOLDER labelled=20 out_dir=runs/meter_20
+
+FOLDER/readings.csv has a line for every picture: file, dial, time (ISO 8601), value from 0 to 10 and, where it is
+known, value_from_next_dial. prompt.json gets the first N labelled pictures of every dial, some of which training itself
+sets aside for its error bars; they are copied, so that out_dir can be trained on anywhere. targets.json gets the
+others, dial by dial in order of time, and names them where they lie.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.schema import write_yaml
+from ldm.settings import InputError, answer, check_numbers, run_script
+
+settings = dict(
+    folder="",  # of the photographs and readings.csv
+    labelled=60,  # pictures of every dial
+    order="spread",  # of labelling: "spread" over the circle, each the farthest from those before, or as in "time"
+    out_dir="runs/meter",
+    overwrite=False,  # True: a dataset in out_dir is replaced
+)
+if __name__ == "__main__":
+    answer(__file__)
+
+import csv
+import json
+import math
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+
+from cldm.dataset import CONTROLS_FILE, TRAINING_FILE
+from ldm.files import find_path, fresh_folder, whole_folder
+from ldm.pictures import check_pictures
+from ldm.schema import expect, one_of
+
+READINGS, PICTURES, TARGETS_FILE = "readings.csv", "pictures", "targets.json"
+MADE = PICTURES, TRAINING_FILE, TARGETS_FILE, CONTROLS_FILE
+COLUMNS = "file", "dial", "time", "value", "value_from_next_dial"
+PERIOD = 10  # a dial goes from 0 to 10, where it is at 0 again
+
+
+@dataclass(frozen=True)
+class Photograph:
+    file: Path
+    dial: str
+    time: datetime
+    value: float
+    second: float | None  # the value that the next dial tells
+
+    @property
+    def prompt(self):
+        return f"dial {self.dial} of a water meter"
+
+
+def read_readings(folder):
+    """Returns: {dial: its Photographs in order of time}, of a folder's readings.csv. Raises: InputError."""
+    file = folder / READINGS
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            rows = [(reader.line_num, row) for row in reader]
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; expected lines of {', '.join(COLUMNS)}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: cannot be read as UTF-8 text with commas ({error})") from None
+    if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
+        raise InputError(f"{file}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
+    dials = {}
+    for number, row in rows:
+        photograph = read_photograph(f"{file} line {number}", folder, row)
+        dials.setdefault(photograph.dial, []).append(photograph)
+    check_pictures([photograph.file for own in dials.values() for photograph in own])
+    return {dial: sorted(dials[dial], key=lambda photograph: photograph.time) for dial in sorted(dials)}
+
+
+def read_photograph(where, folder, row):
+    """row: {column: text}, or None where the line is short. Returns: a Photograph. Raises: InputError."""
+
+    def value(column):
+        with suppress(ValueError):
+            if 0 <= (number := float(row[column] or "nan")) <= PERIOD:
+                return number
+        raise InputError(f'{where}: "{column}" must be a number from 0 to {PERIOD}, got "{row[column] or ""}"')
+
+    try:
+        time = datetime.fromisoformat(row["time"] or "")
+    except ValueError:
+        raise InputError(f'{where}: "time" must be like 2019-06-01T16:10:12, got "{row["time"] or ""}"') from None
+    second = value("value_from_next_dial") if row["value_from_next_dial"] else None
+    return Photograph(folder / row["file"], row["dial"], time, value("value"), second)
+
+
+def spread(photographs, count):
+    """Choose pictures: the first in time, then each the farthest from those before, on the circle and then in time.
+
+    photographs: in order of time. Returns: a list of `count` Photographs; with a smaller one, it begins alike.
+    """
+    values = np.array([photograph.value for photograph in photographs])
+    times = np.array([photograph.time.timestamp() for photograph in photographs])
+    chosen, apart = [0], np.full((2, len(values)), math.inf)  # in time and in value, from the nearest of the chosen
+    for _ in range(count - 1):
+        differences = np.abs(values - values[chosen[-1]])
+        distances = np.minimum(differences, PERIOD - differences).round(6)
+        apart = np.minimum(apart, [np.abs(times - times[chosen[-1]]), distances])
+        apart[1, chosen] = -1
+        chosen.append(int(np.lexsort(apart)[-1]))
+    return [photographs[i] for i in chosen]
+
+
+def describe(photograph, target):
+    """Returns: a line of a prompt.json."""
+    row = {"source": photograph.value, "target": str(target), "prompt": photograph.prompt}
+    row["time"] = photograph.time.isoformat()
+    if photograph.second is not None:
+        row["value_from_next_dial"] = photograph.second
+    return json.dumps(row)
+
+
+def main(s):
+    check_numbers(s, int, labelled=(2, 10**6))
+    expect('setting "order": expected', s.order, one_of("spread", "time"))
+    folder = find_path(s.folder)
+    if not s.folder or not folder.is_dir():
+        raise InputError(f'setting "folder": expected a folder of photographs and {READINGS}, got "{s.folder}"')
+    out_dir, dials = fresh_folder(s.out_dir, s.overwrite, inputs=[folder]), read_readings(folder)
+    lines = {TRAINING_FILE: [], TARGETS_FILE: []}
+    with whole_folder(out_dir, removes=MADE) as out:
+        (out / PICTURES).mkdir()
+        for dial, own in dials.items():
+            if len(own) <= s.labelled:
+                few = f'dial "{dial}" has {len(own)} pictures, of which labelled={s.labelled} leaves none to read'
+                raise InputError(f"{folder / READINGS}: {few}; label fewer")
+            chosen = set(spread(own, s.labelled) if s.order == "spread" else own[: s.labelled])
+            for photograph in own:
+                file, target = TARGETS_FILE, photograph.file.absolute()
+                if photograph in chosen:
+                    file, target = TRAINING_FILE, Path(PICTURES, f"{len(lines[TRAINING_FILE]):05d}_{target.name}")
+                    shutil.copyfile(photograph.file, out / target)
+                lines[file].append(describe(photograph, target))
+        for file, own in lines.items():
+            (out / file).write_text("\n".join(own) + "\n")
+        write_yaml({"names": ["value"], "units": [f"of {PERIOD}"], "periods": [PERIOD]}, out / CONTROLS_FILE)
+    for file, own in lines.items():
+        print(f"{len(own)} pictures: {Path(s.out_dir) / file}")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)
