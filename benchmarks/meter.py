@@ -293,7 +293,7 @@ def suffer(name, rows, folder):
     """Let a mishap happen to some rows. Returns: the rows to read, whose pictures lie in a folder."""
     rng, dials, result = random.Random(name), sorted({row["prompt"] for row in rows}), []
     if name == UNTRAINED:
-        rows = [row for row in rows if row["prompt"] == dials[-1]]
+        rows = [row for row in rows if row["prompt"] == dials[-1]]  # read under the prompts of the others
     for i, row in enumerate(rng.sample(rows, min(READ, len(rows)))):
         if name in MISHAPS:
             picture, value = MISHAPS[name](rng, load_picture(row["target"]), row["source"])
@@ -302,8 +302,7 @@ def suffer(name, rows, folder):
             picture.save(file)
             row = {"source": value, "target": str(file.absolute()), "prompt": row["prompt"]}
         else:
-            others = [dial for dial in dials[:-1] if dial != row["prompt"]]
-            row = row | {"prompt": rng.choice(others)}
+            row = row | {"prompt": rng.choice([dial for dial in dials if dial != row["prompt"]])}
         result.append(row)
     return result
 

@@ -1,18 +1,22 @@
 """Benchmarks at their smallest: the methods that take seconds, one target each."""
 
 import json
+import math
 import random
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
-from benchmarks import drawn, inversion, odd_cases, odd_inputs, pairs
-from benchmarks.baselines import SamplingObjective
+from benchmarks import drawn, inversion, meter, odd_cases, odd_inputs, pairs
+from benchmarks.baselines import SamplingObjective, augment
 from benchmarks.common import choose, start_report
+from benchmarks.mishaps import MISHAPS, draw_meter
 from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
 from dataForTrain.make_dataset import TRAIN
+from ldm.pictures import pictures_to_tensor, tensor_to_pictures
 from ldm.settings import InputError, run_script
 
 
@@ -127,3 +131,86 @@ def test_drawn_things_are_tabled(capsys):
     printed = capsys.readouterr().out
     assert "| clock | 3 | 0.300 | 6.330 | 7.000 | 33% | 1 | 1 |" in printed
     assert "a clock, -5.00: 2.00 ± 0.10 ambiguous" in printed and printed.count("a clock") == 1
+
+
+def draw_needle(value, size=64):
+    """Returns: a white dial with a red needle at a value, 0 at the top and clockwise to 10."""
+    picture, middle, angle = Image.new("RGB", (size, size), "white"), size / 2, 2 * math.pi * value / 10
+    pen, (x, y) = ImageDraw.Draw(picture), (math.sin(angle), -math.cos(angle))
+    wide, tip = size / 8, 0.4 * size
+    corners = [(tip * x, tip * y), (wide * -y, wide * x), (wide * y, wide * -x)]
+    pen.polygon([(middle + right, middle + down) for right, down in corners], fill=(220, 30, 30))
+    return picture
+
+
+@pytest.mark.parametrize("value", [0.0, 1.3, 5.0, 7.4, 9.9])
+def test_needles_are_found(value):
+    found = meter.find_needle(draw_needle(value)) * 10 / (2 * math.pi)
+    assert abs(meter.wrap(found - value)) < 0.1
+
+
+def test_pictures_and_their_values_turn_alike():
+    """What trains the regressor: turned clockwise by 36 degrees, a needle shows 1 more."""
+    torch.manual_seed(0)
+    (turned,) = tensor_to_pictures(augment(pictures_to_tensor([draw_needle(9.5, 128)]), torch.tensor([36.0])))
+    assert abs(meter.wrap(meter.find_needle(turned) * 10 / (2 * math.pi) - 0.5)) < 0.1
+
+
+@pytest.mark.parametrize("name", MISHAPS)
+def test_mishaps_change_the_picture(name):
+    picture = draw_meter(random.Random(1), 142, 3.0)
+    changed, again = (MISHAPS[name](random.Random(2), picture, 3.0) for _ in range(2))
+    assert changed[0].size == picture.size and changed[0].mode == "RGB" and 0 <= changed[1] <= 10
+    assert np.abs(np.asarray(changed[0], float) - np.asarray(picture)).mean() > 1
+    assert changed[0].tobytes() == again[0].tobytes()
+
+
+def make_dials(folder, count):
+    """Write `count` drawn pictures of each of two dials, the first mounted 0.3 off and the second a tenth of it."""
+    lines = ["file,dial,time,value,value_from_next_dial"]
+    for i in range(count):
+        whole = i * 3.7 % 100
+        for dial, value in ((1, whole / 10), (2, whole % 10)):
+            draw_needle(value + 0.3 * (dial == 1)).save(folder / f"{dial}_{i}.png")
+            second = f"{value:.3f}" if dial == 1 else ""
+            lines.append(
+                f"{dial}_{i}.png,{dial},2019-06-01T{i // 60:02d}:{i % 60:02d}:00,{round(value, 1) % 10},{second}"
+            )
+    (folder / "readings.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_a_meter_is_read_by_image_processing(tmp_path, capsys):
+    make_dials(tmp_path, 80)
+    arguments = [
+        f"folder={tmp_path}",
+        "counts=[5,60]",
+        "methods=processing",
+        "targets=20",
+        f"out_dir={tmp_path / 'out'}",
+    ]
+    run_script(meter.main, meter.settings, [*arguments, "mishaps=darkness,another dial's prompt"])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "60" / "data" / "targets.json").read_text().splitlines()]
+    assert len(rows) == 40 and len(report["results"]["processing 60"]["found"]) == 20
+    assert (
+        "| processing | 5 |" in printed
+        and "| darkness | 20 |" in printed
+        and "| another dial's prompt | 20 |" in printed
+    )
+    (line,) = (line for line in printed.splitlines() if line.startswith("| processing | 60 |"))
+    median, _, worst, _, second = (cell for cell in line.split(" | ")[2:7])
+    assert float(median) < 0.06 and float(worst) < 0.15 and float(second) < 0.05  # labels are rounded to tenths
+    assert (tmp_path / "out" / "plot.png").exists() and (tmp_path / "out" / "mishaps.png").exists()
+
+
+@pytest.mark.slow
+def test_a_meter_is_read_by_networks(tmp_path, capsys):
+    """The regressor, and a control that was never shown a meter: its readings are flagged."""
+    make_dials(tmp_path, 64)
+    arguments = ["counts=60", "methods=ours,resnet", "model_path=models/control_tiny", "regressor_minutes=0.02"]
+    arguments += ["targets=4", "mishaps=", f"folder={tmp_path}", f"out_dir={tmp_path / 'out'}"]
+    for _ in range(2):
+        run_script(meter.main, meter.settings, arguments)
+    printed = capsys.readouterr().out
+    assert printed.count("| resnet | 60 |") == 2 and "| ours | 60 |" in printed and " | 100.0% | " in printed
