@@ -52,7 +52,6 @@ import tutorial_train
 from benchmarks.baselines import augment, train_regressor
 from benchmarks.common import choose, quantiles, read_targets, save_json, start_report
 from benchmarks.mishaps import MISHAPS
-from cldm.confidence import Z90
 from cldm.dataset import TRAINING_FILE, split_rows
 from dataForTrain import make_meter
 from dataForTrain.make_meter import PERIOD, TARGETS_FILE
@@ -101,9 +100,9 @@ def column(rows, key):
 
 def labelled(data):
     """Returns: the rows of a dataset that a control learns from, and those that its training sets aside."""
-    parts = [{(row.prompt, row.control[0]) for row in part} for part in split_rows(data)]
     rows = [row | {"target": str(data / row["target"])} for row in read_lines(data / TRAINING_FILE)]
-    return tuple([row for row in rows if (row["prompt"], row["source"]) in part] for part in parts)
+    parts = [{str(row.target) for row in part} for part in split_rows(data)]
+    return tuple([row for row in rows if row["target"] in part] for part in parts)
 
 
 # What reads a meter: each a function(settings, folder, minutes) -> function(rows, name) -> Readings.
@@ -126,7 +125,9 @@ def ours(s, folder, minutes):
     def read(rows, name):
         write_lines(folder / f"{name}.json", rows)
         results = read_targets(model, folder / f"{name}.json", folder / f"{name}_readings")
-        half = np.minimum(Z90 * column(results, "std"), PERIOD / 2)
+        low, high = np.array([result["interval90"][0] for result in results]).T
+        width = (high - low) % PERIOD
+        half = np.where(width < 1e-6, PERIOD, width) / 2  # where the ends are one, it is the whole circle
         flagged = [bool(result["flags"]) for result in results]
         return Readings(column(results, "control").tolist(), half.tolist(), flagged, column(results, "seconds").mean())
 

@@ -3,10 +3,10 @@
     python dataForTrain/make_meter.py folder=FOLDER                                 # 60 a dial, into runs/meter
     python dataForTrain/make_meter.py folder=FOLDER labelled=20 out_dir=runs/meter_20
 
-FOLDER/readings.csv has a line for every picture: file, dial, time (ISO 8601), value from 0 to 10 and, where it is
-known, value_from_next_dial. prompt.json gets the first N labelled pictures of every dial, some of which training itself
-sets aside for its error bars; they are copied, so that out_dir can be trained on anywhere. targets.json gets the
-others, dial by dial in order of time, and names them where they lie.
+FOLDER/readings.csv has a line for every picture: file, dial, time (ISO 8601), value from 0 to 10 and
+value_from_next_dial; the last two may be empty. prompt.json gets the first N labelled pictures of every dial, some of
+which training itself sets aside for its error bars; they are copied, so that out_dir can be trained on anywhere.
+targets.json gets the others, dial by dial in order of time, and names them where they lie.
 """
 
 import sys
@@ -52,8 +52,8 @@ class Photograph:
     file: Path
     dial: str
     time: datetime
-    value: float
-    second: float | None  # the value that the next dial tells
+    value: float | None  # as labelled
+    second: float | None  # as the next dial tells
 
     @property
     def prompt(self):
@@ -86,16 +86,19 @@ def read_photograph(where, folder, row):
 
     def value(column):
         with suppress(ValueError):
-            if 0 <= (number := float(row[column] or "nan")) <= PERIOD:
+            if not row[column]:
+                return None
+            if 0 <= (number := float(row[column])) <= PERIOD:
                 return number
-        raise InputError(f'{where}: "{column}" must be a number from 0 to {PERIOD}, got "{row[column] or ""}"')
+        raise InputError(f'{where}: "{column}" must be a number from 0 to {PERIOD}, or empty, got "{row[column]}"')
 
     try:
         time = datetime.fromisoformat(row["time"] or "")
     except ValueError:
         raise InputError(f'{where}: "time" must be like 2019-06-01T16:10:12, got "{row["time"] or ""}"') from None
-    second = value("value_from_next_dial") if row["value_from_next_dial"] else None
-    return Photograph(folder / row["file"], row["dial"], time, value("value"), second)
+    return Photograph(
+        folder / (row["file"] or ""), row["dial"] or "", time, value("value"), value("value_from_next_dial")
+    )
 
 
 def spread(photographs, count):
@@ -118,10 +121,8 @@ def spread(photographs, count):
 def describe(photograph, target):
     """Returns: a line of a prompt.json."""
     row = {"source": photograph.value, "target": str(target), "prompt": photograph.prompt}
-    row["time"] = photograph.time.isoformat()
-    if photograph.second is not None:
-        row["value_from_next_dial"] = photograph.second
-    return json.dumps(row)
+    row |= {"time": photograph.time.isoformat(), "value_from_next_dial": photograph.second}
+    return json.dumps({key: value for key, value in row.items() if value is not None})
 
 
 def main(s):
@@ -135,10 +136,11 @@ def main(s):
     with whole_folder(out_dir, removes=MADE) as out:
         (out / PICTURES).mkdir()
         for dial, own in dials.items():
-            if len(own) <= s.labelled:
-                few = f'dial "{dial}" has {len(own)} pictures, of which labelled={s.labelled} leaves none to read'
-                raise InputError(f"{folder / READINGS}: {few}; label fewer")
-            chosen = set(spread(own, s.labelled) if s.order == "spread" else own[: s.labelled])
+            known = [photograph for photograph in own if photograph.value is not None]
+            if len(known) < s.labelled or len(own) == s.labelled:
+                found = f'dial "{dial}" has {len(own)} pictures, {len(known)} with a value'
+                raise InputError(f"{folder / READINGS}: {found}; labelled={s.labelled} needs as many, and one to read")
+            chosen = set(spread(known, s.labelled) if s.order == "spread" else known[: s.labelled])
             for photograph in own:
                 file, target = TARGETS_FILE, photograph.file.absolute()
                 if photograph in chosen:

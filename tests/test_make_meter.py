@@ -78,10 +78,19 @@ def test_labels_are_spread_over_the_circle_or_come_in_time(folder):
     assert left == ["16:20", "16:40"]  # of three pictures alike, that of 16:30 lies farthest from others in time
 
 
+def test_pictures_without_a_label_are_read(folder):
+    lines = (folder / "readings.csv").read_text().splitlines()[1:]
+    labels = [line.split(",")[3] if "00.png" in line or "50.png" in line else "" for line in lines]
+    add_lines(folder, [",".join([*line.split(",")[:3], label, ""]) for line, label in zip(lines, labels)])
+    labelled, targets = run(folder, "labelled=3")
+    assert [row["source"] for row in labelled if row["prompt"].startswith("dial 1 ")] == [1.0, 3.0, 9.9]
+    assert len(targets) == 10 and not any("source" in row for row in targets)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["labelled=8"], 'dial "1" has 8 pictures, of which labelled=8 leaves none to read; label fewer'),
+        (["labelled=8"], 'dial "1" has 8 pictures, 8 with a value; labelled=8 needs as many, and one to read'),
         (["labelled=1"], 'setting "labelled": expected a whole number from 2'),
         (["order=random"], 'setting "order": expected spread or time, got "random"'),
         (["folder="], 'setting "folder": expected a folder of photographs and readings.csv, got ""'),
@@ -97,9 +106,16 @@ def test_settings_that_cannot_be_are_named(folder, arguments, message):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("dial1/1600.png,1,2019-06-01T16:00:00,ten,", 'line 2: "value" must be a number from 0 to 10, got "ten"'),
-        ("dial1/1600.png,1,2019-06-01T16:00:00,10.1,", 'line 2: "value" must be a number from 0 to 10, got "10.1"'),
-        ("dial1/1600.png,1,2019-06-01T16:00:00", 'line 2: "value" must be a number from 0 to 10, got ""'),
+        (
+            "dial1/1600.png,1,2019-06-01T16:00:00,ten,",
+            'line 2: "value" must be a number from 0 to 10, or empty, got "ten"',
+        ),
+        (
+            "dial1/1600.png,1,2019-06-01T16:00:00,10.1,",
+            'line 2: "value" must be a number from 0 to 10, or empty, got "10.1"',
+        ),
+        ("dial1/1600.png,1,2019-06-01T16:00:00", 'dial "1" has 1 pictures, 0 with a value; labelled=2 needs'),
+        ("dial1/1600.png", 'line 2: "time" must be like 2019-06-01T16:10:12, got ""'),
         ("dial1/1600.png,1,2019-06-01T16:00:00,1,x", 'line 2: "value_from_next_dial" must be'),
         ("dial1/1600.png,1,4 pm,1,", 'line 2: "time" must be like 2019-06-01T16:10:12, got "4 pm"'),
         ("dial1/1200.png,1,2019-06-01T16:00:00,1,", "1200.png: no such file, expected a picture"),
