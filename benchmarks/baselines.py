@@ -97,16 +97,11 @@ def train_regressor(network, minutes, draw_batch, loss):
     network.eval()
 
 
-def augment(pictures, turn_deg=0.0):
-    """Change pictures as cameras do: by up to 2 pixels of 128, 3% of their size and 10% of their brightness.
-
-    pictures: (B, 3, H, W). turn_deg: (B,) or a number, by which they are turned clockwise too. Returns: likewise.
-    """
-    count, size = len(pictures), 0.97 + 0.06 * torch.rand(len(pictures))
-    angle = torch.deg2rad(torch.as_tensor(turn_deg))
+def augment(pictures):
+    """Returns: (B, 3, H, W) pictures moved by up to 2 pixels of 128, 3% of their size and 10% of their brightness."""
+    count = len(pictures)
     move = torch.zeros(count, 2, 3)
-    move[:, 0, 0] = move[:, 1, 1] = size * angle.cos()
-    move[:, 0, 1], move[:, 1, 0] = size * angle.sin(), -size * angle.sin()
+    move[:, 0, 0] = move[:, 1, 1] = 1 + 0.06 * torch.rand(count) - 0.03
     move[:, :, 2] = (torch.rand(count, 2) - 0.5) / 16
     grid = nn.functional.affine_grid(move, pictures.shape, align_corners=False)
     moved = nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)

@@ -61,7 +61,6 @@ from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
 MAIN = 60  # labelled pictures of every dial, where mishaps are read
 READ = 60  # pictures of every mishap
 SIZE, BATCH = 128, 12  # pixels of what the regressor sees; pictures read together
-TURN = 180  # degrees by which the regressor's pictures are turned at most, either way, and their labels with them
 DIAL = 0.42  # widths: radius in which image processing looks for a needle
 HARMONIC = 15  # labelled pictures of a dial from which image processing learns its eccentricity too
 HEADS = ["", "labelled", "median", "95% within", "worst", "within 0.1", "second truth: median", "95% within"]
@@ -158,10 +157,8 @@ def resnet(s, folder, minutes):
 
     def draw_batch(step):
         chosen = torch.randint(len(train), (32,))
-        turn = TURN * (2 * torch.rand(32) - 1)
-        changed = augment(pictures[chosen], turn) + 0.2 * torch.rand(32, 3, 1, 1) - 0.1
-        angle = angles[chosen] + torch.deg2rad(turn)
-        return (changed, dial[chosen]), torch.stack([angle.sin(), angle.cos()], 1)
+        changed = augment(pictures[chosen]) + 0.2 * torch.rand(32, 3, 1, 1) - 0.1  # other white balance
+        return (changed, dial[chosen]), torch.stack([angles[chosen].sin(), angles[chosen].cos()], 1)
 
     if not file.exists():
         torch.manual_seed(0)
