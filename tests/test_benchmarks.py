@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from benchmarks import drawn, inversion, meter, odd_cases, odd_inputs, pairs
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
+from benchmarks.meter_methods import find_needle, wrap
 from benchmarks.mishaps import MISHAPS, draw_meter
 from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
@@ -144,8 +145,8 @@ def draw_needle(value, size=64):
 
 @pytest.mark.parametrize("value", [0.0, 1.3, 5.0, 7.4, 9.9])
 def test_needles_are_found(value):
-    found = meter.find_needle(draw_needle(value)) * 10 / (2 * math.pi)
-    assert abs(meter.wrap(found - value)) < 0.1
+    found = find_needle(draw_needle(value)) * 10 / (2 * math.pi)
+    assert abs(wrap(found - value)) < 0.1
 
 
 @pytest.mark.parametrize("name", MISHAPS)
