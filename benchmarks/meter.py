@@ -79,7 +79,7 @@ def errors(readings, rows, data):
 
 
 def tabulate(readings, rows, data, minutes):
-    """Returns: cells of a table's row."""
+    """minutes: of training; None: unknown, or none. Returns: cells of a table's row."""
     first, second = errors(readings, rows, data)
     size, inside = np.abs(first), np.abs(first) <= readings.half
     return [
@@ -90,7 +90,7 @@ def tabulate(readings, rows, data, minutes):
         f"{2 * np.median(readings.half):.3f}",
         f"{np.mean(readings.flagged):.1%}",
         f"{readings.seconds:.3f}",
-        f"{minutes:.1f}",
+        "—" if minutes is None else f"{minutes:.1f}",
     ]
 
 
@@ -194,7 +194,7 @@ def main(s):
             readings = read(rows, "targets")
             report["results"][f"{name} {count}"] = asdict(readings)
             sizes[name][count] = np.abs(errors(readings, rows, folder / "data")[0])
-            minutes = report["minutes"][folder.name].get(name, math.nan)
+            minutes = report["minutes"][folder.name].get(name)
             table.append([name, count, *tabulate(readings, rows, folder / "data", minutes)])
         save_json(out_dir / "results.json", report)
         if count == MAIN and mishaps:
