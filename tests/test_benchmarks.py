@@ -1,5 +1,6 @@
 """Benchmarks at their smallest: the methods that take seconds, one target each."""
 
+import io
 import json
 import math
 import random
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import drawn, inversion, meter, odd_cases, odd_inputs, pairs
+from benchmarks import base, drawn, inversion, meter, odd_cases, odd_inputs, pairs
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle, wrap
@@ -207,3 +208,52 @@ def test_a_meter_is_read_by_networks(tmp_path, capsys):
         run_script(meter.main, meter.settings, arguments)
     printed = capsys.readouterr().out
     assert printed.count("| resnet | 60 |") == 2 and "| ours | 60 |" in printed and " | 100.0% | " in printed
+
+
+class TestKindsOfPictures:
+    """benchmarks/base.py."""
+
+    def test_every_kind_that_is_there_is_measured(self, tmp_path, capsys):
+        folder = tmp_path / "meter" / "dial1"
+        folder.mkdir(parents=True)
+        for i in range(2):
+            Image.effect_noise((40, 50), 60).convert("RGB").save(folder / f"{i}.jpg")
+        arguments = [
+            "pictures=3",
+            "training_views=2",
+            "image_size=32",
+            f"root={tmp_path}",
+            f"out_dir={tmp_path / 'out'}",
+        ]
+        run_script(base.main, base.settings, arguments)
+        printed = capsys.readouterr().out
+        assert "| water meter | 3 |" in printed and "animals: skipped, no gcompris-qt-data" in printed
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert results.keys() == {"water meter", base.TRAINING} and min(results["water meter"]["vae"]) > 5
+        assert Image.open(tmp_path / "out" / base.FIGURE).size == (6 * 32 + base.GAP, 32 + base.LINE)
+
+    def test_without_any_kind_it_says_what_to_do(self, tmp_path, fails_in_one_line):
+        line = fails_in_one_line(base.main, base.settings, [f"root={tmp_path}", f"out_dir={tmp_path / 'out'}"])
+        assert "docs/kinds.md" in line
+
+    def test_an_archive_gives_its_pictures(self, tmp_path):
+        data = io.BytesIO()
+        for colour in ("red", "blue"):
+            Image.new("RGB", (20, 30), colour).save(picture := io.BytesIO(), format="WEBP", lossless=True)
+            data.write(b"between" + picture.getvalue())
+        (tmp_path / "a.rcc").write_bytes(data.getvalue())
+        red, blue = base.read_pictures(tmp_path / "a.rcc")
+        assert red.getpixel((3, 3)) == (255, 0, 0) and blue.getpixel((3, 3)) == (0, 0, 255)
+
+    def test_squares_are_middles_first_and_details_where_they_are_asked_for(self):
+        picture = Image.linear_gradient("L").convert("RGB").crop((0, 0, 256, 200))  # 0 above, 255 below
+        middle, other = base.cut_squares(random.Random(0), [picture], 2, 32)
+        assert middle.getpixel((0, 0))[0] < 8 and middle.getpixel((0, 31))[0] > 190 and other != middle
+        (detail,) = base.cut_squares(random.Random(0), [picture], 1, 32, widest=40)
+        assert 25 < detail.getpixel((0, 31))[0] - detail.getpixel((0, 0))[0] < 42
+
+    def test_pca_keeps_what_its_components_span(self):
+        pictures = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+        wanted = pictures / 127.5 - 1
+        errors = [base.psnr(base.project(wanted, *base.patch_pca(pictures, count), 4), wanted) for count in (4, 16, 48)]
+        assert (errors[0] < errors[1]).all() and (errors[1] < errors[2]).all() and (errors[2] == 100).all()

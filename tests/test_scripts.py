@@ -21,7 +21,7 @@ import tool_calibrate
 import tool_export_control
 import tool_train_base
 import tutorial_train
-from benchmarks import drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion
+from benchmarks import base, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion
 from cldm.model import load_model, save_model
 from dataForTrain import make_dataset
 from ldm.files import ROOT, digest
@@ -34,7 +34,7 @@ MODULES = {
     for module in (
         *(test5, test5_s1, invert, generate, tutorial_train),
         *(tool_add_control, tool_calibrate, tool_export_control, tool_train_base),
-        *(make_dataset, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion),
+        *(make_dataset, base, drawn, inversion, odd_inputs, pairs, sampling_inversion, stable_diffusion),
     )
 }
 FOLDERS = (ROOT, ROOT / "benchmarks", ROOT / "dataForTrain")
@@ -132,6 +132,7 @@ OUTPUTS = {  # of every script: what it writes, and how it is told where
     "benchmarks/inversion.py": (["results.jsonl", "plot.png"], ["out_dir={}"]),
     "benchmarks/sampling_inversion.py": (["results.jsonl"], ["out_dir={}"]),
     "benchmarks/pairs.py": (["errors.json"], ["out_dir={}"]),
+    "benchmarks/base.py": (["results.json", "kinds.jpg"], ["out_dir={}"]),
     "benchmarks/drawn.py": (["results.json", "unseen", "readings"], ["out_dir={}"]),
     "benchmarks/stable_diffusion.py": (["measured.json", "1.5", "2.1"], ["out_dir={}"]),
     "benchmarks/odd_inputs.py": (["cases.json", "pictures", "formulas"], ["out_dir={}"]),
