@@ -108,12 +108,12 @@ class NumericControlNet(ControlNetModel):
             self.register_to_config(hint_hidden=HINTS[hint])
         if periods is None:
             self.register_to_config(periods=(None,) * len(control_mean))
-        inputs = len(control_mean) + sum(map(bool, self.config.periods))
+        inputs, goes_round = len(control_mean) + sum(map(bool, self.config.periods)), any(self.config.periods)
         size = (inputs, self.conv_in.out_channels, self.config.hint_hidden)
         if hint == "coordinate":
             self.controlnet_cond_embedding = CoordinateHint(*size, hint_octaves)
         elif hint == "reference":
-            self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels)
+            self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels, goes_round)
         else:
             self.controlnet_cond_embedding = DenseHint(*size, latent_size, original=hint == "original")
 

@@ -21,14 +21,15 @@ class ReferenceHint(Hint):
     """What a change does to a reference picture: its features, moved and scaled as a 3-layer MLP on the control says.
 
     Affine map from positions in the target to positions in the reference: exp(sum_i c_i G_i + MLP(c)), with G_i learned
-    2x3 generators of the affine group. The MLP's other outputs scale and shift the features before each of two
-    convolutions.
+    2x3 generators of the affine group. Where a number goes round it is 1 + sum_i c_i G_i + MLP(c): the exponent of a
+    whole turn would have to leap from half a turn to minus half a turn. The MLP's other outputs scale and shift the
+    features before each of two convolutions.
     Source: Jaderberg et al. 2015, spatial transformers; Perez et al. 2018, FiLM.
     """
 
-    def __init__(self, inputs, channels, hidden, latent_channels):
+    def __init__(self, inputs, channels, hidden, latent_channels, goes_round=False):
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.goes_round = inputs, goes_round
         self.widths = (6, *2 * [FEATURES + 1], *2 * [2 * FEATURES])
         self.mlp = make_mlp(nn.Linear, inputs, hidden, sum(self.widths))
         nn.init.normal_(self.mlp[-1].weight, std=1e-3)  # hardly any change at first
@@ -60,8 +61,8 @@ class ReferenceHint(Hint):
         """
         with torch.autocast(control.device.type, enabled=False):
             motion, *modulation = self.mlp(control).split(self.widths, 1)
-            generator = rearrange(motion + self.generators(control), "b (i j) -> b i j", i=2)
-            affine = torch.linalg.matrix_exp(F.pad(generator, (0, 0, 0, 1)))
+            generator = F.pad(rearrange(motion + self.generators(control), "b (i j) -> b i j", i=2), (0, 0, 0, 1))
+            affine = generator + torch.eye(3).to(generator) if self.goes_round else torch.linalg.matrix_exp(generator)
             positions = self.positions(affine, height, width)
         size = positions.new_tensor([width, height])[:, None, None]
         inside = (torch.minimum(positions, size - 1 - positions) + 1).clamp(0, 1).prod(1, keepdim=True)

@@ -125,13 +125,27 @@ def test_drawn_things_are_a_dataset(tmp_path):
     assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None])
 
 
+def test_hands_of_the_clock_are_as_near_to_the_trained_beside_the_seam_as_elsewhere(tmp_path):
+    hands = drawn.hands_between()
+    near, far = ([(h + drawn.NEAR) % drawn.TRAINED for h in own] for own in hands.values())
+    assert near == pytest.approx(far) and len({*hands["elsewhere"]} - {*hands["seam"]}) == drawn.HANDS
+    assert all(min(h, 360 - h) <= drawn.NEAR for h in hands["seam"]) and len({*hands["seam"]}) == drawn.HANDS
+    assert all(drawn.NEAR < h < 360 - drawn.NEAR for h in hands["elsewhere"])
+    drawn.draw_dataset(tmp_path, {"hand": [0, 90, 360]}, clock=True)
+    assert read_control_names(tmp_path, 1) == (["hand"], ["degrees"], [360])
+    start, quarter, round_about = (
+        np.asarray(Image.open(row.target), float) for row in read_rows(tmp_path / "prompt.json")
+    )
+    assert np.abs(start - round_about).mean() < 0.1 < np.abs(start - quarter).mean()
+
+
 def test_drawn_things_are_tabled(capsys):
-    reading = dict(prompt="a clock", control=2.0, std=0.1, interval90=[[1.8, 2.2]])
+    reading = dict(prompt="a clock", control=2.0, std=0.2 / 1.645)
     results = [dict(reading, error=error, flags=flags) for error, flags in ((0.1, []), (0.3, []), (7, ["ambiguous"]))]
     drawn.tabulate({"clock": results})
     printed = capsys.readouterr().out
     assert "| clock | 3 | 0.300 | 6.330 | 7.000 | 33% | 1 | 1 |" in printed
-    assert "a clock, -5.00: 2.00 ± 0.10 ambiguous" in printed and printed.count("a clock") == 1
+    assert "a clock, -5.00: 2.00 ± 0.12 ambiguous" in printed and printed.count("a clock") == 1
 
 
 def draw_needle(value, size=64):

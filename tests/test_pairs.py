@@ -18,6 +18,7 @@ import tutorial_train
 from benchmarks.common import compose, inverse
 from cldm.changes import NO_CHANGE, choose_changes
 from cldm.dataset import read_rows, split_rows
+from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
 from cldm.reading import fill_range
@@ -95,6 +96,19 @@ def test_a_target_alone_does_not_tell_the_exposure(photos):
     ratio = np.log([np.asarray(t).mean() / np.asarray(r).mean() for r, t, _ in drawn])
     change = [change["exposure"] for *_, change in drawn]
     assert abs(np.corrcoef(ratio, change)[0, 1]) > 0.95 > 0.9 > abs(np.corrcoef(light, change)[0, 1])
+
+
+def test_a_full_turn_of_a_reference_has_no_seam():
+    """Latents move as the turn says, the same on both sides of half a turn."""
+    hint, half = ReferenceHint(2, 16, (8, 8), 4, goes_round=True), 0.5**0.5
+    with torch.no_grad():
+        hint.mlp[-1].weight.zero_()
+        hint.mlp[-1].bias[:6] = torch.tensor([-1.0, 0, 0, 0, -1, 0])
+        hint.generators.weight[:] = half * torch.tensor([[0, 1], [-1, 0], [0, 0], [1, 0], [0, 1], [0, 0]])
+        degrees = torch.tensor([[30.0], [179.999], [180.001], [300.0]])
+        positions, *_ = hint.motion(encode(degrees, degrees, [360.0]), 9, 9)
+    sin, cos = degrees.deg2rad().sin()[:, 0], degrees.deg2rad().cos()[:, 0]
+    torch.testing.assert_close(positions[:, :, 4, 8], torch.stack([4 + 4 * cos, 4 + 4 * sin], 1))
 
 
 def test_a_change_and_its_inverse_are_no_change():
