@@ -104,26 +104,23 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
     Raises: InputError if the control was trained on other numbers, or if a number never changes.
     """
     config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
+    zero_convolutions = *control_net.controlnet_down_blocks, control_net.controlnet_mid_block
+    trained = any(layer.weight.any() for layer in zero_convolutions)
+    controls = control_net.wrap(controls) if trained else controls
     low, high = controls.amin(0), controls.amax(0)
     own, unnamed = (list(config.control_names), list(config.control_units)), (default_names(len(low)), [""] * len(low))
-    period = low.new_tensor([period or math.nan for period in config.periods])
-    zero_convolutions = *control_net.controlnet_down_blocks, control_net.controlnet_mid_block
-    if not any(layer.weight.any() for layer in zero_convolutions):  # never trained
+    if not trained:
         names, units = (names, units) if names else unnamed
         for name, value, constant in zip(names, low, high == low):
             if constant:
                 raise InputError(f"nothing to learn: {name} is {value:.10g} in all rows of the training data")
         size = controls.abs().amax(0)  # without it, squares of numbers near the ends of float64 overflow
         mean, std = (controls / size).mean(0) * size, (controls / size).std(0, correction=0) * size
-        middle = torch.where(period.isnan(), mean, circle_middle(controls, config.periods))
-        std, low, high = (
-            torch.where(period.isnan(), own, of_circle)
-            for own, of_circle in ((std, period / 12**0.5), (low, middle - period / 2), (high, middle + period / 2))
-        )
-        control_net.register_to_config(control_mean=middle.tolist(), control_std=std.tolist())
+        middle, period = circle_middle(controls, config.periods), low.new_tensor([p or 0.0 for p in config.periods])
+        circles = torch.stack([middle, period / 12**0.5, middle - period / 2, middle + period / 2])
+        mean, std, low, high = torch.where(period > 0, circles, torch.stack([mean, std, low, high]))
+        control_net.register_to_config(control_mean=mean.tolist(), control_std=std.tolist())
     else:
-        controls = control_net.wrap(controls)
-        low, high = controls.amin(0), controls.amax(0)
         if names and own not in ((names, units), unnamed):
             said = [", ".join(f"{name} {unit}".strip() for name, unit in zip(*both)) for both in (own, (names, units))]
             raise InputError(

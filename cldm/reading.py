@@ -109,11 +109,10 @@ def move_numbers(config, control, count):
     control: (B, d). Returns: (B, d, count, d).
     """
     low, high = search_bounds(config).to(control)
-    goes_round = torch.tensor([*map(bool, config.periods)], device=control.device)
-    low = torch.where(goes_round, control - (high - low) / 2, low)[..., None]
-    high = torch.where(goes_round, 2 * control - low[..., 0], high)[..., None]
+    goes_round, half = torch.tensor([*map(bool, config.periods)], device=control.device), (high - low) / 2
+    low, high = torch.where(goes_round, control - half, low), torch.where(goes_round, control + half, high)
     points = repeat(control, "b d -> b k n d", k=control.shape[1], n=count).clone()
-    along = torch.lerp(low, high, torch.linspace(0, 1, count).to(low))  # (B, d, count)
+    along = torch.lerp(low[..., None], high[..., None], torch.linspace(0, 1, count).to(low))  # (B, d, count)
     points.diagonal(dim1=1, dim2=3).copy_(rearrange(along, "b d n -> b n d"))
     return points
 

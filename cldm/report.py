@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from cldm.evidence import unseen_numbers
 from cldm.hints import wrap
@@ -181,7 +181,8 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
             low = config.control_low[k]
-            axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.10g}")
+            axes.xaxis.set_major_locator(MultipleLocator(period / 4))
+            axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.6g}")
         axes.tick_params(labelsize=8)
     below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(", ".join(reading.flags[i]), color="tab:red")

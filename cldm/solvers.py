@@ -78,9 +78,8 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
     for _ in range(iterations):
         now = at.select(active)
         place = now.control[:, free]
-        low, high = (
-            torch.where(goes_round, place + half, bound) for half, bound in ((-width / 2, least), (width / 2, most))
-        )
+        low = torch.where(goes_round, place - width / 2, least)
+        high = torch.where(goes_round, place + width / 2, most)
 
         def attempt(step, rows, now=now, active=active, low=low, high=high):
             """Returns: controls, residuals, losses, weights after steps (P', f), in units of the range."""

@@ -327,6 +327,22 @@ def test_resume_path_of_another_dimension_is_named(train, make_model, tmp_path):
         train(f"resume_path={tmp_path / 'one'}")
 
 
+def test_a_control_keeps_the_periods_that_it_was_trained_with(train, write_dataset, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tutorial_train, "calibrate", calibrate)
+    file = write_dataset(SOURCES) / "controls.yaml"
+    file.write_text("names: [angle, zoom]\nunits: [degrees, '']\nperiods: [5, null]\n")
+    out_dir = train("max_steps=2")
+    config = load_model(out_dir).control_net.config
+    assert list(config.periods) == [5, None] and len(config.error_scale) == 2
+    assert (list(config.control_low), list(config.control_high)) == ([0, 0.5], [5, 2])
+    assert "angle: 1 to 4 degrees, 4 values, which goes round every 5\n" in capsys.readouterr().out
+    file.write_text("names: [angle, zoom]\nunits: [degrees, '']\nperiods: [6, null]\n")
+    with pytest.raises(InputError, match="other settings or data: the rows;"):
+        train("max_steps=2")
+    with pytest.raises(InputError, match=r"made for .*, periods \[5, None\], .* has .*, periods \[6, None\]; train"):
+        train(f"resume_path={out_dir}", f"out_dir={tmp_path / 'other'}")
+
+
 def test_broken_checkpoint_is_named(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "resume.ckpt").write_bytes(b"half")
