@@ -44,11 +44,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks.common import choose, quantiles, save_json, start_report
-from benchmarks.meter_methods import MAIN, METHODS, SIZE, Readings, column, read_lines, wrap, write_lines
+from benchmarks.meter_methods import MAIN, METHODS, SIZE, Readings, column, read_lines, write_lines
 from benchmarks.mishaps import MISHAPS
 from cldm.dataset import TRAINING_FILE
 from dataForTrain import make_meter
-from dataForTrain.make_meter import PERIOD, TARGETS_FILE
+from dataForTrain.make_meter import PERIOD, TARGETS_FILE, shortest
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture
 
@@ -72,10 +72,10 @@ def errors(readings, rows, data):
     offsets = {}
     for dial in {row["prompt"] for row in rows}:
         own = [row for row in known if row["prompt"] == dial and "value_from_next_dial" in row]
-        differences = wrap(column(own, "source") - column(own, "value_from_next_dial"))
+        differences = shortest(column(own, "source") - column(own, "value_from_next_dial"))
         offsets[dial] = np.median(differences) if own else math.nan
     second = column(rows, "value_from_next_dial") + [offsets[row["prompt"]] for row in rows]
-    return wrap(readings.found - column(rows, "source")), wrap(readings.found - second)
+    return shortest(readings.found - column(rows, "source")), shortest(readings.found - second)
 
 
 def tabulate(readings, rows, data, minutes):
@@ -154,7 +154,7 @@ def read_mishaps(suffered, readers, untrained):
         for method, read in readers.items():
             read = read if mishap != UNTRAINED else untrained if method == "ours" else None
             readings = read(rows, re.sub(r"\W", "_", mishap)) if read else Readings([math.nan], [math.nan], [False], 0)
-            off = np.abs(wrap(readings.found - column(rows, "source"))) > readings.half
+            off = np.abs(shortest(readings.found - column(rows, "source"))) > readings.half
             table[-1].append(f"{off.mean():.0%}" if read else "—")
             if method == "ours":
                 flagged = np.array(readings.flagged)

@@ -20,10 +20,10 @@ import tutorial_train
 from benchmarks.baselines import augment, train_regressor
 from benchmarks.common import read_targets
 from cldm.dataset import TRAINING_FILE, split_rows
-from dataForTrain.make_meter import PERIOD
+from dataForTrain.make_meter import PERIOD, shortest
 from ldm.files import find_path, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import override
+from ldm.settings import InputError, override
 
 MAIN = 60  # labelled pictures of every dial, for which a control may be given
 SIZE, BATCH = 128, 12  # pixels of what the regressor sees; pictures read together
@@ -39,11 +39,6 @@ class Readings:
     half: list  # n halves of 90% intervals
     flagged: list  # n bool
     seconds: float  # a picture
-
-
-def wrap(difference):
-    """Returns: differences of values, the short way round the circle."""
-    return (np.asarray(difference) + PERIOD / 2) % PERIOD - PERIOD / 2
 
 
 def read_lines(file):
@@ -72,7 +67,10 @@ def ours(s, folder, minutes):
     given = s.model_path and folder.name == str(MAIN)
     model = find_path(s.model_path) if given else folder / "control"
     config = model / "config.json"
-    if not given and not (config.exists() and json.loads(config.read_text()).get("error_scale")):
+    trained = config.exists() and json.loads(config.read_text()).get("error_scale")
+    if given and not trained:
+        raise InputError(f"model_path {s.model_path}: expected a control that was trained to its end, with error bars")
+    if not trained:
         began = time.perf_counter()
         try:
             arguments = [f"data_root={folder / 'data'}", f"out_dir={model}"]
@@ -189,7 +187,7 @@ def with_bars(values, validation):
     values: function(rows) -> (n,). validation: rows that it has not learned from.
     Returns: function(rows, name) -> Readings, none of them flagged. Source: Angelopoulos & Bates 2021, eq. 1.
     """
-    errors = np.sort(np.abs(wrap(values(validation) - column(validation, "source"))))
+    errors = np.sort(np.abs(shortest(values(validation) - column(validation, "source"))))
     half = errors[min(len(errors), math.ceil(0.9 * (len(errors) + 1))) - 1]
 
     def read(rows, name):

@@ -35,8 +35,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import numpy as np
+import torch
 
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE
+from cldm.hints import wrap
 from ldm.files import find_path, fresh_folder, whole_folder
 from ldm.pictures import check_pictures
 from ldm.schema import expect, one_of
@@ -101,6 +103,11 @@ def read_photograph(where, folder, row):
     )
 
 
+def shortest(differences):
+    """Returns: (n,) differences of values, the short way round the circle."""
+    return wrap(torch.as_tensor(differences)[:, None], [PERIOD])[:, 0].numpy()
+
+
 def spread(photographs, count):
     """Choose pictures: the first in time, then each the farthest from those before, on the circle and then in time.
 
@@ -110,8 +117,7 @@ def spread(photographs, count):
     times = np.array([photograph.time.timestamp() for photograph in photographs])
     chosen, apart = [0], np.full((2, len(values)), math.inf)  # in time and in value, from the nearest of the chosen
     for _ in range(count - 1):
-        differences = np.abs(values - values[chosen[-1]])
-        distances = np.minimum(differences, PERIOD - differences).round(6)
+        distances = np.abs(shortest(values - values[chosen[-1]])).round(6)
         apart = np.minimum(apart, [np.abs(times - times[chosen[-1]]), distances])
         apart[1, chosen] = -1
         chosen.append(int(np.lexsort(apart)[-1]))
