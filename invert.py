@@ -5,9 +5,10 @@
     python invert.py model_path=runs/my_control targets=my_data/prompt.json out_dir=OUT
     python invert.py model_path=runs/my_control targets="photos/*.jpg" prompt="a photo of a leather bag" out_dir=OUT
 
-Leaves OUT/result.json and OUT/figure.png for one picture, a line each in OUT/results.jsonl for many. A run over many
-that was killed goes on when it is started again with the same out_dir. A "source" in a prompt.json is only compared
-with what is read.
+Leaves OUT/result.json and OUT/figure.png for one picture. For many: a line each in OUT/results.jsonl, where a "problem"
+says why a picture could not be read; OUT/results.csv; OUT/series.png, the numbers over rows or, if every row of a
+prompt.json has a "time" (ISO 8601), over time. A run over many that was killed goes on when it is started again with
+the same out_dir. A "source" in a prompt.json is only compared with what is read.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
@@ -35,34 +36,37 @@ import json
 import math
 import time
 from functools import partial
+from itertools import islice
 
-from tqdm import trange
+from tqdm import tqdm
 
 from cldm.evidence import check_evidence
 from cldm.model import load_model
 from cldm.reading import read_and_profile, read_controls
-from cldm.report import describe_reading, draw_pictures, draw_reading
-from cldm.results import digest_model, resume, summarize, tell_reading
+from cldm.report import describe_failure, describe_reading, draw_pictures, draw_reading
+from cldm.results import digest_model, fingerprint, resume, save_series, tell_reading
 from cldm.rows import find_rows, parse_known
-from ldm.files import digest, report_folder, write_whole
-from ldm.pictures import check_picture, fit_picture, load_picture, tell_fit
+from ldm.files import append_whole, report_folder, write_whole
+from ldm.pictures import describe_shapes, fit_picture, tell_fit
 from ldm.schema import FLAG, expect, or_null
 
 
-def read(model, s, known, rows, unlike, figures):
+def load(row, image_size):
+    """Returns: a Row's target and its reference or None, PIL, fitted; the sizes that they had, reference first."""
+    pictures = row.load()
+    fitted = [fit_picture(picture, image_size) for picture in pictures]
+    return (*fitted, None)[:2], [picture.size for picture in pictures[::-1]]
+
+
+def read(model, s, known, rows, loaded, figures):
     """Read some rows together.
 
-    known: {name: number}. unlike: whether each row's A and B have unlike shapes. figures: whether they will be drawn.
+    known: {name: number}. loaded: what `load` returns for each. figures: whether they will be drawn.
     Returns: their Reading; a function that draws the figure of target i.
     Raises: InputError if a number that was read is not finite.
     """
     began, config = time.perf_counter(), model.control_net.config
-    pictures, sides = [], []  # as fitted, target and reference or None; the shorter side that they had
-    for row in rows:
-        loaded = [load_picture(file) for file in (row.target, row.reference) if file]
-        fitted = [fit_picture(picture, model.config.image_size) for picture in loaded]
-        pictures.append((*fitted, None)[:2])
-        sides.append(min(min(picture.size) for picture in loaded))
+    pictures, sizes = zip(*loaded)
     targets, references = zip(*pictures)
     references = references if model.control_net.uses_reference else None
     target = model.encode([row.prompt for row in rows], targets, references, s.a_prompt)
@@ -73,9 +77,9 @@ def read(model, s, known, rows, unlike, figures):
     for i, row in enumerate(rows):
         if not reading.control[i].isfinite().all():
             raise InputError(f"{row.target}: what was read is not finite ({reading.control[i].tolist()})")
-        reading.flags[i] += ["unlike_shapes"] * unlike[i]
+        reading.flags[i] += ["unlike_shapes"] * (len(sizes[i]) == 2 and bool(describe_shapes(*sizes[i])))
     if references:
-        reading = check_evidence(reading, pictures, config, known, sides)
+        reading = check_evidence(reading, pictures, config, known, [min(map(min, own)) for own in sizes])
     reading.seconds = (time.perf_counter() - began) / len(rows)
 
     def draw(i):
@@ -89,11 +93,13 @@ def save_figure(figure, file):
     write_whole(file, partial(figure.savefig, format="png", dpi=100))
 
 
-def read_one(model, s, known, rows, unlike, out_dir):
+def read_one(model, s, known, row, out_dir):
     """Read one target; leaves result.json, then figure.png."""
     config, figure = model.control_net.config, s.figures is not False
-    reading, draw = read(model, s, known, rows, unlike, figure)
-    result = describe_reading(config, reading, 0, rows[0], s.seed)
+    loaded = load(row, model.config.image_size)
+    tell_fit([loaded[1]], model.config.image_size)
+    reading, draw = read(model, s, known, [row], [loaded], figure)
+    result = describe_reading(config, reading, 0, row, s.seed)
     write_whole(out_dir / "result.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
     tell_reading(config, reading, result)
     if figure:
@@ -101,20 +107,56 @@ def read_one(model, s, known, rows, unlike, out_dir):
     print(f"{result['seconds']:.1f} seconds; see {out_dir}/{'figure.png' if figure else 'result.json'}")
 
 
-def read_many(model, s, known, rows, unlike, out_dir):
-    """Read all targets, batch after batch, each kept in results.jsonl before the next begins."""
+def read_each(model, s, known, rows, tell):
+    """As read, for some of many targets: what cannot be read does not stop the others.
+
+    tell: whether to say how the pictures are fitted.
+    Returns: their dicts of results.jsonl; {index: the function that draws the figure} of those that were read.
+    """
+    config, size, results, loaded, draws = model.control_net.config, model.config.image_size, {}, {}, {}
+    seen = [fingerprint(row) for row in rows]  # before they are read, since they may change meanwhile
+    for i, row in enumerate(rows):
+        try:
+            loaded[i] = load(row, size)
+        except InputError as error:
+            results[i] = describe_failure(config, row, str(error), s.seed)
+    if tell and loaded:
+        tell_fit([sizes for _, sizes in loaded.values()], size)
+
+    groups = [[*loaded]] if loaded else []
+    while groups:
+        group = groups.pop()
+        try:
+            reading, draw = read(model, s, known, [rows[i] for i in group], [loaded[i] for i in group], s.figures)
+            for k, i in enumerate(group):
+                results[i], draws[i] = describe_reading(config, reading, k, rows[i], s.seed), partial(draw, k)
+        except InputError as error:
+            if len(group) > 1:
+                groups += [[i] for i in group]
+            else:
+                results[group[0]] = describe_failure(config, rows[group[0]], str(error), s.seed)
+    return [results[i] | seen[i] for i in range(len(rows))], draws
+
+
+def read_many(model, s, known, rows, count, out_dir):
+    """Read `count` targets, batch after batch, each kept in results.jsonl before the next begins.
+
+    rows: an iterator over their Rows. Raises: InputError if the very first cannot be read: then more may be wrong.
+    """
     config, about = model.control_net.config, dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
     about["sha256"] = digest_model(s.model_path, model.config.base)
-    lines = resume(out_dir, about, [f"{row} {digest(row.pictures)}" for row in rows])
-    for first in trange(len(lines), len(rows), s.batch_size, desc="reading", leave=False):
-        some = slice(first, first + s.batch_size)
-        reading, draw = read(model, s, known, rows[some], unlike[some], s.figures)
-        for i, row in enumerate(rows[some]):
-            lines.append(json.dumps(describe_reading(config, reading, i, row, s.seed)) + "\n")
-        write_whole(out_dir / "results.jsonl", lambda file: file.write_text("".join(lines)))
-        for i, row in enumerate(rows[some] if s.figures else []):
-            save_figure(draw(i), out_dir / f"{first + i + 1:05d}_{row.target.stem}.png")
-    summarize(config, lines)
+    done = first = resume(out_dir, config, about, rows, count)
+    with tqdm(desc="reading", total=count, initial=done, delay=0.1, leave=False) as bar:
+        for batch in iter(lambda: list(islice(rows, s.batch_size)), []):
+            results, draws = read_each(model, s, known, batch, tell=done == first)
+            if done == 0 and "problem" in results[0]:
+                raise InputError(results[0]["problem"])
+            append_whole(out_dir / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
+            for i, draw in draws.items() if s.figures else ():
+                save_figure(draw(), out_dir / f"{done + i + 1:05d}_{batch[i].target.stem}.png")
+            done += len(batch)
+            bar.update(len(batch))
+    save_series(out_dir, config, count)
 
 
 def main(s):
@@ -122,14 +164,16 @@ def main(s):
     expect('setting "figures": expected', s.figures, or_null(FLAG))
     if s.draws % 2:
         raise InputError(f'setting "draws": expected an even number, since noise comes in pairs, got {s.draws}')
-    many = ("settings.yaml", "sha256", "results.jsonl", *(["?????_*.png"] if s.figures else []))
+    figures = ["[0-9]*_*.png"] if s.figures else []
+    many = ("settings.yaml", "sha256", "results.jsonl", "results.csv", "series.png", *figures)
     out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     known = parse_known(s.known, model.control_net.config.control_names)
-    rows = find_rows(s, settings, model.control_net)
-    sizes = [[check_picture(file) for file in (row.reference, row.target) if file] for row in rows]
-    unlike = tell_fit(sizes, model.config.image_size)
-    (read_many if s.targets else read_one)(model, s, known, rows, unlike, out_dir)
+    rows, count = find_rows(s, settings, model.control_net)
+    if s.targets:
+        read_many(model, s, known, islice(rows(), count), count, out_dir)
+    else:
+        read_one(model, s, known, next(rows()), out_dir)
 
 
 if __name__ == "__main__":

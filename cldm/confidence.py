@@ -21,6 +21,7 @@ FLAGS = {
     "unexplained": "the model cannot draw this target: the numbers mean nothing",
     "unlike_shapes": "A and B are cut to squares that may show different parts",
     "unsettled": "the iterations ran out before the control settled",
+    "unreadable": 'of many targets: nothing could be read, as its "problem" says',
     "uncalibrated": "this control was never calibrated: nothing says how far to trust it",
 }
 

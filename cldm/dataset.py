@@ -3,9 +3,11 @@
 import difflib
 import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from cldm.hints import circle_middle, wrap
-from ldm.pictures import check_picture, fit_picture, load_picture, pictures_to_tensor, tell_fit
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
 from ldm.schema import POSITIVE, TEXT, Rule, check, each, or_null, read_config
 from ldm.settings import InputError
 
@@ -22,7 +24,16 @@ TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json"
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
 JSON_TEXT = Rule("a text", lambda value: isinstance(value, str) and value.encode(errors="ignore").decode() == value)
-ROW = {"source": Rule("a number or a list of numbers", lambda _: True)}
+
+
+def parse_time(text):
+    """Returns: the datetime of a text in ISO 8601; None if it is none."""
+    with suppress(ValueError):
+        return datetime.fromisoformat(text)
+
+
+TIME = Rule("a time in ISO 8601, such as 2019-06-21T14:05:00", lambda v: isinstance(v, str) and parse_time(v))
+ROW = {"source": Rule("a number or a list of numbers", lambda _: True), "time": TIME}
 ROW |= dict.fromkeys(("target", "prompt", "reference"), JSON_TEXT)
 
 
@@ -32,10 +43,22 @@ class Row:
     target: Path  # or a PIL picture, as is the reference
     prompt: str
     reference: Path | None = None  # the picture that the control is a change from
+    time: str | None = None  # when the target was taken, ISO 8601
+    place: str = ""  # file and line that it stands in
 
     @property
     def pictures(self):
         return [picture for picture in (self.target, self.reference) if picture is not None]
+
+    def load(self):
+        """Returns: its PIL pictures, target and perhaps reference. Raises: InputError that names the row's place."""
+        loaded = []
+        for key, picture in zip(("target", "reference"), self.pictures):
+            try:
+                loaded.append(load_picture(picture))
+            except InputError as error:
+                raise InputError(f'{self.place}: "{key}" {error}' if self.place else str(error)) from None
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -77,29 +100,36 @@ def parse_control(source):
     return control
 
 
-def read_rows(file, known=True):
-    """Read and check a prompt.json: JSON lines of {"source", "target", "prompt"}, targets relative to its folder.
+def read_rows(file):
+    """Returns: a list of all Rows that iterate_rows finds; every row needs a source."""
+    return list(iterate_rows(file))
 
-    All rows or none have a "reference", the picture that the source is a change from.
+
+def iterate_rows(file, known=True):
+    """Read and check a prompt.json line by line: {"source", "target", "prompt"}, targets relative to its folder.
+
+    All rows or none have a "reference", the picture that the source is a change from, and a "time". Pictures are not
+    looked at: Row.load does that.
     known: whether every row needs a source; a row without one has control None.
-    Returns: list of Row, all controls of one length. Raises: InputError naming the file and the line.
+    Yields: Rows, all controls of one length. Raises: InputError naming the file and the line.
     """
-    file = Path(file)
+    file, first = Path(file), None
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would split at U+2028 within texts
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    row = _read_row(line, file.parent, f"{file} line {number}", known)
+                    first = first or row
+                    _check_alike(row.place, row, first)
+                    _check_times(row, first)
+                    first = first if first.control else row
+                    yield row
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; expected one JSON object a line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{file} line {number}"
-            rows.append(_read_row(line, file.parent, where, known))
-            _check_alike(where, rows[-1], next((row for row in rows if row.control), rows[0]))
-    if not rows:
+    if not first:
         raise InputError(f"{file}: no rows; expected one JSON object a line")
-    return rows
 
 
 def _read_row(line, folder, where, known):
@@ -109,17 +139,13 @@ def _read_row(line, folder, where, known):
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
-    check(where, row, ROW, [key for key in ROW if key != "reference" and (known or key != "source")], complete=False)
-    key, read = "source", {}
+    check(where, row, ROW, ["source", "target", "prompt"] if known else ["target", "prompt"], complete=False)
     try:
-        control = parse_control(row[key]) if key in row else None
-        for key in ("target", "reference"):
-            if key in row:
-                check_picture(read.setdefault(key, folder / row[key]))
+        control = parse_control(row["source"]) if "source" in row else None
     except ValueError as error:
-        got = f", got {json.dumps(row[key])[:80]}" if key == "source" else ""
-        raise InputError(f'{where}: "{key}" {error}{got}') from None
-    return Row(control, prompt=row["prompt"], **read)
+        raise InputError(f'{where}: "source" {error}, got {json.dumps(row["source"])[:80]}') from None
+    reference = folder / row["reference"] if "reference" in row else None
+    return Row(control, folder / row["target"], row["prompt"], reference, row.get("time"), where)
 
 
 def _check_alike(where, row, first):
@@ -130,6 +156,16 @@ def _check_alike(where, row, first):
     if (row.reference is None) != (first.reference is None):
         has = "no" if row.reference is None else "a"
         raise InputError(f'{where}: has {has} "reference", unlike the first row; all rows need one, or none')
+
+
+def _check_times(row, first):
+    """Raises: InputError if only one of two rows has a time, or only one of two times an offset from UTC."""
+    if (row.time is None) != (first.time is None):
+        has = "no" if row.time is None else "a"
+        raise InputError(f'{row.place}: has {has} "time", unlike the first row; all rows need one, or none')
+    if row.time and (parse_time(row.time).tzinfo is None) != (parse_time(first.time).tzinfo is None):
+        found = f'"time" {row.time}, the first row has {first.time}'
+        raise InputError(f"{row.place}: {found}; all need an offset from UTC (+02:00, Z), or none")
 
 
 def split_rows(data_root):
@@ -237,9 +273,10 @@ class ControlDataset(Dataset):
         self.prompt_index = [prompts.index(row.prompt) for row in rows]
         self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
         self.empty = base.embed([""])[0].float().cpu()
-        pictures, latents, sizes = [picture for row in rows for picture in row.pictures], [], set()
-        for start in tqdm(range(0, len(pictures), batch_size), desc="encoding", delay=2, leave=False):
-            loaded = [load_picture(picture) for picture in pictures[start : start + batch_size]]
+        count, latents, sizes = sum(len(row.pictures) for row in rows), [], set()
+        pictures = chain.from_iterable(row.load() for row in rows)
+        for _ in tqdm(range(0, count, batch_size), desc="encoding", delay=2, leave=False):
+            loaded = list(islice(pictures, batch_size))
             sizes |= {picture.size for picture in loaded}
             fitted = pictures_to_tensor([fit_picture(picture, image_size) for picture in loaded])
             latents.append(base.encode(fitted.to(base.device)).float().cpu())

@@ -127,23 +127,35 @@ def draw_inversion(config, result, input_picture, first, last, target_picture):
     return figure
 
 
+def describe_row(config, row):
+    """Returns: the part of a dict of results.jsonl that says which Row was read, and which numbers."""
+    given = dict(reference=row.reference and str(row.reference), target=str(row.target), time=row.time)
+    given |= dict(prompt=row.prompt, source=row.control and list(row.control))
+    given |= dict(names=list(config.control_names), units=list(config.control_units))
+    given |= dict(periods=list(config.periods)) if any(config.periods) else {}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def describe_failure(config, row, problem, seed):
+    """Returns: the dict of results.jsonl for a Row that could not be read. problem: why, one line."""
+    nothing = dict.fromkeys(("control", "std", "interval90", "covariance"))
+    return describe_row(config, row) | nothing | dict(flags=["unreadable"], problem=problem, seed=seed)
+
+
 def describe_reading(config, reading, i, row, seed):
     """Returns: the dict of results.jsonl for target i of a Reading, whose Row is `row`."""
     control = reading.control[i].tolist()
     bars = (getattr(reading, key)[i].tolist() for key in ("std", "interval90", "covariance"))
     std, interval90, covariance = bars if reading.calibrated else (None, None, None)
     unseen = unseen_numbers(config, reading.control[i], reading.reach[i]) if "no_effect" in reading.flags[i] else []
-    result = {"reference": str(row.reference)} if row.reference else {}
-    result |= dict(target=str(row.target), prompt=row.prompt)
-    result |= dict(names=list(config.control_names), units=list(config.control_units))
-    result |= dict(periods=list(config.periods)) if any(config.periods) else {}
+    result = describe_row(config, row)
     result |= dict(control=number(control), std=std and number(std), interval90=interval90, covariance=covariance)
     result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
     result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
     result |= dict(model_calls=reading.model_calls, seconds=reading.seconds, seed=seed)
     if row.control:
         error = wrap(reading.control[i] - reading.control.new_tensor(row.control), config.periods)
-        result |= dict(source=list(row.control), error=number(error.tolist()))
+        result["error"] = number(error.tolist())
     return result
 
 

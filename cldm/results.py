@@ -1,35 +1,81 @@
-"""What invert.py leaves and says: results.jsonl, which a killed run is resumed from, a reading, a summary of many."""
+"""What invert.py leaves and says: results.jsonl, which a killed run is resumed from, a table, a summary of many."""
 
+import csv
 import json
+import os
+from functools import partial
+from itertools import chain
 
 import numpy as np
+from tqdm import tqdm
 
-from cldm.confidence import FLAGS, Z90
-from ldm.files import digest, find_path, write_whole
+from cldm.confidence import FLAGS
+from cldm.report import describe_row
+from cldm.series import Series, draw_series, listed
+from ldm.files import digest, find_path, write_whole, writing
 from ldm.settings import InputError
 
+OF_ROW = "reference", "target", "time", "prompt", "source"  # keys of what describe_row says
 
-def resume(out_dir, about, rows):
+
+def resume(out_dir, config, about, rows, count):
     """Take up results.jsonl where it ends, and write down in settings.yaml what its results depend on.
 
-    about: {what: value}, of settings and digests. rows: a text for every target, which changes with what is read.
-    Returns: the lines there already. Raises: InputError if they depend on something else.
+    config: of the control. about: {what: value}, of settings and digests. rows: an iterator over `count` Rows, from
+    which those that were read are taken.
+    Returns: the number of those. Raises: InputError if the results are of something else.
     """
-    file, settings_file, lines = out_dir / "results.jsonl", out_dir / "settings.yaml", []
+    file, settings_file, done, end = out_dir / "results.jsonl", out_dir / "settings.yaml", 0, 0
     if file.exists():
+        what = "results of another model, other targets or settings; delete it, or choose another out_dir"
+        other = InputError(f"{file}: {what}")
         try:
-            lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            before = json.loads(settings_file.read_text())
-            same = before.pop("rows")[: len(lines)] == rows[: len(lines)] and before == about
-            same = same and all("flags" in json.loads(line) for line in lines)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            same = False
-        if not same:
-            what = "results of another model, other targets, pictures or settings"
-            raise InputError(f"{file}: {what}; delete it, or choose another out_dir")
-        print(f"going on after {len(lines)} of {len(rows)} targets")
-    write_whole(settings_file, lambda partial: partial.write_text(json.dumps(about | {"rows": rows}, indent=1)))
-    return lines
+            if json.loads(settings_file.read_text()) != about:
+                raise other
+        except (OSError, ValueError):
+            raise other from None
+        with open(file, "rb") as lines:
+            for line in tqdm(lines, "checking what was read", count, delay=2, leave=False):
+                if not line.endswith(b"\n"):  # torn off by a kill
+                    break
+                row = next(rows, None)
+                if row is None or not (result := parse_line(line, describe_row(config, row))):
+                    raise other
+                if is_changed(row, result):
+                    what = f"line {done + 1}: {row.target} has changed since it was read; delete this line and those"
+                    raise InputError(f"{file} {what} after it to go on from there, or choose another out_dir")
+                done, end = done + 1, end + len(line)
+        with writing(file):
+            os.truncate(file, end)
+        print(f"going on after {done} of {count} targets")
+    write_whole(settings_file, lambda partial: partial.write_text(json.dumps(about, indent=1)))
+    return done
+
+
+def parse_line(line, asked):
+    """Returns: the dict in a line of results.jsonl; None if it is no such line, or not of the row `asked` describes."""
+    try:
+        result = json.loads(line)
+        same = all(result.get(key) == asked.get(key) for key in OF_ROW) and {"flags", "control", "sha256"} <= {*result}
+    except (ValueError, AttributeError):
+        return None
+    return result if same else None
+
+
+def when_changed(row):
+    """Returns: when each of a Row's pictures was last written, in nanoseconds; None for what is not there."""
+    return [file.stat().st_mtime_ns if file.is_file() else None for file in row.pictures]
+
+
+def fingerprint(row):
+    """Returns: what tells later whether a Row's pictures have changed, for its line of results.jsonl."""
+    changed = when_changed(row)
+    return dict(changed=changed, sha256="" if None in changed else digest(row.pictures))
+
+
+def is_changed(row, result):
+    """Returns: whether a Row's pictures are not those that were read; only what was written since is read again."""
+    return when_changed(row) != result["changed"] and fingerprint(row)["sha256"] != result["sha256"]
 
 
 def digest_model(path, base):
@@ -51,22 +97,47 @@ def tell_reading(config, reading, result):
         print("no flags")
 
 
-def summarize(config, lines):
-    """Print the errors of results.jsonl's lines where they are known, their flags, model calls and seconds."""
-    results = [json.loads(line) for line in lines]
-    known = [r for r in results if "error" in r]
-    if known:
-        errors = np.stack([np.atleast_1d(r["error"]) for r in known])  # (n, d)
-        if calibrated := all(r["interval90"] for r in known):
-            inside = np.abs(errors) <= Z90 * np.stack([np.atleast_1d(r["std"]) for r in known])
-        for i, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
-            e = np.abs(errors[:, i])
-            numbers = f"error median {np.median(e):.3f}, 95% within {np.quantile(e, 0.95):.3f}, worst {e.max():.3f}"
-            share = f"; interval90 holds the truth for {inside[:, i].mean():.0%}" if calibrated else ""
-            print(f"{name}: {numbers} {unit}".rstrip() + f"{share} of {len(e)} targets")
+def tabulate(result):
+    """Returns: the row of results.csv for a dict of results.jsonl, empty where nothing was read."""
+    count = len(result["names"])
+    columns = (listed(result[key], count, "") for key in ("control", "std"))
+    numbers = zip(*columns, *zip(*listed(result["interval90"], count, ("", ""))))
+    return [result["target"], result.get("time"), *chain.from_iterable(numbers), " ".join(result["flags"])]
+
+
+def save_series(out_dir, config, count):
+    """Make results.csv and series.png of results.jsonl, which has `count` lines, and print what they come to."""
+    series = Series(config)
+    names = [f"{name}{what}" for name in config.control_names for what in ("", " std", " low", " high")]
+
+    def write(partial):
+        with open(partial, "w", newline="", encoding="utf-8") as file, open(out_dir / "results.jsonl", "rb") as lines:
+            table = csv.writer(file)
+            table.writerow(["file", "time", *names, "flags"])
+            for line in tqdm(lines, "making results.csv", count, delay=2, leave=False):
+                result = json.loads(line)
+                table.writerow(tabulate(result))
+                series.add(result)
+
+    write_whole(out_dir / "results.csv", write)
+    figure = draw_series(series)
+    write_whole(out_dir / "series.png", partial(figure.savefig, format="png", dpi=100))
+    summarize(config, series)
+
+
+def summarize(config, series):
+    """Print the errors of a Series where they are known, its flags, model calls and seconds."""
+    count, unread = len(series), series.flags["unreadable"]
+    _, _, bars, errors, _ = series.arrays()
+    known = ~np.isnan(errors[:, 0])
+    numbers = zip(config.control_names, config.control_units, np.abs(errors[known]).T, bars[known].T)
+    for name, unit, error, bar in numbers if known.any() else ():
+        middle, most, worst = np.quantile(error, (0.5, 0.95, 1))
+        share = "" if series.flags["uncalibrated"] else f"; interval90 holds the truth for {(error <= bar).mean():.0%}"
+        text = f"{name}: error median {middle:.3f}, 95% within {most:.3f}, worst {worst:.3f} {unit}".rstrip()
+        print(f"{text}{share} of {len(error)} targets")
     for flag, meaning in FLAGS.items():
-        if flagged := sum(flag in r["flags"] for r in results):
-            print(f"{flag}: {flagged} of {len(results)} ({meaning})")
-    calls, seconds = (np.mean([r[key] for r in results]) for key in ("model_calls", "seconds"))
-    iterations = max(r["iterations"] for r in results)
-    print(f"at most {iterations} iterations; {calls:.0f} model calls, {seconds:.2f} seconds a target")
+        if flagged := series.flags[flag]:
+            print(f"{flag}: {flagged} of {count} ({meaning})")
+    calls, seconds = (total / max(1, count - unread) for total in (series.model_calls, series.seconds))
+    print(f"at most {series.iterations} iterations; {calls:.0f} model calls, {seconds:.2f} seconds a target")

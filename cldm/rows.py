@@ -1,9 +1,12 @@
 """What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
 
 import glob
+from functools import partial
 from pathlib import Path
 
-from cldm.dataset import Row, parse_control, read_rows
+from tqdm import tqdm
+
+from cldm.dataset import Row, iterate_rows, parse_control
 from cldm.pairs import SUFFIXES, list_pictures
 from ldm.files import find_path
 from ldm.settings import InputError, check_used, nearest
@@ -14,40 +17,43 @@ def find_rows(s, defaults, control_net):
 
     s: Settings with model_path, targets, target_image_path, input_image_path and prompt. defaults: theirs. The default
     reference belongs to the default target alone. control_net: the NumericControlNet that will read them.
-    Returns: list of Row. Raises: InputError if there are none, or if they do not fit the control.
+    Returns: a function that iterates over the Rows, of which millions may be there; their number.
+    Raises: InputError if there are none, or if they do not fit the control. Pictures are not looked at.
     """
     own_reference, own_target = (s[key] != defaults[key] for key in ("input_image_path", "target_image_path"))
     demo = control_net.uses_reference and not s.targets and not own_target
     reference = find_path(s.input_image_path) if s.input_image_path and (own_reference or demo) else None
     if reference and own_reference and not s.targets and not own_target:
         raise InputError("input_image_path: picture A alone; give picture B too, target_image_path")
-    rows, names = find_targets(s, defaults, reference), control_net.config.control_names
-    if control_net.uses_reference and not rows[0].reference:
-        raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
-    if rows[0].reference and not control_net.uses_reference:
-        raise InputError(f"model_path {s.model_path} takes no reference: leave out {rows[0].reference}")
-    for row in rows:
+    rows, names, count = find_targets(s, defaults, reference), control_net.config.control_names, 0
+    for row in tqdm(rows(), "looking at the rows", delay=2, leave=False):
+        count += 1
+        if control_net.uses_reference and not row.reference:
+            raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
+        if row.reference and not control_net.uses_reference:
+            raise InputError(f"model_path {s.model_path} takes no reference: leave out {row.reference}")
         if row.control and len(row.control) != len(names):
             expected = f"{len(names)} number(s) ({', '.join(names)})"
             raise InputError(f"{s.targets}, {row.target}: the model takes {expected}, got {row.control}")
-    return rows
+    return rows, count
 
 
 def find_targets(s, defaults, reference):
     """As find_rows, unchecked. reference: Path or None, picture A of all pictures but those of a prompt.json."""
     if not s.targets:
-        return [Row(None, find_path(s.target_image_path), s.prompt, reference)]
+        return partial(iter, [Row(None, find_path(s.target_image_path), s.prompt, reference)])
     check_used(s, defaults, "with targets", "target_image_path")
     path = find_path(s.targets)
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         if s.prompt or reference:
             key = "prompt" if s.prompt else "input_image_path"
             raise InputError(f'setting "{key}": has no effect with targets, whose rows say it; leave it out')
-        return read_rows(path, known=False)
+        return partial(iterate_rows, path, known=False)
     files = list_pictures(path) if path.is_dir() else [path] if path.exists() else sorted(glob.glob(str(path)))
     if not files:
         raise InputError(f'targets {path}: not there; expected a folder, pictures like "photos/*.jpg" or a prompt.json')
-    return [Row(None, Path(file), s.prompt, reference) for file in files]
+    files = list(map(str, files))  # a fifth of the memory that paths take
+    return lambda: (Row(None, Path(file), s.prompt, reference) for file in files)
 
 
 def parse_known(text, names):

@@ -138,6 +138,19 @@ def write_whole(path, write):
             partial.unlink()
 
 
+def append_whole(path, text):
+    """Append to a file, and see it onto the disk; on an error, the file is as it was before."""
+    with writing(path), open(path, "ab", buffering=0) as file:
+        end, left = file.tell(), text.encode()
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file)
+        except BaseException:
+            file.truncate(end)
+            raise
+
+
 @contextmanager
 def whole_folder(path, removes=()):
     """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then both are swapped.

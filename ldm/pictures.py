@@ -35,13 +35,8 @@ def load_picture(path, profiled=True):
         return _to_rgb(path, profiled) if isinstance(path, Image.Image) else _load(path, profiled)
 
 
-def check_picture(path):
-    """Returns: (width, height) of the picture in a file. Raises: InputError as load_picture does."""
-    return load_picture(path, profiled=False).size
-
-
 def check_pictures(paths):
-    """Check many files as check_picture does, in threads. Returns: a list of their (width, height)."""
+    """Look at many files, in threads. Returns: a list of their (width, height). Raises: InputError as load_picture."""
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:  # filters are the process's
         sizes = pool.map(lambda path: _load(path, profiled=False).size, paths)
         return list(tqdm(sizes, "looking at pictures", len(paths), delay=1))
@@ -179,12 +174,10 @@ def tell_fit(sizes, image_size):
     """Print what fit_picture does to pictures, and how different shapes of A and B distort what is read.
 
     sizes: for each target a list, the (width, height) of its picture, or of A and B.
-    Returns: for each target, whether its A and B have different shapes.
     """
-    unlike = [describe_shapes(*own) if len(own) == 2 else "" for own in sizes]
-    lines = describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len)
+    unlike = [describe_shapes(*own) for own in sizes if len(own) == 2]
+    lines = describe_fit([size for own in sizes for size in own], image_size), max(unlike, key=len, default="")
     print("".join(f"{line}\n" for line in lines if line), end="")
-    return [bool(line) for line in unlike]
 
 
 def pictures_to_tensor(pictures, scaled=True):

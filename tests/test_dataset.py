@@ -41,38 +41,74 @@ def test_source_is_a_number_a_text_or_a_list(write_dataset, source, expected):
 
 NO_NUMBER = '"source" must be a finite number or a list of them, got '
 TOO_LONG = '"source" must have no more digits than 64 bits hold'
-BAD_ROWS = [  # a line, or what is other than in a good row (None: a missing key), and what is said of it
+BAD_ROWS = [  # a line, or what is other than in a good row (...: a missing key), and what is said of it
     *(
         ({"source": source}, NO_NUMBER)
         for source in ("abc", "", "nan", "-inf", True, [], {}, [1, None], [[1]], ["a", 2])
     ),
     *(({"source": source}, NO_NUMBER) for source in (math.nan, math.inf, [False], 10**400)),
     *(({"source": source}, TOO_LONG) for source in (10**16 + 1, str(2**53 + 1))),
-    *(({key: None}, f'no "{key}"') for key in ("source", "target", "prompt")),
+    *(({key: ...}, f'no "{key}"') for key in ("source", "target", "prompt")),
     *(({"target": 5}, '"target" must be a text'), ({"prompt": ["a"]}, '"prompt" must be a text')),
     ({"prompt": "\ud83d"}, '"prompt" must be a text'),
     ({"source": [1, 2]}, '"source" has 2 numbers, the first row has 1'),
-    ({"target": "none.png"}, '"target" .*none.png: no such file'),
-    ({"target": "."}, "a folder, expected a picture"),
-    *(({"target": name}, f'"target" .*{name}: (damaged|not a picture)') for name in ("empty", "text", "cut")),
+    *(({"time": time}, '"time" must be a time in ISO 8601') for time in ("noon", "2019-02-30", 1561125900, None)),
+    ({"time": "2019-06-21"}, 'has a "time", unlike the first row'),
     *(('{"source": 1,', "not JSON"), ("source: 1", "not JSON"), ("[" * 100_000, "not JSON")),
     ('{"source": ' + "9" * 5000 + "}", ""),
     *(("[1, 2]", r"expected a JSON object, got \[1, 2\]"), ("5", "expected a JSON object, got 5")),
 ]
 
 
+def add_row(file, bad):
+    """Add a line to a prompt.json after an empty one, which counts but is no row; bad: as in BAD_ROWS."""
+    if isinstance(bad, dict):
+        row = json.loads(file.read_text().splitlines()[0]) | bad
+        bad = json.dumps({key: value for key, value in row.items() if value is not ...})
+    file.write_text(f"{file.read_text()}\n{bad}\n")
+
+
 @pytest.mark.parametrize("bad, message", BAD_ROWS, ids=[f"{str(bad)[:30]}" for bad, _ in BAD_ROWS])
 def test_bad_row_is_named_with_file_and_line(write_dataset, bad, message):
     file = write_dataset([1, 2]) / "prompt.json"
-    for name, content in {"empty": b"", "text": b"no picture"}.items():
-        (file.parent / name).write_bytes(content)
-    (file.parent / "cut").write_bytes((file.parent / "prompt.json_0.png").read_bytes()[:1000])
-    if isinstance(bad, dict):
-        row = json.loads(file.read_text().splitlines()[0]) | bad
-        bad = json.dumps({key: value for key, value in row.items() if value is not None})
-    file.write_text(f"{file.read_text()}\n{bad}\n")  # the empty line counts but is no row
+    add_row(file, bad)
     with pytest.raises(InputError, match=f"prompt.json line 4: .*{message}"):
         read_rows(file)
+
+
+@pytest.mark.parametrize("key", ["target", "reference"])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("none.png", "no such file"),
+        (".", "a folder, expected a picture"),
+        *((name, "(damaged|not a picture)") for name in ("empty", "text", "cut")),
+    ],
+)
+def test_bad_picture_is_named_with_file_and_line(write_dataset, base, key, name, message):
+    """When it is come to: a row's pictures are read once."""
+    file = write_dataset([1]) / "prompt.json"
+    for bad, content in {"empty": b"", "text": b"no picture"}.items():
+        (file.parent / bad).write_bytes(content)
+    (file.parent / "cut").write_bytes((file.parent / "prompt.json_0.png").read_bytes()[:1000])
+    if key == "reference":
+        file.write_text(file.read_text().replace("}", ', "reference": "prompt.json_0.png"}'))
+    add_row(file, {key: name})
+    rows = read_rows(file)
+    with pytest.raises(InputError, match=f'prompt.json line 3: "{key}" .*{message}'):
+        ControlDataset(rows, base, 32)
+
+
+def test_times_have_an_offset_or_none_has(write_dataset):
+    file = write_dataset([1]) / "prompt.json"
+    file.write_text(file.read_text().replace("}", ', "time": "2019-06-21T14:05:00Z"}'))
+    add_row(file, {"time": "20190621T160500+02"})
+    assert [row.time[-3:] for row in read_rows(file)] == ["00Z", "+02"]
+    for time, message in (("2019-06-21", "all need an offset"), (..., 'has no "time"')):
+        file.write_text(file.read_text().splitlines()[0] + "\n")
+        add_row(file, {"time": time})
+        with pytest.raises(InputError, match=f"line 3: .*{message}"):
+            read_rows(file)
 
 
 def test_whole_numbers_that_a_float_holds_are_kept():

@@ -1,18 +1,26 @@
 """invert.py: what it leaves, that it goes on where it was killed, and what it refuses."""
 
+import csv
 import json
 import math
+import os
+import re
+import shutil
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import invert
 from cldm import reading as reading_module
+from cldm.confidence import Reading
+from cldm.dataset import Row
 from cldm.model import Sampling, load_model, save_model
 from cldm.reading import read_controls
-from ldm.settings import InputError, run_script
+from ldm.settings import InputError, override, run_script
 from tests.conftest import another_run
 
 SUMMARY = ["target", "prompt", "names", "control", "std", "interval90", "flags", "loss", "model_calls", "seconds"]
@@ -86,7 +94,7 @@ def test_many_pictures(arguments, targets, tmp_path, capsys, monkeypatch):
     assert [result.get("error") for result in results] == [
         pytest.approx(result["control"] - i) if i < 2 else None for i, result in enumerate(results)
     ]
-    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 5
     printed = capsys.readouterr().out
     assert "of 2 targets" in printed and "seconds a target" in printed
 
@@ -113,6 +121,13 @@ def test_a_killed_run_goes_on(arguments, targets, tmp_path, capsys):
     assert first.pop("kept") and "going on after 3 of 5 targets" in capsys.readouterr().out
     for again, before in zip([first, *others], whole, strict=True):
         assert again["control"] == pytest.approx(before["control"], abs=1e-3) and again["prompt"] == before["prompt"]
+
+
+def test_a_picture_that_was_copied_anew_is_no_other(arguments, targets, picture, tmp_path, capsys):
+    run(*arguments, targets)
+    os.utime(picture, (1, 1))
+    run(*arguments, targets)
+    assert "going on after 5 of 5 targets" in capsys.readouterr().out and len(read_results(tmp_path)) == 5
 
 
 def test_targets_may_be_added_at_the_end(arguments, targets, tmp_path, capsys, fails_in_one_line):
@@ -151,7 +166,11 @@ def test_results_of_another_run_are_kept(arguments, targets, picture, tmp_path, 
     if change == "sources":
         file.write_text(file.read_text().replace('"source": 1', '"source": 9'))
     line = fails_in_one_line(invert.main, invert.settings, [*arguments, targets, *([change] if "=" in change else [])])
-    assert "results.jsonl" in line and (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    changed = {"picture": "line 1: .*picture.png has changed since it was read", "no settings": "not of this script"}
+    assert (
+        re.search(f"results.jsonl:? .*{changed.get(change, 'other targets')}", line)
+        and (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,6 +237,110 @@ def test_what_is_not_finite_is_an_error_and_leaves_nothing(one, tmp_path, monkey
     monkeypatch.setattr(invert, "read_controls", read)
     line = fails_in_one_line(invert.main, invert.settings, [*one, "figures=false"])
     assert "not finite" in line and not any((tmp_path / "out").iterdir())
+
+
+@pytest.fixture
+def half_readable(picture, tmp_path):
+    """Targets of which the second is damaged, the fourth missing; the fifth is read as not finite."""
+    (tmp_path / "damaged.png").write_bytes(picture.read_bytes()[:-40])
+    shutil.copy(picture, tmp_path / "odd.png")
+    names = "picture", "damaged", "picture", "missing", "odd", "picture"
+    times = [f"2019-06-21T1{i}:00:00+02:00" for i in range(6)]
+    rows = [{"target": f"{name}.png", "prompt": "", "time": time} for name, time in zip(names, times)]
+    (tmp_path / "targets.json").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_what_cannot_be_read_does_not_stop_the_others(arguments, half_readable, tmp_path, monkeypatch, capsys):
+    read = invert.read
+
+    def read_or_not(model, s, known, rows, *how):
+        if any(row.target.name == "odd.png" for row in rows):
+            raise InputError("what was read is not finite")
+        return read(model, s, known, rows, *how)
+
+    monkeypatch.setattr(invert, "read", read_or_not)
+    given = [*arguments, f"targets={tmp_path / 'targets.json'}"]
+    run(*given)
+    results = read_results(tmp_path)
+    problems = [result.get("problem", "") for result in results]
+    expected = ["", 'line 2: "target" .*damaged.png: damaged', "", "missing.png: no such file", "not finite", ""]
+    assert all(re.search(said, found) and bool(said) == bool(found) for said, found in zip(expected, problems))
+    assert [result["control"] is None for result in results] == [*map(bool, problems)]
+    assert "unreadable: 3 of 6" in capsys.readouterr().out
+    with open(tmp_path / "out" / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["file", "time", "control", "control std", "control low", "control high", "flags"]
+    for row, result in zip(table, results, strict=True):
+        assert (row["file"], row["time"]) == (result["target"], result["time"])
+        assert row["flags"].split() == result["flags"]
+        numbers = [row[key] for key in list(table[0])[2:6]]
+        if result["control"] is None:
+            assert numbers == [""] * 4
+        else:
+            assert [*map(float, numbers)] == [result["control"], result["std"], *result["interval90"][0]]
+    with Image.open(tmp_path / "out" / "series.png") as figure:
+        assert figure.width > figure.height > 100
+    run(*given)
+    assert "going on after 6 of 6" in capsys.readouterr().out
+    shutil.copy(tmp_path / "picture.png", tmp_path / "missing.png")
+    with pytest.raises(InputError, match="line 4: .*missing.png has changed since it was read"):
+        invert.main(override(invert.settings, given))
+
+
+def test_where_the_first_target_cannot_be_read_the_run_stops(arguments, picture, tmp_path, fails_in_one_line):
+    (tmp_path / "targets.json").write_text(
+        "\n".join(json.dumps({"target": name, "prompt": ""}) for name in ("wrong.png", str(picture)))
+    )
+    line = fails_in_one_line(invert.main, invert.settings, [*arguments, f"targets={tmp_path / 'targets.json'}"])
+    assert 'targets.json line 1: "target"' in line and not (tmp_path / "out" / "results.csv").exists()
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_full_disk_leaves_the_lines_whole(arguments, targets, tmp_path, small_disk, fails_in_one_line):
+    (tmp_path / "targets.json").write_text((tmp_path / "targets.json").read_text().replace("a cup", "a cup" * 200))
+    with small_disk():
+        line = fails_in_one_line(invert.main, invert.settings, [*arguments, targets, "batch_size=1"])
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines(keepends=True)
+    assert "results.jsonl: cannot be written" in line and len(lines) == 2 and lines[1].endswith("}\n")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Readings that take no time: 5 of 10, give or take 1, in which every other is flagged."""
+
+    def read(model, s, known, rows, loaded, figures):
+        count, ones = len(rows), torch.ones(len(rows), 1)
+        flags = [["ambiguous"] * (i % 2) for i in range(count)]
+        bars = dict(error_scale=torch.ones(1), error_floor=torch.ones(1))
+        zeros = torch.zeros(count, 1, 1)
+        return Reading(5 * ones, zeros + 1, zeros + 1, ones[:, 0], ones[:, 0].int(), [[]] * count, flags, **bars), print
+
+    monkeypatch.setattr(invert, "read", read)
+
+
+def test_memory_does_not_grow_with_the_rows(arguments, picture, tmp_path, monkeypatch, stub):
+    """But for some bytes each, of the curve; every picture is decoded once."""
+    loads, load = [], Row.load
+    monkeypatch.setattr(Row, "load", lambda row: loads.append(0) or load(row))
+    model = load_model(tmp_path / "control")
+    monkeypatch.setattr(invert, "load_model", lambda *_, **how: model)
+    monkeypatch.setattr("cldm.results.draw_series", lambda series: Figure() if series.arrays() else None)
+
+    def peak(count):
+        row = json.dumps({"target": str(picture), "prompt": "a" * 5000, "source": 5, "time": "2019-06-21T14:05:00"})
+        (tmp_path / "targets.json").write_text(f"{row}\n" * count)
+        loads.clear()
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        run(*arguments, f"targets={tmp_path / 'targets.json'}", f"out_dir={tmp_path / str(count)}")
+        assert len(loads) == count
+        return tracemalloc.get_traced_memory()[1] - before
+
+    tracemalloc.start()
+    peak(20)  # what is loaded once
+    few, many = peak(50), peak(350)
+    tracemalloc.stop()
+    assert many - few < 300 * 1000  # bytes; a row has over 5,000, and its line in results.jsonl too
 
 
 def test_without_calibration_there_are_no_bars(one, tmp_path, capsys):

@@ -279,9 +279,6 @@ def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):
     file.write_text("\n".join(map(json.dumps, [row | {"reference": str(photos / "b.jpg")}, row])))
     with pytest.raises(InputError, match='line 2: has no "reference"'):
         read_rows(file)
-    file.write_text(json.dumps(row | {"reference": "missing.png"}))
-    with pytest.raises(InputError, match='"reference" .*missing.png: no such file'):
-        read_rows(file)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
-from ldm.pictures import check_picture, check_pictures, describe_fit, describe_shapes, load_picture
+from ldm.pictures import check_pictures, describe_fit, describe_shapes, load_picture
 from ldm.settings import InputError
 
 GREYS = np.array([[0, 17, 34, 51], [119, 136, 204, 255]], np.uint8)
@@ -25,7 +25,7 @@ def as_read(write, tmp_path, name):
     """Write a file, check it and read it. Returns: the pixels (H, W, 3)."""
     path = tmp_path / name
     write(path)
-    size = check_picture(path)
+    (size,) = check_pictures([path])
     picture = load_picture(path)
     assert picture.mode == "RGB" and picture.size == size
     return np.asarray(picture)
@@ -261,24 +261,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("read", [load_picture, check_picture])
-def test_what_is_no_picture_is_refused_and_why(tmp_path, name, read):
+def test_what_is_no_picture_is_refused_and_why(tmp_path, name):
     write, message = REFUSED[name]
     write(tmp_path / name)
     with pytest.raises(InputError, match=f"^{tmp_path / name}: .*{message}") as error:
-        read(tmp_path / name)
+        load_picture(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("read", [load_picture, check_picture])
-def test_missing_permission_is_called_that(tmp_path, monkeypatch, read):
+def test_missing_permission_is_called_that(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
     GREY.save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "open", refuse)
     with pytest.raises(InputError, match="a.png: no permission to read it"):
-        read(tmp_path / "a.png")
+        load_picture(tmp_path / "a.png")
 
 
 def test_integers_of_32_bits_in_memory_are_refused():
@@ -290,7 +288,7 @@ def test_integers_of_32_bits_in_memory_are_refused():
 def test_large_pictures_are_read_without_a_word(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)
     GREY.save(tmp_path / "a.png")
-    assert check_picture(tmp_path / "a.png") == (2, 2) and load_picture(tmp_path / "a.png").size == (2, 2)
+    assert check_pictures([tmp_path / "a.png"]) == [load_picture(tmp_path / "a.png").size] == [(2, 2)]
 
 
 def test_many_pictures_are_checked_at_once(tmp_path):
@@ -310,7 +308,8 @@ def test_previews_and_thumbnails_are_no_pages(tmp_path):
         with tifffile.TiffWriter(tmp_path / name) as file:
             for pixels, kind in order:
                 file.write(pixels, subfiletype=kind)
-    assert check_picture(tmp_path / "a.tif") == (4, 4) and reds(load_picture(tmp_path / "a.tif"))[0][0] == 100
+    first = load_picture(tmp_path / "a.tif")
+    assert first.size == (4, 4) and reds(first)[0][0] == 100
     with pytest.raises(InputError, match="2 pictures in one file"):
         load_picture(tmp_path / "thumbnail_first.tif")
 
