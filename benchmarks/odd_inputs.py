@@ -64,7 +64,9 @@ def read_rows_of(model, rows, folder, name):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return dict(zip(rows, read_targets(ROOT / "models" / model, file, folder / f"{name}_out"), strict=True))
+            results = read_targets(ROOT / "models" / model, file, folder / f"{name}_out")
+        ended = [dict(ended="refused", line=own["problem"]) if "problem" in own else own for own in results]
+        return dict(zip(rows, ended, strict=True))
     except InputError as error:
         ended = dict(ended="refused", line=str(error))
     except Exception as error:

@@ -127,7 +127,10 @@ OUTPUTS = {  # of every script: what it writes, and how it is told where
     "test5_s1.py": (["result.json", "figure.png"], ["out_dir={}"]),
     "generate.py": (["controls.json", "control_001.png", "strip.png"], ["out_dir={}"]),
     "invert.py": (["result.json", "figure.png"], ["out_dir={}"]),
-    "invert.py targets": (["settings.yaml", "results.jsonl"], ["out_dir={}", "targets=dataForTrain/prompt.json"]),
+    "invert.py targets": (
+        ["settings.yaml", "results.jsonl", "results.csv", "series.png"],
+        ["out_dir={}", "targets=dataForTrain/prompt.json"],
+    ),
     "invert.py figures": (["00001_a.png"], ["out_dir={}", "targets=dataForTrain/prompt.json", "figures=true"]),
     "benchmarks/inversion.py": (["results.jsonl", "plot.png"], ["out_dir={}"]),
     "benchmarks/sampling_inversion.py": (["results.jsonl"], ["out_dir={}"]),
