@@ -91,7 +91,11 @@ def draw_series(series):
     """Returns: a matplotlib Figure of a Series' numbers over time, or over rows; what is flagged looks different."""
     config, (x, control, bars, _, flagged) = series.config, series.arrays()
     read = ~np.isnan(control[:, 0])
-    groups = {"readings": (read & ~flagged, READ, "o", READ), "flagged": (read & flagged, FLAGGED, "s", "none")}
+    flags = dict(color=FLAGGED, fmt="s", markersize=6, markerfacecolor="none")
+    groups = {
+        "flagged": (read & flagged, flags),
+        "readings": (read & ~flagged, dict(color=READ, fmt="o", markersize=3)),
+    }
 
     def place(x):
         return (1e6 * x).round().astype("datetime64[us]") if series.clock else x
@@ -101,12 +105,13 @@ def draw_series(series):
     for k, (axes, name, unit) in enumerate(zip(panels, config.control_names, config.control_units)):
         if config.periods[k]:
             control[read, k] = unroll(control[read, k], ~flagged[read], config.periods[k])
-        for what, (own, color, marker, inner) in groups.items():
+        for what, (own, style) in groups.items():
             where, values, sides = thin(x[own], control[own, k], bars[own, k])
             shown = f"medians and 5% to 95% of each 1/{BINS} of the axis" if own.sum() > POINTS else "90% intervals"
-            style = dict(color=color, fmt=marker, markersize=4, markerfacecolor=inner, elinewidth=0.8)
             if len(where):
-                axes.errorbar(place(where), values, sides, label=f"{own.sum():,} {what}: {shown}", **style)
+                axes.errorbar(
+                    place(where), values, sides, label=f"{own.sum():,} {what}: {shown}", elinewidth=0.8, **style
+                )
         if not read.all():
             where, _, _ = thin(x[~read], x[~read], bars[~read, k])
             foot = dict(transform=axes.get_xaxis_transform(), label=f"{(~read).sum():,} unreadable")
