@@ -38,6 +38,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.pairs import open_photo
+from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.base import load_part
 from ldm.ddim import draw_timesteps
@@ -90,7 +91,7 @@ def train_steps(parameters, steps, peak, loss_at, label):
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01)
     smooth, bar = None, tqdm(range(steps), desc=label, mininterval=5)
     for step in bar:
-        rate = peak * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rate = peak * min(1, (step + 1) / 100) * half_cosine(step, steps)
         optimizer.param_groups[0]["lr"] = rate
         loss = loss_at(step)
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cldm.model import control_folder, save_model
 from cldm.results import digest_model
-from cldm.training import anywhere
+from cldm.training import anywhere, half_cosine
 from ldm.files import check_writable, digest, find_path, output_folder, write_whole
 from ldm.settings import InputError
 
@@ -107,7 +107,7 @@ def find_checkpoint(out_dir, run):
         raise InputError(f"{file}: {problem}; start as before to go on, {remedy}")
     print(f"going on from step {step} of {file}")
     if before["max_steps"] != run["max_steps"]:
-        rate = 0.5 + 0.5 * math.cos(math.pi * step / run["max_steps"])
+        rate = half_cosine(step, run["max_steps"])
         print(f"max_steps was {before['max_steps']}: the learning rate goes on at {rate:.0%} of its peak")
     return file, step
 

@@ -24,6 +24,11 @@ def checkpointing(model, enabled):
         network.disable_gradient_checkpointing()
 
 
+def half_cosine(step, steps):
+    """Returns: the share of its peak that a learning rate has at a step of `steps`, from 1 to 0."""
+    return 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))
+
+
 def anywhere(trainer, condition):
     """Returns: whether a condition holds in any of the processes that train together."""
     return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
@@ -106,9 +111,9 @@ class ControlTraining(pl.LightningModule):
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
-        warmup, pi = min(100, self.steps // 10 + 1), math.pi
+        warmup = min(100, self.steps // 10 + 1)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda n: min(1, (n + 1) / warmup) * (0.5 + 0.5 * math.cos(pi * min(1, n / self.steps)))
+            optimizer, lambda n: min(1, (n + 1) / warmup) * half_cosine(n, self.steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
