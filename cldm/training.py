@@ -46,6 +46,7 @@ class ControlTraining(pl.LightningModule):
         self.model = model
         self.learning_rate, self.steps = learning_rate, steps
         self.prompt_dropout, self.seed, self.run = prompt_dropout, seed, run or {}
+        self.sd_locked, self.base_losses = sd_locked, {}  # of validation batches; they change if the UNet does
         self.strict_loading = False  # checkpoints hold only what is trained
         model.control_net.requires_grad_(True)
         model.control_net.controlnet_down_blocks.requires_grad_(not model.control_net.config.only_mid_control)
@@ -81,18 +82,22 @@ class ControlTraining(pl.LightningModule):
         self.loss = loss.detach()
         return loss
 
-    def validation_step(self, batch, _):
+    def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
         total = self.model.base.scheduler.config.num_train_timesteps
         generator = torch.Generator().manual_seed(self.seed)
-        kept = torch.ones(len(batch["latents"]), dtype=torch.bool, device=self.device)
-        losses = {"val_loss": [], "base_loss": []}
+        latents, draws = batch["latents"], []
+        kept = torch.ones(len(latents), dtype=torch.bool, device=self.device)
         for level in torch.linspace(0, total - 1, 2 * VALIDATION_TIMESTEPS + 1)[1::2].long().to(self.device):
-            noise = torch.randn(batch["latents"].shape[1:], generator=generator).to(self.device)
-            how = noise.expand_as(batch["latents"]), level.expand(len(kept)), kept
-            losses["val_loss"].append(self.denoising_loss(batch, *how))
-            losses["base_loss"].append(self.denoising_loss(batch | {"control": None}, *how))
-        means = {name: torch.stack(values).mean() for name, values in losses.items()}
+            noise = torch.randn(latents.shape[1:], generator=generator).to(self.device)
+            draws.append((noise.expand_as(latents), level.expand(len(kept)), kept))
+
+        def mean_loss(batch):
+            return torch.stack([self.denoising_loss(batch, *draw) for draw in draws]).mean()
+
+        if index not in self.base_losses or not self.sd_locked:
+            self.base_losses[index] = mean_loss(batch | {"control": None})
+        means = dict(val_loss=mean_loss(batch), base_loss=self.base_losses[index])
         self.log_dict(means, sync_dist=True, batch_size=len(kept))
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):

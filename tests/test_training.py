@@ -21,7 +21,7 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.runs import SaveBestAndLast
-from cldm.training import ControlTraining
+from cldm.training import VALIDATION_TIMESTEPS, ControlTraining
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -454,6 +454,25 @@ def test_learning_rate_warms_up_and_falls_to_zero(module_and_batch, steps):
         schedule.optimizer.step()
         schedule.step()
     assert 0 < rates[0] <= 1 and max(rates) > 0.9 and abs(rates[-1]) < 1e-6
+
+
+@pytest.mark.parametrize("sd_locked", [True, False])
+def test_the_loss_without_the_control_is_computed_anew_only_if_the_unet_learns(
+    module_and_batch, monkeypatch, sd_locked
+):
+    module, batch = module_and_batch(sd_locked=sd_locked)
+    randomize_zero_convolutions(module.model.control_net)
+    original, alone, logged = module.denoising_loss, [], []
+    monkeypatch.setattr(module, "log_dict", lambda means, **_: logged.append(means))
+    monkeypatch.setattr(
+        module, "denoising_loss", lambda batch, *how: alone.append(batch["control"] is None) or original(batch, *how)
+    )
+    with torch.no_grad():
+        for index in (0, 1, 0, 1):
+            module.validation_step(batch if index == 0 else {k: v[:1] for k, v in batch.items()}, index)
+    assert sum(alone) == VALIDATION_TIMESTEPS * (2 if sd_locked else 4)
+    assert logged[:2] == logged[2:] and logged[0]["base_loss"] != logged[1]["base_loss"]
+    assert all(means["val_loss"] != means["base_loss"] for means in logged)
 
 
 @pytest.fixture
