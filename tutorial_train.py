@@ -14,7 +14,7 @@ from ldm.settings import InputError, answer, check_numbers, check_used, run_scri
 settings = dict(
     # what is trained, on what
     data_root="dataForTrain",
-    pairs="",  # a folder of pictures, or "train": cut pairs from them while training, instead of reading data_root
+    pairs="",  # folders of pictures, or "train,FOLDER": pairs are cut from them, and data_root is not read
     controls=None,  # of pairs: some of ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"]; None: all
     base="models/tiny.yaml",  # the frozen base
     resume_path="",  # a control to start from, of tool_add_control.py or an earlier run; "": a fresh one
@@ -78,7 +78,7 @@ def read(s):
     if not s.pairs:
         return read_data(find_path(s.data_root))
     files, ranges = find_pictures(s.pairs), choose_changes(s.controls)
-    held_out = find_pictures("validation") if s.pairs == "train" else files[5::10] or files[2:3]
+    held_out = find_pictures("validation") if "train" in s.pairs.split(",") else files[5::10] or files[2:3]
     return read_photos([file for file in files if file not in held_out], held_out, ranges, s.seed)
 
 
@@ -133,7 +133,9 @@ def train(s, model, data, datasets, out_dir):
 def main(s):
     check(s)
     pl.seed_everything(s.seed, verbose=False)
-    out_dir = hold_folder(s.out_dir, s.overwrite, inputs=[find_path(s.pairs or s.data_root)])
+    out_dir = hold_folder(
+        s.out_dir, s.overwrite, inputs=map(find_path, s.pairs.split(",") if s.pairs else [s.data_root])
+    )
     data = read(s)
     model = make_model(s, data)
     print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")

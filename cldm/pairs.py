@@ -20,6 +20,7 @@ TILT = 15.0  # degrees that a reference is turned at most, beside quarter turns
 REFERENCE_EXPOSURE, REFERENCE_BLUR = 0.7, 1.0  # stops and pixels that a reference itself is changed by at most
 OVERSAMPLE = 2  # a picture is cut at this many times its resolution, then averaged down
 LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled down when they are read
+PHOTOS = 256  # kept in memory, each as it is and scaled down
 CORNERS = [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]  # of the square that a frame cuts
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
 VALIDATION_PAIRS = 144
@@ -96,14 +97,14 @@ def draw_views(rng, files, size, ranges, count):
     raise InputError(f"no picture large enough to cut {size} x {size} pixels from it, turned and shifted")
 
 
-@lru_cache(64)
+@lru_cache(PHOTOS)
 def open_photo(file):
     photo = load_picture(file, profiled=False)  # as the shipped controls were trained
     photo.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     return photo
 
 
-@lru_cache(64)
+@lru_cache(PHOTOS)
 def reduced(file, factor):
     return open_photo(file).reduce(factor)
 

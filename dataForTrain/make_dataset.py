@@ -22,7 +22,7 @@ settings = dict(
     pairs=None,  # how many pairs, cut at random from the photos, between which `controls` change
     controls=None,  # of pairs: ["rotation", "zoom"] or {rotation: [-5, 5]}; None: all six
     seed=0,  # of views and pairs
-    photos="train",  # "train", "held_out", or names separated by commas; for pairs also "validation", or any folder
+    photos="train",  # "train", "held_out", names; for pairs also "validation" and folders; separated by commas
     image_size=128,  # pixels
     out_dir="runs/dataset",
     overwrite=False,  # True: a dataset in out_dir is replaced
@@ -146,13 +146,17 @@ def select_photos(names):
 
 
 def find_pictures(photos):
-    """Returns: the paths of the pictures in a folder, or of those that `photos` names, to cut pairs from."""
-    if photos not in GROUPS and find_path(photos).is_dir():
-        return list_pictures(find_path(photos))
-    if len(Path(photos).parts) > 1:
-        raise InputError(f"{photos}: no such folder")
-    files = VALIDATION if photos == "validation" else [photo.file for photo in select_photos(photos).values()]
-    return list(map(find_photo, files + (EXTRA if photos == "train" else [])))
+    """Returns: the paths of the pictures that pairs are cut from, in folders, groups or names separated by commas."""
+    files = []
+    for name in photos.split(","):
+        if name not in GROUPS and find_path(name).is_dir():
+            files += list_pictures(find_path(name))
+        elif len(Path(name).parts) > 1:
+            raise InputError(f"{name}: no such folder")
+        else:
+            own = VALIDATION if name == "validation" else [photo.file for photo in select_photos(name).values()]
+            files += map(find_photo, own + (EXTRA if name == "train" else []))
+    return files
 
 
 def make_pairs(s, out):
@@ -192,7 +196,7 @@ def main(s):
     given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")
-    folders = [path for path in [find_path(s.photos)] if s.photos not in GROUPS and path.is_dir()]
+    folders = [find_path(name) for name in s.photos.split(",") if name not in GROUPS and find_path(name).is_dir()]
     if not s.pairs:
         check_used(s, settings, "without pairs", "controls")
         if folders:

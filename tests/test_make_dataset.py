@@ -100,6 +100,12 @@ def test_held_out_photos_are_in_no_training_list():
     paired = {find_photo(file) for file in held_out} & {*find_pictures("train"), *find_pictures("validation")}
     assert not paired and find_pictures("held_out") == [find_photo(file) for file in held_out]
     assert not set(find_pictures("train")) & set(find_pictures("validation"))
+
+
+def test_photos_of_several_sources():
+    pictures = sorted((FOLDER / "resultData").glob("*.png"))
+    found = find_pictures(f"train,{FOLDER / 'resultData'},gravel")
+    assert found == [*find_pictures("train"), *pictures, find_photo("skimage/data/gravel.png")]
     rows = read(FOLDER / "prompt.json") + read(FOLDER / "validation.json")
     assert {Path(row["target"]).name.rpartition("_")[0] for row in rows} == set(TRAIN)
     assert not {row["prompt"] for row in rows} & {photo.prompt for photo in HELD_OUT.values()}
