@@ -107,11 +107,13 @@ def draw_series(series):
             control[read, k] = unroll(control[read, k], ~flagged[read], config.periods[k])
         for what, (own, style) in groups.items():
             where, values, sides = thin(x[own], control[own, k], bars[own, k])
-            shown = f"medians and 5% to 95% of each 1/{BINS} of the axis" if own.sum() > POINTS else "90% intervals"
+            label = f"{own.sum():,} {what}"
+            if own.sum() > POINTS:
+                label += f": medians and 5% to 95% of each 1/{BINS} of the axis"
+            elif not np.isnan(sides).all():
+                label += ": 90% intervals"
             if len(where):
-                axes.errorbar(
-                    place(where), values, sides, label=f"{own.sum():,} {what}: {shown}", elinewidth=0.8, **style
-                )
+                axes.errorbar(place(where), values, sides, label=label, elinewidth=0.8, **style)
         if not read.all():
             where, _, _ = thin(x[~read], x[~read], bars[~read, k])
             foot = dict(transform=axes.get_xaxis_transform(), label=f"{(~read).sum():,} unreadable")
