@@ -1,22 +1,23 @@
-"""Train a small latent diffusion model like models/tiny_sd, which ships with this repository, from scratch.
+"""Train a small latent diffusion model like models/tiny_dc, which ships with this repository, from scratch.
 
-    python tool_train_base.py out_dir=runs/tiny_sd
+    python tool_train_base.py out_dir=runs/tiny_dc
 
 Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
-A VAE that lies in out_dir already is kept.
+A VAE that lies in out_dir already is kept. docs/weights.md names the Debian packages that the photographs are in.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
-    out_dir="runs/tiny_sd",
+    out_dir="runs/tiny_dc",
+    photos="/usr/share/backgrounds,/usr/share/wallpapers",  # folders of photographs, beside those that packages carry
+    stamps="/usr/share/tuxpaint/stamps",  # a folder of cut-outs, PNG, each with a text beside it
     image_size=128,  # pixels
-    vae_views=6000,  # pictures drawn from the photographs
-    vae_details=0.4,  # the share of them that are details; the others show a subject in its framing
-    vae_steps=5500,
-    unet_views=4000,
-    unet_details=0.1,
-    unet_steps=5500,
+    vae_views=5000,  # pictures drawn from the photographs
+    vae_steps=3000,
+    unet_views=5000,
+    unet_subjects=0.4,  # the share of them that show a subject in its framing; the others are details of anything
+    unet_steps=4500,
     batch_size=16,
     learning_rate=1e-3,
     prompt_dropout=0.1,
@@ -28,62 +29,117 @@ if __name__ == "__main__":
 
 import math
 import random
+import re
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
+from einops import rearrange
 from PIL import Image, ImageEnhance, ImageFilter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cldm.pairs import open_photo
+from cldm.pairs import list_pictures, open_photo
 from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
-from ldm.base import load_part
+from ldm.base import load_vae
 from ldm.ddim import draw_timesteps
-from ldm.files import ROOT, fresh_folder, whole_folder
+from ldm.files import ROOT, find_path, fresh_folder, whole_folder
 from ldm.pictures import pictures_to_tensor
 from ldm.text import tokenize
 
-# Its configs are the architecture. The VAE has convolutions only, so that small crops train it for whole pictures. The
-# UNet attends at 8 x 8 and 4 x 4 of 32 x 32 latents, where it is cheap, and takes the pooled prompt beside the
-# timestep: attention alone learns slowly. The schedule ends in pure noise, so that nothing of a start picture leaks
-# (Lin et al. 2024).
-LIKE = ROOT / "models" / "tiny_sd"
+# Its configs are the architecture. The VAE has convolutions only, so that small crops train it for whole pictures, and
+# no normalisation over positions, so that it keeps brightness. The UNet attends at 8 x 8 and 4 x 4 of 32 x 32 latents,
+# where it is cheap, and takes the pooled prompt beside the timestep, since attention alone learns slowly. The schedule
+# ends in pure noise, so that nothing of a start picture leaks (Lin et al. 2024).
+LIKE = ROOT / "models" / "tiny_dc"
+SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
+CONSTANT = 16.0  # of four channels of the decoder, so that its normalisation begins as the identity
 
 
-def draw_view(rng, size, details):
-    """Returns: a detail of a photograph (a share `details` of the time) or a subject in its framing; its prompt."""
-    if rng.random() >= details:
-        photo = TRAIN[rng.choice(list(TRAIN))]
-        zoom = math.exp(rng.uniform(math.log(0.8), math.log(1.25))) if rng.random() < details else 1.0
-        angle = rng.uniform(-7, 7)
-        picture, prompt = render_framed(photo, size, angle, zoom), photo.prompt
-    else:
-        file, prompt = rng.choice([(p.file, p.prompt) for p in TRAIN.values()] + [(file, "") for file in EXTRA])
-        photo = open_photo(find_photo(file))
+def recolour(rng, picture):
+    """Returns: the PIL picture with its channels exchanged, its hue turned, its saturation and brightness changed."""
+    angle, saturation = rng.uniform(-math.pi, math.pi), 2 ** rng.uniform(-1, 1)
+    grey = torch.full((3, 3), 1 / 3)
+    across = torch.linalg.cross(torch.eye(3), torch.full((3, 3), 1 / math.sqrt(3)))
+    turned = math.cos(angle) * (torch.eye(3) - grey) + math.sin(angle) * across
+    matrix = torch.cat([grey + saturation * turned, torch.zeros(3, 1)], 1)[rng.sample(range(3), 3)]
+    return ImageEnhance.Brightness(picture.convert("RGB", matrix.flatten().tolist())).enhance(2 ** rng.uniform(-1, 0.5))
+
+
+def draw_detail(rng, size, file):
+    """Returns: the busier of two squares cut anywhere from a photograph, turned by any angle; PIL, size x size."""
+    photo = open_photo(file)
+
+    def draw_square():
         side = math.exp(rng.uniform(math.log(64), math.log(0.65 * min(photo.size))))
         reach = side / math.sqrt(2) + 2
-        center = rng.uniform(reach, photo.width - reach), rng.uniform(reach, photo.height - reach)
-        picture = render(photo, size, side, rng.uniform(-180, 180), center)
-        prompt = f"a detail of {prompt}" if prompt else "a detail"
-        if rng.random() < 0.5:  # so that the VAE knows more colours than those of a few photographs
-            channels = list(picture.split())
-            rng.shuffle(channels)
-            picture = Image.merge("RGB", channels)
-    if rng.random() < details / 2:
-        picture = ImageEnhance.Brightness(picture).enhance(2 ** rng.uniform(-1, 1))
-    if rng.random() < details / 2:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
-    return picture, prompt
+        return side, [rng.uniform(reach, n - reach) for n in photo.size]
+
+    def busy(square):
+        side, (x, y) = square
+        return photo.resize((16, 16), box=(x - side / 2, y - side / 2, x + side / 2, y + side / 2)).entropy()
+
+    side, center = max(draw_square(), draw_square(), key=busy)
+    return render(photo, size, side, rng.uniform(-180, 180), center)
 
 
-def draw_views(seed, count, size, details):
-    """Returns: (count, 3, size, size) bytes; their prompts."""
-    rng = random.Random(seed)
-    views = [draw_view(rng, size, details) for _ in tqdm(range(count), desc="drawing views")]
-    return pictures_to_tensor([picture for picture, _ in views], scaled=False), [prompt for _, prompt in views]
+def draw_stamp(rng, size, file):
+    """Returns: a cut-out at any place and size before a plain background; PIL, size x size."""
+    with Image.open(file) as picture:
+        stamp = picture.convert("RGBA")
+    stamp.thumbnail([size * rng.uniform(0.5, 1.2)] * 2)
+    colour = (255, 255, 255) if rng.random() < 0.3 else tuple(rng.randrange(256) for _ in range(3))
+    view = Image.new("RGB", (size, size), colour)
+    place = [round((size - n) / 2 + rng.uniform(-0.2, 0.2) * size) for n in stamp.size]
+    turned = stamp.rotate(rng.uniform(-30, 30), Image.Resampling.BICUBIC)
+    view.paste(turned, place, turned)
+    return view
+
+
+def draw_views(s, seed, count, subjects):
+    """Draw views: a share `subjects` of subjects in their framing, the others details and cut-outs in any colours.
+
+    Returns: (count, 3, size, size) bytes; their prompts.
+    """
+    rng, chosen = random.Random(seed), []
+    shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
+    photos = [file for folder in s.photos.split(",") for file in largest_pictures(find_path(folder))]
+    stamps = [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
+    for _ in range(count):
+        if rng.random() < subjects:
+            photo = rng.choice(list(TRAIN.values()))
+            chosen.append((find_photo(photo.file), photo))
+        else:
+            chosen.append((rng.choice(rng.choices([shipped, photos, stamps], [0.35, 0.45, 0.2])[0]), None))
+    views, prompts = [], []
+    for file, photo in tqdm(sorted(chosen, key=lambda one: one[0]), desc="drawing views"):  # each is opened once
+        if photo:
+            view, prompt = render_framed(photo, s.image_size, rng.uniform(-7, 7)), photo.prompt
+        else:
+            view = draw_stamp(rng, s.image_size, file) if file in stamps else draw_detail(rng, s.image_size, file)
+            view, prompt = recolour(rng, view) if rng.random() < 0.5 else view, describe(file)
+            if rng.random() < 0.2:
+                view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
+        views.append(view)
+        prompts.append(prompt)
+    return pictures_to_tensor(views, scaled=False), prompts
+
+
+def largest_pictures(folder):
+    """Returns: the pictures in a folder and below; of one in several sizes, named by them, the largest."""
+    largest = {}
+    for file in list_pictures(folder):
+        key = file.parent if re.fullmatch(r"\d+x\d+", file.stem) else file
+        largest[key] = max(largest.get(key, file), file, key=lambda file: file.stat().st_size)
+    return list(largest.values())
+
+
+def describe(file):
+    """Returns: what the text beside a cut-out calls it, "" without one."""
+    text = file.with_suffix(".txt")
+    return text.read_text("utf-8").splitlines()[0].strip(" .").lower() if text.is_file() else ""
 
 
 def train_steps(parameters, steps, peak, loss_at, label):
@@ -102,33 +158,76 @@ def train_steps(parameters, steps, peak, loss_at, label):
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
 
 
+def patch_pca(pictures, channels):
+    """The principal components of patches of 4 x 4 pixels in all colours, in the order of two steps of pixel_unshuffle.
+
+    pictures: (B, 3, H, W). Returns: mean (48,), components (channels, 48), deviations (channels,).
+    """
+    patches = rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures, 2), 2), "b c h w -> (b h w) c").double()
+    variances, components = torch.linalg.eigh(torch.cov(patches.T))
+    return patches.mean(0), components.T.flip(0)[:channels], variances.flip(0)[:channels].sqrt()
+
+
+@torch.no_grad()
+def start_as_pca(vae, mean, components, deviations):
+    """Set an AutoencoderDC's weights so that it computes principal components of patches and their inverse exactly.
+
+    Its blocks begin as identities, its shortcuts already move pixels between channels and positions.
+    """
+    encoder, decoder, size = vae.encoder, vae.decoder, len(mean)
+    for name, module in vae.named_modules():
+        if name.endswith("norm"):  # of a residual block
+            module.weight.zero_()
+        elif getattr(module, "shortcut", False):
+            module.conv.weight.zero_()
+            module.conv.bias.zero_()
+
+    def set_centre(conv, weight):
+        conv.weight[: len(weight)] = 0
+        conv.weight[: len(weight), : weight.shape[1], 1, 1] = weight
+
+    scale = (deviations**SPREAD / deviations)[:, None]
+    set_centre(encoder.conv_in.conv, torch.eye(3))  # its other channels are features
+    encoder.conv_in.conv.bias[:3] = 0
+    encoder.conv_out.weight.zero_()
+    set_centre(encoder.conv_out, components * scale)
+    encoder.conv_out.bias.copy_(-(components * scale) @ mean)
+    decoder.conv_in.weight[-16:] = 0
+    set_centre(decoder.conv_in, (components / scale).T)
+    decoder.conv_in.bias[:size] = mean
+    decoder.conv_in.bias[-16:] = CONSTANT
+    norm, pixels = decoder.norm_out, size // 4  # channels that hold pixels before the last shuffle
+    norm.weight[:pixels] = math.sqrt(4 * CONSTANT**2 / len(norm.weight))
+    norm.bias[:pixels] = 2.0  # pixels are above -2, so that ReLU lets them through
+    set_centre(decoder.conv_out.conv, torch.eye(pixels))
+    decoder.conv_out.conv.bias.fill_(-2.0)
+
+
 def train_vae(s, pictures):
-    """Train the VAE on the views: L1 loss on pixels, and a weak KL loss on its latents."""
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(LIKE / "vae"), sample_size=s.image_size)
-    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], -4.0)  # log variances: hardly any noise
+    """Train the VAE on the views from their principal components on, to the least root mean square error of pixels."""
+    vae = AutoencoderDC.from_config(AutoencoderDC.load_config(LIKE / "vae"))
+    start_as_pca(vae, *patch_pca(pictures[:: len(pictures) // 1000 + 1] / 127.5 - 1, vae.config.latent_channels))
     generator = torch.Generator().manual_seed(s.seed)
     crop = s.image_size // 2
 
     def loss_at(step):
         whole = step > 0.85 * s.vae_steps  # small crops first, since they show more variety in a second
-        index = torch.randint(len(pictures), (2 if whole else 4,), generator=generator)
+        index = torch.randint(len(pictures), (2 if whole else 8,), generator=generator)
         x, y = (0, 0) if whole else torch.randint(crop + 1, (2,), generator=generator).tolist()
         side = s.image_size if whole else crop
         batch = pictures[index, :, y : y + side, x : x + side] / 127.5 - 1
         if step % 2:
             batch = batch.flip(3)
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(batch).latent_dist
-            mean, logvar = posterior.mean.float(), posterior.logvar.float()
-            latents = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
-            decoded = vae.decode(latents).sample.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(decoded, batch) + 2e-5 * kl
+            decoded = vae.decode(vae.encode(batch).latent).sample.float()
+        return (decoded - batch).square().mean((1, 2, 3)).add(1e-6).sqrt().mean()
 
-    train_steps(list(vae.parameters()), s.vae_steps, s.learning_rate, loss_at, "vae")
+    train_steps(list(vae.parameters()), s.vae_steps, s.learning_rate / 2, loss_at, "vae")
     vae.eval()
     with torch.no_grad():
-        latents = vae.encode(pictures[:256] / 127.5 - 1).latent_dist.mean
+        latents = torch.cat(
+            [vae.encode(batch / 127.5 - 1).latent for batch in pictures[:: len(pictures) // 256 + 1].split(16)]
+        )
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
 
@@ -141,11 +240,9 @@ def train_unet(s, latents, prompts):
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(LIKE / "text_encoder", dtype="float32"))
     # Token embeddings stay random: words that training never saw must look like words.
     text_encoder.get_input_embeddings().requires_grad_(False)
-    models = torch.nn.ModuleList([unet, text_encoder])
+    models = torch.nn.ModuleList([unet, text_encoder]).to(memory_format=torch.channels_last)  # a tenth faster
     averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    distinct = [""] + sorted(set(prompts))
-    tokens = tokenize(distinct)
-    prompt_index = torch.tensor([distinct.index(prompt) for prompt in prompts])
+    tokens, no_prompt = tokenize(prompts), tokenize([""])
     generator = torch.Generator().manual_seed(s.seed + 1)
     parameters = [p for p in models.parameters() if p.requires_grad]
 
@@ -159,7 +256,7 @@ def train_unet(s, latents, prompts):
         kept = torch.rand(s.batch_size, generator=generator) >= s.prompt_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
-            embeddings = text_encoder(tokens).last_hidden_state[prompt_index[index] * kept]
+            embeddings = text_encoder(torch.where(kept[:, None], tokens[index], no_prompt)).last_hidden_state
             velocity = unet(noisy, timesteps, embeddings).sample.float()
         return F.mse_loss(velocity, scheduler.get_velocity(clean, noise, timesteps))
 
@@ -170,20 +267,21 @@ def train_unet(s, latents, prompts):
 def main(s):
     counts = dict.fromkeys(("vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size"), (1, math.inf))
     check_numbers(s, int, **counts, image_size=(32, 4096), seed=(0, 2**63 - 2))
-    check_numbers(s, vae_details=(0, 1), unet_details=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
+    check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
     out = fresh_folder(s.out_dir, s.overwrite, own=["vae"], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
-        vae = train_vae(s, draw_views(s.seed, s.vae_views, s.image_size, s.vae_details)[0])
+        vae = train_vae(s, draw_views(s, s.seed, s.vae_views, subjects=0)[0])
         with whole_folder(out) as folder:
             vae.half().save_pretrained(folder / "vae")
-    vae = load_part(AutoencoderKL, out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    pictures, prompts = draw_views(s.seed + 1, s.unet_views, s.image_size, s.unet_details)
+    vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
+    pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
     with torch.no_grad():
         batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
-        latents = torch.cat([vae.encode(batch).latent_dist.mean for batch in batches]) * vae.config.scaling_factor
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = torch.cat([vae.encode(batch).latent.float() for batch in batches]) * vae.config.scaling_factor
     unet, text_encoder, scheduler = train_unet(s, latents, prompts)
     with whole_folder(out) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():

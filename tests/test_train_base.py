@@ -1,0 +1,70 @@
+"""tool_train_base.py: the VAE that starts as principal components, and the whole script in miniature."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from einops import rearrange
+from PIL import Image
+
+import tool_train_base
+from ldm.base import LatentDiffusion
+from ldm.settings import Settings
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Returns: settings; a folder with a photograph in two sizes, one with two cut-outs, of which one has a text."""
+    rng = np.random.default_rng(0)
+    folders = tmp_path / "photos", tmp_path / "stamps"
+    for folder, mode in zip(folders, ("RGB", "RGBA")):
+        folder.mkdir()
+        for width in (160, 220):
+            pixels = rng.integers(0, 255, (20, width // 8, len(mode)), dtype=np.uint8)
+            Image.fromarray(pixels).resize((width, 160)).save(folder / f"{width}x160.png")
+    (folders[1] / "160x160.txt").write_text("A frog.\nrest")
+    return dict(photos=str(folders[0]), stamps=str(folders[1]))
+
+
+def to_patches(pictures):
+    return rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures, 2), 2), "b c h w -> (b h w) c").double()
+
+
+def test_vae_starts_as_principal_components():
+    torch.manual_seed(0)
+    pictures = F.interpolate(torch.rand(4, 3, 16, 16), scale_factor=4, mode="bicubic").clamp(0, 1) * 2 - 1
+    mean, components, deviations = tool_train_base.patch_pca(pictures, 8)
+    vae = AutoencoderDC.from_config(AutoencoderDC.load_config(tool_train_base.LIKE / "vae"), latent_channels=8)
+    tool_train_base.start_as_pca(vae, mean, components, deviations)
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent
+        decoded = vae.decode(latents).sample
+    expected = mean + (to_patches(pictures) - mean) @ components.T @ components
+    assert (to_patches(decoded) - expected).abs().max() < 0.02
+    torch.testing.assert_close(latents.std((0, 2, 3)).double(), deviations.sqrt(), rtol=0.01, atol=0)
+
+
+@pytest.mark.slow
+def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
+    arguments = dict(vae_views=4, vae_steps=2, unet_views=4, unet_steps=2, batch_size=2, image_size=64)
+    s = Settings(tool_train_base.settings | arguments | pictures | dict(out_dir=str(tmp_path / "base")))
+    tool_train_base.main(s)
+    base = LatentDiffusion.from_pretrained(tmp_path / "base")
+    views, prompts = tool_train_base.draw_views(s, 0, 40, 0.2)
+    assert {"", "a frog"} < set(prompts)
+    views = views / 127.5 - 1
+    latents = base.encode(views)
+    assert latents.shape == (40, base.unet.config.in_channels, 16, 16) and base.downsampling == 4
+    assert latents.std() == pytest.approx(1, abs=0.3)
+    assert (base.decode(latents) - views).square().mean() < views.var()
+
+
+def test_only_the_largest_of_several_sizes_is_taken(pictures):
+    (file,) = tool_train_base.largest_pictures(pictures["photos"])
+    assert file.name == "220x160.png"
+
+
+def test_missing_folders_are_named(tmp_path, pictures, fails_in_one_line):
+    arguments = [f"photos={tmp_path / 'none'}", f"stamps={pictures['stamps']}", f"out_dir={tmp_path / 'base'}"]
+    assert "none: no pictures" in fails_in_one_line(tool_train_base.main, tool_train_base.settings, arguments)
