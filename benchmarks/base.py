@@ -19,7 +19,9 @@ settings = dict(
     base="models/tiny_sd",  # a folder in diffusers' layout
     root="outputs/kinds",  # folder of the unpacked packages
     pictures=40,  # of every kind
-    training_views=300,  # pictures that PCA is fitted to
+    training_views=300,  # pictures that PCA is fitted to, drawn as tool_train_base.py draws them from
+    photos="/usr/share/backgrounds,/usr/share/wallpapers",  # these folders
+    stamps="/usr/share/tuxpaint/stamps",  # and this one
     image_size=128,  # pixels
     seed=0,
     out_dir="outputs/base",
@@ -35,6 +37,7 @@ from itertools import cycle, islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -44,8 +47,7 @@ from ldm.base import LatentDiffusion
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.schema import read_config
-from tool_train_base import draw_views
-from tool_train_base import settings as training
+from tool_train_base import draw_views, patch_pca
 
 KINDS = Path(__file__).with_name("kinds.yaml")
 TRAINING, FIGURE = "training pictures", "kinds.jpg"
@@ -95,21 +97,11 @@ def find_kinds(s):
         yield name, cut_squares(rng, pictures, s.pictures, s.image_size, kind.get("widest"))
 
 
-def patch_pca(pictures, channels, patch=4):
-    """pictures: (B, 3, H, W) bytes. Returns: mean (D), components (channels, D) of their patches; D: 3 patch**2."""
-    rows = to_patches(pictures / 127.5 - 1, patch).flatten(0, 2)
-    mean = rows.mean(0)
-    return mean, torch.linalg.eigh((rows - mean).T @ (rows - mean))[1].T.flip(0)[:channels]
-
-
-def to_patches(pictures, patch):
-    return rearrange(pictures.double(), "b c (h p) (w q) -> b h w (c p q)", p=patch, q=patch)
-
-
-def project(pictures, mean, components, patch):
-    """pictures: (B, 3, H, W) in -1..1. Returns: likewise, what PCA leaves of them."""
-    left = (to_patches(pictures, patch) - mean) @ components.T @ components + mean
-    return rearrange(left, "b h w (c p q) -> b c (h p) (w q)", p=patch, q=patch)
+def project(pictures, mean, components):
+    """pictures: (B, 3, H, W) in -1..1. Returns: likewise, what patch_pca's components leave of them."""
+    patches = rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures.double(), 2), 2), "b c h w -> b h w c")
+    left = (patches - mean) @ components.T @ components + mean
+    return F.pixel_shuffle(F.pixel_shuffle(rearrange(left, "b h w c -> b c h w"), 2), 2)
 
 
 def psnr(found, wanted):
@@ -135,22 +127,24 @@ def main(s):
     check_numbers(s, int, pictures=(1, 1000), training_views=(1, 10**5), image_size=(32, 4096), seed=(0, 2**63 - 2))
     out_dir = report_folder(s.out_dir, "results.json", TRAINING, FIGURE)
     base = LatentDiffusion.from_pretrained(s.base)
-    patch, channels = base.downsampling, base.unet.config.in_channels
-    if s.image_size % patch:
-        raise InputError(f'setting "image_size": expected a multiple of {patch}, got {s.image_size}')
+    multiple, channels = math.lcm(4, base.downsampling), base.unet.config.in_channels
+    if s.image_size % multiple:
+        raise InputError(f'setting "image_size": expected a multiple of {multiple}, got {s.image_size}')
     kinds = dict(find_kinds(s))
     if not kinds:
         raise InputError(f"{s.root}: no pictures of any kind; docs/kinds.md has the commands that fetch them")
-    views, _ = draw_views(s.seed, s.training_views + s.pictures, s.image_size, training["vae_details"])
-    pca = patch_pca(views[s.pictures :], channels, patch)
-    kinds[TRAINING] = tensor_to_pictures(views[: s.pictures] / 127.5 - 1)
+    fitted, shown = (
+        draw_views(s, s.seed + i, count, 0)[0] / 127.5 - 1 for i, count in enumerate((s.training_views, s.pictures))
+    )
+    pca = patch_pca(fitted, channels)[:2]
+    kinds[TRAINING] = tensor_to_pictures(shown)
     results, strips = {}, {}
     print(f"| kind | pictures | VAE, {channels} channels | PCA, {channels} components | VAE better |")
     print("| --- | --- | --- | --- | --- |")
     for kind, pictures in kinds.items():
         wanted = pictures_to_tensor(pictures)
         found = base.decode(base.encode(wanted))
-        vae, linear = psnr(found, wanted), psnr(project(wanted, *pca, patch), wanted)
+        vae, linear = psnr(found, wanted), psnr(project(wanted, *pca), wanted)
         cells = [" / ".join(f"{np.quantile(own, share):.1f}" for share in (0.5, 0.1, 0)) for own in (vae, linear)]
         print(f"| {kind} | {len(pictures)} | {' | '.join(cells)} | {np.mean(vae > linear):.0%} |", flush=True)
         results[kind] = {"vae": vae.tolist(), "pca": linear.tolist()}
