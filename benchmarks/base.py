@@ -50,6 +50,7 @@ from ldm.schema import read_config
 from tool_train_base import draw_views, patch_pca
 
 KINDS = Path(__file__).with_name("kinds.yaml")
+OTHERS = 4, 8, 16  # other numbers of components, for comparison
 TRAINING, FIGURE = "training pictures", "kinds.jpg"
 GAP, LINE = 16, 22  # pixels between two strips, and of a title
 
@@ -136,18 +137,20 @@ def main(s):
     fitted, shown = (
         draw_views(s, s.seed + i, count, 0)[0] / 127.5 - 1 for i, count in enumerate((s.training_views, s.pictures))
     )
-    pca = patch_pca(fitted, channels)[:2]
+    pca = {count: patch_pca(fitted, count)[:2] for count in sorted({channels, *OTHERS})}
     kinds[TRAINING] = tensor_to_pictures(shown)
     results, strips = {}, {}
-    print(f"| kind | pictures | VAE, {channels} channels | PCA, {channels} components | VAE better |")
-    print("| --- | --- | --- | --- | --- |")
+    header = [f"VAE, {channels} channels", f"PCA, {channels} components", "VAE better", *(f"PCA, {n}" for n in OTHERS)]
+    print(f"| kind | pictures | {' | '.join(header)} |\n{'| --- ' * (2 + len(header))}|")
     for kind, pictures in kinds.items():
         wanted = pictures_to_tensor(pictures)
         found = base.decode(base.encode(wanted))
-        vae, linear = psnr(found, wanted), psnr(project(wanted, *pca), wanted)
-        cells = [" / ".join(f"{np.quantile(own, share):.1f}" for share in (0.5, 0.1, 0)) for own in (vae, linear)]
-        print(f"| {kind} | {len(pictures)} | {' | '.join(cells)} | {np.mean(vae > linear):.0%} |", flush=True)
-        results[kind] = {"vae": vae.tolist(), "pca": linear.tolist()}
+        vae, linear = psnr(found, wanted), {count: psnr(project(wanted, *own), wanted) for count, own in pca.items()}
+        both = vae, linear[channels]
+        cells = [" / ".join(f"{np.quantile(own, share):.1f}" for share in (0.5, 0.1, 0)) for own in both]
+        cells += [f"{np.mean(vae > linear[channels]):.0%}", *(f"{np.median(linear[count]):.1f}" for count in OTHERS)]
+        print(f"| {kind} | {len(pictures)} | {' | '.join(cells)} |", flush=True)
+        results[kind] = {"vae": vae.tolist(), "pca": {count: own.tolist() for count, own in linear.items()}}
         middle = vae.argsort()[len(vae) // 2]
         strips[f"{kind}: {vae[middle]:.1f} dB"] = pictures[middle], tensor_to_pictures(found[middle, None])[0]
     medians = [np.median(own["vae"]) for kind, own in results.items() if kind != TRAINING]
