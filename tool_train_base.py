@@ -3,7 +3,8 @@
     python tool_train_base.py out_dir=runs/tiny_dc
 
 Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
-A VAE that lies in out_dir already is kept. docs/weights.md names the Debian packages that the photographs are in.
+A VAE that lies in out_dir already is kept; a run that was killed goes on when it is started again. docs/weights.md
+names the Debian packages that the photographs are in.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
@@ -30,6 +31,7 @@ if __name__ == "__main__":
 import math
 import random
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.base import load_vae
 from ldm.ddim import draw_timesteps
-from ldm.files import ROOT, find_path, fresh_folder, whole_folder
+from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
 from ldm.pictures import pictures_to_tensor
 from ldm.text import tokenize
 
@@ -54,6 +56,7 @@ from ldm.text import tokenize
 # where it is cheap, and takes the pooled prompt beside the timestep, since attention alone learns slowly. The schedule
 # ends in pure noise, so that nothing of a start picture leaks (Lin et al. 2024).
 LIKE = ROOT / "models" / "tiny_dc"
+STATE, KEPT = "resume.ckpt", 200  # file of a training's state, and the steps after which it is written
 SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
 CONSTANT = 16.0  # of four channels of the decoder, so that its normalisation begins as the identity
 
@@ -142,11 +145,29 @@ def describe(file):
     return text.read_text("utf-8").splitlines()[0].strip(" .").lower() if text.is_file() else ""
 
 
-def train_steps(parameters, steps, peak, loss_at, label):
-    """Minimise loss_at(step) by AdamW; the learning rate warms up linearly and falls as half a cosine."""
-    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01)
-    smooth, bar = None, tqdm(range(steps), desc=label, mininterval=5)
+def train_steps(s, module, generator, steps, peak, loss_at, label):
+    """Minimise loss_at(step) by AdamW; the learning rate warms up linearly and falls as half a cosine.
+
+    module: all that training changes, of which those with gradients are trained. generator: what loss_at draws from.
+    Every KEPT steps, all of it goes into STATE in out_dir, from which a run of the same settings goes on.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / STATE
+    first, about, smooth = 0, {"stage": label, **s, "overwrite": None}, None
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        if state["about"] != about:
+            raise InputError(f"{file}: of a run with other settings; delete it, or choose another out_dir")
+        first = state["step"]
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+    bar = tqdm(range(first, steps), desc=label, initial=first, total=steps, mininterval=5)
     for step in bar:
+        if step > first and step % KEPT == 0:
+            state = dict(about=about, step=step, generator=generator.get_state())
+            state |= {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+            write_whole(file, partial(torch.save, state))
         rate = peak * min(1, (step + 1) / 100) * half_cosine(step, steps)
         optimizer.param_groups[0]["lr"] = rate
         loss = loss_at(step)
@@ -222,7 +243,7 @@ def train_vae(s, pictures):
             decoded = vae.decode(vae.encode(batch).latent).sample.float()
         return (decoded - batch).square().mean((1, 2, 3)).add(1e-6).sqrt().mean()
 
-    train_steps(list(vae.parameters()), s.vae_steps, s.learning_rate / 2, loss_at, "vae")
+    train_steps(s, vae, generator, s.vae_steps, s.learning_rate / 2, loss_at, "vae")
     vae.eval()
     with torch.no_grad():
         latents = torch.cat(
@@ -241,10 +262,9 @@ def train_unet(s, latents, prompts):
     # Token embeddings stay random: words that training never saw must look like words.
     text_encoder.get_input_embeddings().requires_grad_(False)
     models = torch.nn.ModuleList([unet, text_encoder]).to(memory_format=torch.channels_last)  # a tenth faster
-    averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998))
+    averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998)).requires_grad_(False)
     tokens, no_prompt = tokenize(prompts), tokenize([""])
     generator = torch.Generator().manual_seed(s.seed + 1)
-    parameters = [p for p in models.parameters() if p.requires_grad]
 
     def loss_at(step):
         if step:
@@ -260,7 +280,7 @@ def train_unet(s, latents, prompts):
             velocity = unet(noisy, timesteps, embeddings).sample.float()
         return F.mse_loss(velocity, scheduler.get_velocity(clean, noise, timesteps))
 
-    train_steps(parameters, s.unet_steps, s.learning_rate, loss_at, "unet")
+    train_steps(s, torch.nn.ModuleList([models, averaged]), generator, s.unet_steps, s.learning_rate, loss_at, "unet")
     return *averaged.module, scheduler
 
 
@@ -270,11 +290,11 @@ def main(s):
     check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
-    out = fresh_folder(s.out_dir, s.overwrite, own=["vae"], never=["model.yaml"])
+    out = fresh_folder(s.out_dir, s.overwrite, own=["vae", STATE], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s, s.seed, s.vae_views, subjects=0)[0])
-        with whole_folder(out) as folder:
+        with whole_folder(out, removes=[STATE]) as folder:
             vae.half().save_pretrained(folder / "vae")
     vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
@@ -283,10 +303,10 @@ def main(s):
         with torch.autocast("cpu", torch.bfloat16):
             latents = torch.cat([vae.encode(batch).latent.float() for batch in batches]) * vae.config.scaling_factor
     unet, text_encoder, scheduler = train_unet(s, latents, prompts)
-    with whole_folder(out) as folder:
+    with whole_folder(out, removes=[STATE]) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
             model.save_pretrained(folder / name)
 
 
 if __name__ == "__main__":
-    run_script(main, settings, resume="started again, it goes on from the VAE if that was done")
+    run_script(main, settings, resume="it goes on when it is started again with the same out_dir")

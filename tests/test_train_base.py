@@ -10,7 +10,7 @@ from PIL import Image
 
 import tool_train_base
 from ldm.base import LatentDiffusion
-from ldm.settings import Settings
+from ldm.settings import InputError, Settings
 
 
 @pytest.fixture
@@ -43,6 +43,29 @@ def test_vae_starts_as_principal_components():
     expected = mean + (to_patches(pictures) - mean) @ components.T @ components
     assert (to_patches(decoded) - expected).abs().max() < 0.02
     torch.testing.assert_close(latents.std((0, 2, 3)).double(), deviations.sqrt(), rtol=0.01, atol=0)
+
+
+def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool_train_base, "KEPT", 2)
+
+    def train(out_dir, killed_at=None, **changes):
+        torch.manual_seed(0)
+        module, generator = torch.nn.Linear(3, 3), torch.Generator().manual_seed(0)
+
+        def loss_at(step):
+            if step == killed_at:
+                raise KeyboardInterrupt
+            return module(torch.randn(4, 3, generator=generator)).square().mean()
+
+        s = Settings(tool_train_base.settings | dict(out_dir=str(out_dir)) | changes)
+        tool_train_base.train_steps(s, module, generator, 7, 1e-2, loss_at, "test")
+        return module.weight
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "killed", killed_at=5)
+    with pytest.raises(InputError, match="other settings"):
+        train(tmp_path / "killed", batch_size=3)
+    assert torch.equal(train(tmp_path / "killed"), train(tmp_path / "whole"))
 
 
 @pytest.mark.slow
