@@ -1,4 +1,4 @@
-"""Train a small latent diffusion model like models/tiny_dc, which ships with this repository, from scratch.
+"""Train a small latent diffusion model of the architecture that models/tiny_dc describes, from scratch.
 
     python tool_train_base.py out_dir=runs/tiny_dc
 
@@ -43,6 +43,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.pairs import list_pictures, open_photo
+from cldm.runs import RESUME_FILE
 from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.base import load_vae
@@ -56,7 +57,7 @@ from ldm.text import tokenize
 # where it is cheap, and takes the pooled prompt beside the timestep, since attention alone learns slowly. The schedule
 # ends in pure noise, so that nothing of a start picture leaks (Lin et al. 2024).
 LIKE = ROOT / "models" / "tiny_dc"
-STATE, KEPT = "resume.ckpt", 200  # file of a training's state, and the steps after which it is written
+KEPT = 200  # steps after which a training's state is written
 SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
 CONSTANT = 16.0  # of four channels of the decoder, so that its normalisation begins as the identity
 
@@ -113,15 +114,17 @@ def draw_views(s, seed, count, subjects):
     for _ in range(count):
         if rng.random() < subjects:
             photo = rng.choice(list(TRAIN.values()))
-            chosen.append((find_photo(photo.file), photo))
+            chosen.append((find_photo(photo.file), None, photo))
         else:
-            chosen.append((rng.choice(rng.choices([shipped, photos, stamps], [0.35, 0.45, 0.2])[0]), None))
+            kinds = (shipped, draw_detail), (photos, draw_detail), (stamps, draw_stamp)
+            files, draw = rng.choices(kinds, [0.35, 0.45, 0.2])[0]
+            chosen.append((rng.choice(files), draw, None))
     views, prompts = [], []
-    for file, photo in tqdm(sorted(chosen, key=lambda one: one[0]), desc="drawing views"):  # each is opened once
+    for file, draw, photo in tqdm(sorted(chosen, key=lambda one: one[0]), desc="drawing views"):  # each is opened once
         if photo:
             view, prompt = render_framed(photo, s.image_size, rng.uniform(-7, 7)), photo.prompt
         else:
-            view = draw_stamp(rng, s.image_size, file) if file in stamps else draw_detail(rng, s.image_size, file)
+            view = draw(rng, s.image_size, file)
             view, prompt = recolour(rng, view) if rng.random() < 0.5 else view, describe(file)
             if rng.random() < 0.2:
                 view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
@@ -149,10 +152,10 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
     """Minimise loss_at(step) by AdamW; the learning rate warms up linearly and falls as half a cosine.
 
     module: all that training changes, of which those with gradients are trained. generator: what loss_at draws from.
-    Every KEPT steps, all of it goes into STATE in out_dir, from which a run of the same settings goes on.
+    Every KEPT steps, all of it goes into RESUME_FILE in out_dir, from which a run of the same settings goes on.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / STATE
+    optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / RESUME_FILE
     first, about, smooth = 0, {"stage": label, **s, "overwrite": None}, None
     if file.exists():
         state = torch.load(file, weights_only=True)
@@ -179,12 +182,17 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
 
 
+def to_patches(pictures):
+    """pictures: (B, 3, H, W). Returns: (B, H / 4, W / 4, 48), patches as two steps of pixel_unshuffle order them."""
+    return rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures, 2), 2), "b c h w -> b h w c")
+
+
 def patch_pca(pictures, channels):
-    """The principal components of patches of 4 x 4 pixels in all colours, in the order of two steps of pixel_unshuffle.
+    """The principal components of what to_patches makes of pictures.
 
     pictures: (B, 3, H, W). Returns: mean (48,), components (channels, 48), deviations (channels,).
     """
-    patches = rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures, 2), 2), "b c h w -> (b h w) c").double()
+    patches = rearrange(to_patches(pictures), "b h w c -> (b h w) c").double()
     variances, components = torch.linalg.eigh(torch.cov(patches.T))
     return patches.mean(0), components.T.flip(0)[:channels], variances.flip(0)[:channels].sqrt()
 
@@ -290,11 +298,11 @@ def main(s):
     check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
-    out = fresh_folder(s.out_dir, s.overwrite, own=["vae", STATE], never=["model.yaml"])
+    out = fresh_folder(s.out_dir, s.overwrite, own=["vae", RESUME_FILE], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s, s.seed, s.vae_views, subjects=0)[0])
-        with whole_folder(out, removes=[STATE]) as folder:
+        with whole_folder(out, removes=[RESUME_FILE]) as folder:
             vae.half().save_pretrained(folder / "vae")
     vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
@@ -303,7 +311,7 @@ def main(s):
         with torch.autocast("cpu", torch.bfloat16):
             latents = torch.cat([vae.encode(batch).latent.float() for batch in batches]) * vae.config.scaling_factor
     unet, text_encoder, scheduler = train_unet(s, latents, prompts)
-    with whole_folder(out, removes=[STATE]) as folder:
+    with whole_folder(out, removes=[RESUME_FILE]) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
             model.save_pretrained(folder / name)
 

@@ -47,7 +47,7 @@ from ldm.base import LatentDiffusion
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.schema import read_config
-from tool_train_base import draw_views, patch_pca
+from tool_train_base import draw_views, patch_pca, to_patches
 
 KINDS = Path(__file__).with_name("kinds.yaml")
 OTHERS = 4, 8, 16  # other numbers of components, for comparison
@@ -100,8 +100,7 @@ def find_kinds(s):
 
 def project(pictures, mean, components):
     """pictures: (B, 3, H, W) in -1..1. Returns: likewise, what patch_pca's components leave of them."""
-    patches = rearrange(F.pixel_unshuffle(F.pixel_unshuffle(pictures.double(), 2), 2), "b c h w -> b h w c")
-    left = (patches - mean) @ components.T @ components + mean
+    left = (to_patches(pictures.double()) - mean) @ components.T @ components + mean
     return F.pixel_shuffle(F.pixel_shuffle(rearrange(left, "b h w c -> b c h w"), 2), 2)
 
 
@@ -137,7 +136,8 @@ def main(s):
     fitted, shown = (
         draw_views(s, s.seed + i, count, 0)[0] / 127.5 - 1 for i, count in enumerate((s.training_views, s.pictures))
     )
-    pca = {count: patch_pca(fitted, count)[:2] for count in sorted({channels, *OTHERS})}
+    counts = sorted({channels, *OTHERS})
+    mean, components, _ = patch_pca(fitted, counts[-1])
     kinds[TRAINING] = tensor_to_pictures(shown)
     results, strips = {}, {}
     header = [f"VAE, {channels} channels", f"PCA, {channels} components", "VAE better", *(f"PCA, {n}" for n in OTHERS)]
@@ -145,7 +145,7 @@ def main(s):
     for kind, pictures in kinds.items():
         wanted = pictures_to_tensor(pictures)
         found = base.decode(base.encode(wanted))
-        vae, linear = psnr(found, wanted), {count: psnr(project(wanted, *own), wanted) for count, own in pca.items()}
+        vae, linear = psnr(found, wanted), {n: psnr(project(wanted, mean, components[:n]), wanted) for n in counts}
         both = vae, linear[channels]
         cells = [" / ".join(f"{np.quantile(own, share):.1f}" for share in (0.5, 0.1, 0)) for own in both]
         cells += [f"{np.mean(vae > linear[channels]):.0%}", *(f"{np.median(linear[count]):.1f}" for count in OTHERS)]

@@ -24,6 +24,11 @@ def start_report(path, report, key, *others):
     return folder
 
 
+def read_lines(file):
+    """Returns: a list of what the lines of a file of JSON lines hold."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def save_json(path, value):
     write_whole(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 
@@ -44,7 +49,7 @@ def read_targets(model_path, rows, out_dir):
     """Run invert.py on the rows of a prompt.json. Returns: a list of dicts, as results.jsonl has them."""
     arguments = [f"model_path={model_path}", f"targets={rows}", "figures=false", f"out_dir={out_dir}"]
     invert.main(override(invert.settings, arguments))
-    return [json.loads(line) for line in (out_dir / "results.jsonl").read_text().splitlines()]
+    return read_lines(out_dir / "results.jsonl")
 
 
 def quantiles(errors, shares, digits=3):

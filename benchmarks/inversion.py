@@ -48,7 +48,7 @@ from torchvision.models import resnet18
 import test5
 import test5_s1
 from benchmarks.baselines import augment, read_by_adam, read_by_sampling, train_regressor
-from benchmarks.common import choose, quantiles
+from benchmarks.common import choose, quantiles, read_lines
 from cldm.dataset import split_rows
 from cldm.model import Sampling, load_model
 from cldm.reading import read_controls
@@ -227,7 +227,7 @@ def main(s):
         choose(s.methods, METHODS, "methods"),
     )
     file = out_dir / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    results = read_lines(file) if file.exists() else []
     results = {result["method"]: result for result in results if result["settings"] == comparable(s)}
     print("| | targets | median error | 95% within | worst | within 0.1 | 0.3 | 0.5 | model calls | seconds | memory |")
     print(f"| {'--- | ' * 11}")

@@ -43,8 +43,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.common import choose, quantiles, save_json, start_report
-from benchmarks.meter_methods import MAIN, METHODS, SIZE, Readings, column, read_lines, write_lines
+from benchmarks.common import choose, quantiles, read_lines, save_json, start_report
+from benchmarks.meter_methods import MAIN, METHODS, SIZE, column, write_lines
 from benchmarks.mishaps import MISHAPS
 from cldm.dataset import TRAINING_FILE
 from dataForTrain import make_meter
@@ -152,10 +152,13 @@ def read_mishaps(suffered, readers, untrained):
     for mishap, rows in suffered.items():
         table.append([mishap, len(rows)])
         for method, read in readers.items():
-            read = read if mishap != UNTRAINED else untrained if method == "ours" else None
-            readings = read(rows, re.sub(r"\W", "_", mishap)) if read else Readings([math.nan], [math.nan], [False], 0)
+            read = {"ours": untrained}.get(method) if mishap == UNTRAINED else read
+            if not read:
+                table[-1].append("—")
+                continue
+            readings = read(rows, re.sub(r"\W", "_", mishap))
             off = np.abs(shortest(readings.found - column(rows, "source"))) > readings.half
-            table[-1].append(f"{off.mean():.0%}" if read else "—")
+            table[-1].append(f"{off.mean():.0%}")
             if method == "ours":
                 flagged = np.array(readings.flagged)
                 table[-1] += [f"{flagged[off].mean():.0%}" if off.any() else "—", f"{flagged.mean():.0%}"]

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 
 import tutorial_train
 from benchmarks.baselines import augment, train_regressor
-from benchmarks.common import read_targets
+from benchmarks.common import read_lines, read_targets
 from cldm.dataset import TRAINING_FILE, split_rows
 from dataForTrain.make_meter import PERIOD, shortest
 from ldm.files import find_path, write_whole
@@ -39,10 +39,6 @@ class Readings:
     half: list  # n halves of 90% intervals
     flagged: list  # n bool
     seconds: float  # a picture
-
-
-def read_lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def write_lines(file, rows):

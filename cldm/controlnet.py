@@ -70,9 +70,9 @@ class NumericControlNet(ControlNetModel):
     control_names, control_units: d texts. periods: d numbers, None where one does not go round; None: none does.
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
-    in which it is told. prompts: those of training, distinct,
-    the most frequent first. error_scale, error_floor, explained_loss, sampling_loss, probes: what
-    cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's middle alone.
+    in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
+    explained_loss, sampling_loss, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on
+    the UNet's middle alone.
     The rest are ControlNetModel's own.
     """
 
