@@ -23,7 +23,7 @@ class SamplingObjective(Objective):
 
     def __init__(self, model, target, sampling, draws, seed=0):
         super().__init__(model, torch.ones(model.control_net.control_dim, dtype=torch.bool), draws)
-        self.target, self.sampling, self.channels = target, sampling, target.latents.shape[1]
+        self.target, self.sampling = target, sampling
         self.noise = draw_noise(target.latents.shape, 1 + sampling.ddim_steps, seed, target.latents.device, draws)
 
     def residuals(self, control, index, draw_index):
@@ -31,7 +31,7 @@ class SamplingObjective(Objective):
         noise = self.noise[:, draw_index].repeat(1, len(index), 1, 1, 1)
         control = rearrange(control, "p k d -> (p k) d")
         generated = self.model.generate(noise, control, target, self.sampling, target.latents)
-        return rearrange(generated - target.latents, "(p k) c h w -> p k (c h w)", k=len(draw_index))
+        return rearrange(generated - target.latents, "(p k) c h w -> p k c (h w)", k=len(draw_index))
 
 
 @torch.no_grad()

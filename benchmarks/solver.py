@@ -2,7 +2,7 @@
 
     python benchmarks/solver.py        # about 10 minutes on two cores
 
-Parts: doubled steps, Broyden's update (else an exact Jacobian after every step), the Cauchy loss at the end. Pairs with
+Parts: doubled steps, Broyden's update (else a new Jacobian after every step), the Cauchy loss at the end. Pairs with
 all six numbers unknown are cut from photographs that no training has seen. Prints the table of docs/results.md.
 """
 
@@ -45,7 +45,7 @@ def without_cauchy(objective, start, index, bounds, draw_index=None, scale=None)
 VARIANTS = {
     "all": (),
     "steps never doubled": (patch.object(solvers, "GAIN", float("inf")),),
-    "Jacobian always exact": (patch.object(solvers, "LONG_STEP", -1.0),),
+    "a new Jacobian after every step": (patch.object(solvers, "LONG_STEP", -1.0),),
     "no Cauchy loss": (patch.object(reading, "levenberg_marquardt", without_cauchy),),
 }
 

@@ -1,13 +1,14 @@
 """Learn, at the end of training, how far to trust readings: error bars, limits of the losses, number of probes."""
 
 import math
+from dataclasses import replace
 
 import torch
 from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.confidence import Z90
+from cldm.confidence import Z90, Reading
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import CALIBRATED, Sampling, Target
@@ -32,6 +33,8 @@ def calibrate(model, folder, dataset):
     prediction; residual variances are averaged with their median, as they tell the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
+    Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at their controls: two
+    Readings.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
     """
     register = model.control_net.register_to_config
@@ -40,14 +43,15 @@ def calibrate(model, folder, dataset):
     batches = [load_batch(model, dataset, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
     probes = choose_probes(model, *batches[0])
     register(probes=probes)
-    readings, drawn = [], []
+    readings, drawn, losses = [], [], []
     for target, control in tqdm(batches, desc="calibrating"):
         readings.append(read_controls(model, target))
-        drawn.append(sampling_losses(model, target, control))
-    covariances = ([getattr(r, key) for r in readings] for key in ("noise_covariance", "residual_covariance"))
-    noise, residual = (torch.cat(own).diagonal(dim1=1, dim2=2).cpu() for own in covariances)
-    found, loss = (torch.cat([getattr(reading, key) for reading in readings]).cpu() for key in ("control", "loss"))
-    errors = wrap(found - dataset.controls[chosen], model.control_net.config.periods)
+        latents = draw_latents(model, target, control)
+        losses.append((latents - target.latents).square().mean((1, 2, 3)))
+        drawn.append(read_controls(model, replace(target, latents=latents)))
+    reading, drawn = Reading.cat(readings), Reading.cat(drawn)
+    noise, residual = (own.diagonal(dim1=1, dim2=2) for own in (reading.noise_covariance, reading.residual_covariance))
+    errors = wrap(reading.control - dataset.controls[chosen], model.control_net.config.periods)
     missing = (errors / Z90).square() - noise  # variance that the noise does not account for
     typical = residual.median(0).values
     moderated = (residual + typical) / 2
@@ -56,12 +60,14 @@ def calibrate(model, folder, dataset):
     error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
     limits = (
         UNEXPLAINED[model.control_net.uses_reference] * losses.quantile(0.95).item()
-        for losses in (loss, torch.cat(drawn).cpu())
+        for losses in (reading.loss, torch.cat(losses).cpu())
     )
     learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
     register(**dict(zip(CALIBRATED, learned)))
     text = model.control_net.to_json_string()
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
+    learned = dict(zip(("error_scale", "error_floor"), map(errors.new_tensor, learned[:2])))
+    return dataset.controls[chosen], *(replace(own, **learned) for own in (reading, drawn))
 
 
 def load_batch(model, dataset, which):
@@ -104,8 +110,7 @@ def valley_width(losses, at):
 
 
 @torch.no_grad()
-def sampling_losses(model, target, control):
-    """Returns: (B,) mean squared errors of latents drawn once at the true controls (B, d)."""
+def draw_latents(model, target, control):
+    """Returns: (B, C, h, w), latents of a Target drawn once at controls (B, d)."""
     noise = draw_noise(target.latents.shape, 1 + SAMPLING.ddim_steps, 0, target.latents.device)
-    drawn = model.generate(noise, control, target, SAMPLING, target.reference)
-    return (drawn - target.latents).square().mean((1, 2, 3))
+    return model.generate(noise, control, target, SAMPLING, target.reference)

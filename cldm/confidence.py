@@ -1,7 +1,7 @@
 """How sure a reading is: error bars, and flags for what may be wrong with it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
@@ -33,7 +33,7 @@ class Reading:
     control: torch.Tensor  # (B, d)
     noise_covariance: torch.Tensor  # (B, d, d), of the errors, by the scatter over draws of noise
     residual_covariance: torch.Tensor  # (B, d, d), of the errors if residuals were entirely due to control error
-    loss: torch.Tensor  # (B,) mean squared residual at its lowest
+    loss: torch.Tensor  # (B,), of likelihood_loss at its lowest
     iterations: torch.Tensor  # (B,), of the best valley
     others: list  # of B lists: the controls (d numbers each) of other valleys, the best first
     flags: list  # of B lists of FLAGS
@@ -45,6 +45,14 @@ class Reading:
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
     periods: tuple = ()  # of the d numbers, None where one does not go round; (): none does
     middle: tuple | float = 0.0  # of the circles that periodic numbers are told in
+
+    @staticmethod
+    def cat(readings):
+        """Returns: the Reading of all targets of some Readings by one control, on the CPU."""
+        keys = ("control", "noise_covariance", "residual_covariance", "loss")
+        joined = {key: torch.cat([getattr(own, key) for own in readings]).cpu() for key in keys}
+        lists = {key: [one for own in readings for one in getattr(own, key)] for key in ("others", "flags")}
+        return replace(readings[0], iterations=None, **joined, **lists)
 
     @property
     def largest_std(self):
@@ -99,7 +107,7 @@ def standard_errors(found, paired, width):
     """
     gradients = rearrange(found.gradients, "p (k two) f -> p k two f", two=2).mean(2) if paired else found.gradients
     gradients = gradients.double() * width  # in units of the range: the numbers may be of very different sizes
-    curvature, loss = found.curvature.double() * width[:, None] * width, found.losses.mean(1, keepdim=True)
+    curvature, loss = found.curvature.double() * width[:, None] * width, found.loss[:, None]
     count = gradients.shape[1]
     scatter = einsum(gradients, gradients, "p k e, p k f -> p e f") / (count * max(count - 1, 1))
     inverse = torch.linalg.pinv(curvature, hermitian=True)

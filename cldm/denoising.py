@@ -25,7 +25,9 @@ class DenoisingObjective(Objective):
         device, pairs = target.latents.device, draws // 2
         free = torch.ones(model.control_net.control_dim, dtype=torch.bool) if free is None else free
         super().__init__(model, free.to(device), 2 * pairs)
-        self.target, self.channels = target, target.latents.shape[1]
+        self.target = target
+        if target.reference is not None:
+            self.alike = 1, 2, 3  # channels of their own variance read exposure half as well
         scheduler = model.base.scheduler
         low, high = (
             share * (scheduler.config.num_train_timesteps - 1) for share in LEVELS[target.reference is not None]
@@ -54,7 +56,7 @@ class DenoisingObjective(Objective):
             None if reference is None else reference[picture // self.draws],
             encoded=encoded,
         )
-        return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k (c h w)", k=len(draw_index))
+        return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k c (h w)", k=len(draw_index))
 
     @property
     def middle_draws(self):

@@ -42,7 +42,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     found = levenberg_marquardt(objective, control, index, bounds)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
-    loss = best.losses.mean(1)
+    loss = best.loss
     if target.reference is not None:
         best = levenberg_marquardt(objective, best, every, bounds, scale=loss)
     both = free[:, None] & free
@@ -55,7 +55,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
-    several = torch.tensor([is_ambiguous(found.losses[own], objective.paired) for own in valleys])
+    several = torch.tensor([is_ambiguous(found.compare(own), objective.paired) for own in valleys])
     reading.flags = raise_flags(
         len(target),
         outside_range=is_outside(config, reading.control, reading.std),

@@ -126,7 +126,7 @@ class Registration(Objective):
 
         moved = standardize(sample_bilinear(target.reference, positions))
         residuals = (moved - standardize(target.latents)) * (weights + 1e-6).sqrt()
-        return rearrange(residuals, "p c h w -> p 1 (c h w)")
+        return rearrange(residuals, "p c h w -> p 1 1 (c h w)")
 
 
 def find_moving(control_net, size):

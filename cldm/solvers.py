@@ -3,9 +3,10 @@
 from dataclasses import dataclass, fields
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 
 from cldm.hints import wrap
+from cldm.objective import likelihood_loss
 
 DAMPING = 1e-3  # at first, as a share of the curvature's own diagonal
 LONG_STEP = 0.1  # share of the range; a longer step asks for a new Jacobian
@@ -16,54 +17,57 @@ RIVAL = 1.5  # a valley whose loss is this many times the best is left alone
 
 @dataclass
 class Solution:
-    """P solutions, each with K draws of N residuals and their derivatives by the f free numbers."""
+    """P solutions, each with K draws of n residuals in C channels and their derivatives by the f free numbers."""
 
     control: torch.Tensor  # (P, d)
-    residuals: torch.Tensor  # (P, K, N)
-    jacobian: torch.Tensor  # (P, K, N, f)
+    residuals: torch.Tensor  # (P, K, C, n)
+    jacobian: torch.Tensor  # (P, K, C, n, f)
     iterations: torch.Tensor  # (P,)
-    weights: torch.Tensor  # (P, 1, N), of the residuals
+    weights: torch.Tensor  # of the residuals, as likelihood_loss or cauchy_loss have them
 
     @staticmethod
     def at(objective, control, index, draw_index=None):
         """Returns: the Solution that consists of controls (P, d) as they are, for the targets `index` (P,)."""
         residuals, jacobian = objective.linearize(control, index, draw_index)
-        return Solution(
-            control.clone(), residuals, jacobian, torch.zeros_like(index), torch.ones_like(residuals[:, :1])
-        )
+        weights = likelihood_loss(residuals, objective.alike)[1]
+        return Solution(control.clone(), residuals, jacobian, torch.zeros_like(index), weights)
 
     def select(self, index):
         """index: (P',) integers. Returns: the Solution of those, a copy."""
         return Solution(*(getattr(self, field.name)[index] for field in fields(self)))
 
+    def compare(self, index):
+        """Returns: (P', K) mean squares of some solutions for one target, by the weights of the first."""
+        return (self.weights[index[:1]] * self.residuals[index].square()).mean((2, 3))
+
     @property
-    def losses(self):
-        """(P, K), weighted mean squares."""
-        return (self.weights * self.residuals.square()).mean(2)
+    def loss(self):
+        """(P,), weighted mean squares."""
+        return (self.weights * self.residuals.square()).mean((1, 2, 3))
 
     @property
     def gradients(self):
         """(P, K, f), of half the weighted mean squares, in the control's precision."""
-        summed = einsum(self.weights * self.residuals, self.jacobian, "p k n, p k n f -> p k f")
-        return summed.to(self.control) / self.residuals.shape[2]
+        summed = einsum(self.weights * self.residuals, self.jacobian, "p k c n, p k c n f -> p k f")
+        return summed.to(self.control) / self.residuals[0, 0].numel()
 
     @property
     def curvature(self):
         """(P, f, f), Gauss-Newton's approximation of the Hessian of half the loss."""
-        weighted = self.weights[..., None] * self.jacobian
-        return einsum(weighted, self.jacobian, "p k n e, p k n f -> p e f").to(self.control) / self.residuals[0].numel()
+        weighted = einsum(self.weights[..., None] * self.jacobian, self.jacobian, "p k c n e, p k c n f -> p e f")
+        return weighted.to(self.control) / self.residuals[0].numel()
 
 
 def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=None, iterations=20, tolerance=5e-3):
-    """Minimise an objective's loss over its free numbers by damped Gauss-Newton steps within bounds.
+    """Minimise an objective's likelihood_loss over its free numbers by damped Gauss-Newton steps within bounds.
 
     start: controls (P, d), or a Solution to go on from. index: (P,), the target that each is for. bounds: (2, d).
     draw_index: (k,), of noise; None: all.
-    scale: (P,), of the Cauchy loss; None: the loss is the mean square. tolerance: a control whose step is shorter than
-    this share of the range has settled.
+    scale: (P,), of the Cauchy loss, minimised instead by the weights of a start that is a Solution. tolerance: a
+    control whose step is shorter than this share of the range has settled.
     A periodic number has no bounds: a step takes it half a period either way at most, its range is the period.
     A step that does not lower the loss is taken back and the damping raised tenfold; otherwise it falls tenfold. The
-    Jacobian is exact at controls to start from and after long steps; Broyden's update serves after short ones.
+    Jacobian is computed at controls to start from and after long steps; Broyden's update serves after short ones.
     Returns: Solution.
     Source: More 1978, the Levenberg-Marquardt algorithm; Madsen et al. 2004, its secant version.
     """
@@ -73,8 +77,15 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
     active = torch.arange(len(index), device=index.device)  # those that have not settled
     at = start.select(active) if isinstance(start, Solution) else Solution.at(objective, start, index, draw_index)
     damping = torch.full_like(at.control[:, 0], DAMPING)
-    scale = torch.full_like(at.residuals[:, 0, 0], torch.inf) if scale is None else scale
-    loss, at.weights = cauchy_loss(at.residuals, scale, objective.channels)
+    known = at.weights
+
+    def judge(residuals, rows):
+        """Returns: losses (P',), weights of residuals (P', K, C, n) of some rows."""
+        if scale is None:
+            return likelihood_loss(residuals, objective.alike)
+        return cauchy_loss(residuals, known[rows], scale[rows])
+
+    loss, at.weights = judge(at.residuals, active)
     for _ in range(iterations):
         now = at.select(active)
         place = now.control[:, free]
@@ -86,7 +97,7 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
             control = now.control[rows]
             control[:, free] = (control[:, free] + step * width).clamp(low[rows], high[rows])
             residuals = objective.evaluate(control, index[active[rows]], draw_index)
-            return control, residuals, *cauchy_loss(residuals, scale[active[rows]], objective.channels)
+            return control, residuals, *judge(residuals, active[rows])
 
         gradient = now.gradients.mean(1)
         held = ((place <= low) & (gradient > 0)) | ((place >= high) & (gradient < 0))  # downhill is beyond a bound
@@ -99,7 +110,8 @@ def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=
         length, better = step.abs().amax(1), after < loss[active]
         jacobian = broyden_update(now, residuals, step, width)
         if (long := better & (length > LONG_STEP)).any():
-            jacobian[long] = objective.linearize(control[long], index[active[long]], draw_index)[1]
+            there = control[long], index[active[long]], draw_index
+            jacobian[long] = objective.linearize(*there, residuals=residuals[long])[1]
         at.jacobian[active] = jacobian
         kept = active[better]
         at.control[kept], at.residuals[kept], at.weights[kept] = control[better], residuals[better], weights[better]
@@ -147,26 +159,25 @@ def double_steps(trial, now, before, step, width, tolerance, attempt):
 def broyden_update(now, residuals, step, width):
     """Correct the Jacobian J of a Solution by what a step s showed: J + (r' - r - J s) s^T / (s^T s).
 
-    residuals: (P, K, N), r', after the step. step: (P, f), in units of the range, width (f,), which
+    residuals: (P, K, C, n), r', after the step. step: (P, f), in units of the range, width (f,), which
     makes numbers of different sizes comparable in s^T s.
-    Returns: (P, K, N, f). Source: Broyden 1965.
+    Returns: (P, K, C, n, f). Source: Broyden 1965.
     """
-    surprise = residuals - now.residuals - einsum(now.jacobian, (step * width).to(residuals), "p k n f, p f -> p k n")
+    expected = einsum(now.jacobian, (step * width).to(residuals), "p k c n f, p f -> p k c n")
     direction = step / step.square().sum(1, keepdim=True).clamp_min(1e-12) / width
-    return now.jacobian + einsum(surprise, direction.to(residuals), "p k n, p f -> p k n f")
+    surprise = residuals - now.residuals - expected
+    return now.jacobian + einsum(surprise, direction.to(residuals), "p k c n, p f -> p k c n f")
 
 
-def cauchy_loss(residuals, scale, channels):
+def cauchy_loss(residuals, weights, scale):
     """Robust loss: a place in the picture counts for less, the larger its mean square is against the scale.
 
-    residuals: (P, K, C places). scale: (P,); infinite: the mean square.
-    Returns: loss (P,); weights (P, 1, N) of iteratively reweighted least squares.
+    residuals: (P, K, C, places). weights: of likelihood_loss. scale: (P,).
+    Returns: loss (P,); weights (P, 1 or K, 1 or C, places) of iteratively reweighted least squares.
     Source: Holland & Welsch 1977.
     """
-    squares = rearrange(residuals, "p k (c n) -> p k c n", c=channels).square().mean((1, 2))  # (P, places)
-    excess = squares / scale[:, None]
-    loss = torch.where(excess > 0, excess.log1p() / excess, 1) * squares
-    return loss.mean(1), (1 / (1 + excess))[:, None].repeat(1, 1, channels)
+    excess = (weights * residuals.square()).mean((1, 2)) / scale[:, None]  # (P, places)
+    return scale * excess.log1p().mean(1), weights / (1 + excess)[:, None, None]
 
 
 def distinct_solutions(found, index, objective, bounds):
@@ -174,7 +185,7 @@ def distinct_solutions(found, index, objective, bounds):
 
     Returns: for every target, the indices of its solutions further apart than SAME, the best first.
     """
-    order, free = found.losses.mean(1).argsort(stable=True), objective.free
+    order, free = found.loss.argsort(stable=True), objective.free
     width = (bounds[1] - bounds[0])[free]
     distinct = []
     for own in (order[index[order] == i].tolist() for i in index.unique()):
@@ -189,7 +200,7 @@ def distinct_solutions(found, index, objective, bounds):
 
 def keep_rivals(found, index, objective, bounds, most=None):
     """As distinct_solutions. Returns: indices of every target's best solutions, `most` or fewer, close to the best."""
-    losses, kept = found.losses.mean(1), []
+    losses, kept = found.loss, []
     for own in distinct_solutions(found, index, objective, bounds):
         kept += [i for i in own[:most].tolist() if losses[i] <= RIVAL * losses[own[0]]]
     return kept

@@ -45,7 +45,7 @@ def test_generations_as_least_squares():
     residuals, jacobian = objective.linearize(at, index)
     higher, lower = (objective.evaluate(at + step, index) for step in (small, -small))
     slope = (higher - lower) / (2 * small)
-    assert residuals.shape == jacobian.shape[:3] and (slope - jacobian[..., 0]).norm() < 0.01 * slope.norm()
+    assert residuals.shape == jacobian.shape[:4] and (slope - jacobian[..., 0]).norm() < 0.01 * slope.norm()
 
 
 def test_a_killed_run_starts_again(tmp_path):

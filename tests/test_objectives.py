@@ -39,16 +39,18 @@ def test_halves_equal_the_unet(make_model, normal):
     torch.testing.assert_close(decode_unet(unet, encoded, down, mid), expected)
 
 
+@pytest.mark.parametrize("by_differences", [True, False])
 @pytest.mark.parametrize("hint", ["coordinate", "reference"])
-def test_derivatives_equal_finite_differences(make_objective, hint):
+def test_derivatives_equal_finite_differences(make_objective, hint, by_differences):
     objective, index = make_objective(hint), torch.arange(2)
+    objective.by_differences = by_differences
     residuals, jacobian = objective.linearize(CONTROL, index)
     torch.testing.assert_close(residuals, objective.evaluate(CONTROL, index))
     columns = []
     for axis in torch.eye(2).double():
         ahead, behind = (objective.evaluate(CONTROL + h * axis, index) for h in (1e-5, -1e-5))
         columns.append((ahead - behind) / 2e-5)
-    torch.testing.assert_close(jacobian, torch.stack(columns, 3), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(jacobian, torch.stack(columns, 4), rtol=1e-5, atol=1e-7 if by_differences else 1e-9)
 
 
 @pytest.mark.parametrize("hint", ["coordinate", "reference"])
@@ -67,22 +69,22 @@ def test_a_known_number_is_left_out_of_the_derivative(make_objective):
     index = torch.arange(2)
     whole, free = make_objective().linearize(CONTROL, index), make_objective(free=(True, False))
     residuals, jacobian = free.linearize(CONTROL, index)
-    assert jacobian.shape[3] == 1 and residuals.shape == whole[0].shape
+    assert jacobian.shape[4] == 1 and residuals.shape == whole[0].shape
 
 
 class Valley:
     """Residuals of Rosenbrock's valley, whose minimum is at (1, 1), for one target and one draw."""
 
-    channels, free, periods = 1, torch.tensor([True, True]), (None, None)
+    free, periods, alike = torch.tensor([True, True]), (None, None), (3,)
 
     def evaluate(self, control, targets, draws=None):
         x, y = control.unbind(1)
-        return torch.stack([10 * (y - x**2), 1 - x], 1)[:, None]
+        return torch.stack([10 * (y - x**2), 1 - x], 1)[:, None, None]
 
-    def linearize(self, control, targets, draws=None):
+    def linearize(self, control, targets, draws=None, residuals=None):
         x, one = control[:, 0], torch.ones_like(control[:, 0])
         jacobian = torch.stack([torch.stack([-20 * x, 10 * one], 1), torch.stack([-one, 0 * one], 1)], 1)
-        return self.evaluate(control, targets), jacobian[:, None]
+        return self.evaluate(control, targets), jacobian[:, None, None]
 
 
 def test_levenberg_marquardt_finds_the_bottom_and_respects_bounds():
@@ -102,12 +104,12 @@ class Far(Valley):
 
     def evaluate(self, control, targets, draws=None):
         x = torch.linspace(-5, 5, 201)
-        return (torch.exp(-((x - control) ** 2)) - torch.exp(-(x**2)))[:, None]
+        return (torch.exp(-((x - control) ** 2)) - torch.exp(-(x**2)))[:, None, None]
 
-    def linearize(self, control, targets, draws=None):
+    def linearize(self, control, targets, draws=None, residuals=None):
         return self.evaluate(control, targets), torch.func.jacfwd(lambda c: self.evaluate(c, targets).sum(0))(
             control
-        ).movedim(2, 0)
+        ).movedim(3, 0)
 
 
 def test_levenberg_marquardt_is_quick_from_far_away(monkeypatch):
@@ -127,16 +129,16 @@ def test_levenberg_marquardt_is_quick_from_far_away(monkeypatch):
 class Strangers(Valley):
     """Numbers that should all be the control, a tenth of which something else has put far away; two channels."""
 
-    channels, free, periods = 2, torch.tensor([True]), (None,)
+    free, periods = torch.tensor([True]), (None,)
 
     def __init__(self):
         self.seen = torch.randn(1, 4, 2, 500, generator=torch.Generator().manual_seed(0))
         self.seen[..., :50] += 30
 
     def evaluate(self, control, targets, draws=None):
-        return (control[:, :, None, None] - self.seen).flatten(2)
+        return control[:, :, None, None] - self.seen
 
-    def linearize(self, control, targets, draws=None):
+    def linearize(self, control, targets, draws=None, residuals=None):
         residuals = self.evaluate(control, targets)
         return residuals, torch.ones_like(residuals)[..., None]
 
@@ -149,9 +151,30 @@ def test_the_cauchy_loss_leaves_alone_what_fits_nowhere():
 
     squares, robust = solve(), solve(scale=torch.ones(1))
     assert squares.control > 2.9 and robust.control.abs() < 0.1
-    weights = robust.weights.unflatten(2, (2, -1))
+    weights = robust.weights
     assert (weights[..., :50] < 0.01).all() and weights[..., 50:].mean() > 0.4
     assert robust.gradients.mean().abs() < 1e-3
+
+
+class Unequal(Strangers):
+    """Two channels that each see the control with an error, the second's a hundred times as large."""
+
+    def __init__(self):
+        self.seen = torch.tensor([0.1, 10.0])[:, None] * torch.randn(
+            1, 4, 2, 50, generator=torch.Generator().manual_seed(0)
+        )
+
+
+@pytest.mark.parametrize("alike", [(3,), (1, 2, 3)])
+def test_a_channel_that_is_predicted_well_counts_for_more(alike):
+    objective, start, bounds = Unequal(), torch.tensor([[5.0]]), torch.tensor([[-50.0], [50.0]])
+    objective.alike = alike
+    found = levenberg_marquardt(objective, start, torch.arange(1), bounds, tolerance=1e-6)
+    assert (found.control.abs() < 0.02) == (alike == (3,)) and found.control.abs() < 1
+    squares = found.residuals.square()
+    torch.testing.assert_close(found.loss, (found.weights * squares).mean((1, 2, 3)))
+    expected = squares.mean(alike).log().mean().exp()  # the geometric mean of mean squares
+    torch.testing.assert_close(found.loss, expected[None])
 
 
 def test_gradient_descent_settles_at_the_bottom():

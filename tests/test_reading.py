@@ -134,13 +134,13 @@ def test_valleys_are_low_and_below_their_neighbours():
 
 
 def solution(control, residuals, jacobian):
-    return Solution(control, residuals, jacobian, torch.zeros(len(control)), torch.ones_like(residuals[:, :1]))
+    return Solution(control, residuals, jacobian, torch.zeros(len(control)), torch.ones_like(residuals[..., :1]))
 
 
 def test_solutions_close_together_are_one_valley():
     control = torch.tensor([[1.0], [3.0], [1.01], [5.0]])
     losses = torch.tensor([2.0, 1.0, 1.9, 3.0])
-    found = solution(control, losses.sqrt()[:, None, None], torch.ones(4, 1, 1, 1))
+    found = solution(control, losses.sqrt()[:, None, None, None], torch.ones(4, 1, 1, 1, 1))
     objective, bounds = SimpleNamespace(free=torch.tensor([True]), periods=[None]), torch.tensor([[0.0], [10.0]])
     ranked = distinct_solutions(found, torch.tensor([0, 0, 0, 1]), objective, bounds)
     assert [own.tolist() for own in ranked] == [[1, 2], [3]]
@@ -152,18 +152,18 @@ def test_standard_errors_equal_the_spread_of_repeated_readings():
     draws, numbers, jacobian = 10, 5, 2.0
     seen = 0.3 * torch.randn(4000, draws, generator=generator)
     control = seen.mean(1, keepdim=True)  # the least-squares solution
-    residuals = jacobian * (control - seen)[:, :, None].expand(-1, -1, numbers)
-    found = solution(control, residuals, torch.full((4000, draws, numbers, 1), jacobian))
+    residuals = jacobian * (control - seen)[:, :, None, None].expand(-1, -1, 1, numbers)
+    found = solution(control, residuals, torch.full((4000, draws, 1, numbers, 1), jacobian))
     noise, residual = standard_errors(found, False, torch.tensor([5.0]))
     assert noise.mean().sqrt().item() == pytest.approx(control.std().item(), rel=0.05)
-    expected = found.losses.mean(1).sqrt() / jacobian
+    expected = found.loss.sqrt() / jacobian
     torch.testing.assert_close(residual[:, 0, 0].sqrt(), expected)
 
 
 def test_draws_of_opposite_noise_count_as_one():
     """An error that opposite draws share, with opposite sign, is none of their mean."""
     seen = torch.tensor([[0.5, -0.5, 0.2, -0.2]])
-    found = solution(seen.mean(1, keepdim=True), -seen[:, :, None], torch.ones(1, 4, 1, 1))
+    found = solution(seen.mean(1, keepdim=True), -seen[:, :, None, None], torch.ones(1, 4, 1, 1, 1))
     assert standard_errors(found, True, torch.tensor([5.0]))[0].item() == pytest.approx(0, abs=1e-6)
     assert standard_errors(found, False, torch.tensor([5.0]))[0].item() > 0.01
 
@@ -171,7 +171,7 @@ def test_draws_of_opposite_noise_count_as_one():
 def test_a_number_without_effect_may_be_anywhere():
     """Two numbers of very unlike sizes, the second without effect, and then with a faint one."""
     generator = torch.Generator().manual_seed(0)
-    residuals, jacobian = torch.randn(1, 8, 50, generator=generator), torch.randn(1, 8, 50, 2, generator=generator)
+    residuals, jacobian = (torch.randn(1, 8, 1, 50, *more, generator=generator) for more in ((), (2,)))
     width = torch.tensor([10.0, 1e-3])
     for effect, expected in (0.0, width[1]), (1.0, None):
         found = solution(torch.zeros(1, 2), residuals, jacobian * torch.tensor([1.0, effect]))
@@ -215,10 +215,10 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
             return count
 
         def __getitem__(self, i):
-            return {"latents": torch.tensor(i), "embeddings": torch.tensor(0), "control": controls[i]}
+            return {"latents": torch.full((1, 1, 1), float(i)), "embeddings": torch.tensor(0), "control": controls[i]}
 
     def read(model, target):
-        config, which = model.control_net.config, target.latents
+        config, which = model.control_net.config, target.latents.flatten().long()
         assert config.error_scale is config.error_floor is config.explained_loss is None
         loss, nothing = torch.full((len(which),), 2.0), torch.zeros(2)
         found = controls[which] + error[which], *(part[which] for part in covariances)
@@ -226,15 +226,17 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
 
     monkeypatch.setattr(calibration, "read_controls", read)
     monkeypatch.setattr(calibration, "choose_probes", lambda *_: 11)
-    monkeypatch.setattr(calibration, "sampling_losses", lambda model, target, control: torch.full((len(control),), 0.5))
-    calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
+    monkeypatch.setattr(calibration, "draw_latents", lambda model, target, control: target.latents + 0.5**0.5)
+    truth, *both = calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
-    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(6.0), pytest.approx(1.5))
+    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(6.0), pytest.approx(1.5, rel=1e-4))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
     final = Reading(controls + error, *covariances, *[None] * 4, *calibrated)
     inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
+    for own in both:  # of the pictures, and of drawings, which are read alike here
+        assert torch.equal(own.interval90, final.interval90) and torch.equal(truth, controls)
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
     assert Reading(controls[:1], 0 * known, known, *[None] * 4, *calibrated).std[0, 0] == 0
@@ -258,7 +260,7 @@ def spiral(trained, monkeypatch):
                 angle = number * 2 * math.pi / 3
                 return torch.cat([angle.cos(), angle.sin(), number / 10], -1)
 
-            return (shown(control) - shown(self.truth[index, None, None]) + self.noise[draws]).float()
+            return (shown(control) - shown(self.truth[index, None, None]) + self.noise[draws]).float()[:, :, None]
 
     for room in (reading, calibration):
         monkeypatch.setattr(room, "DenoisingObjective", Spiral)
@@ -376,6 +378,6 @@ def test_probes_cover_a_circle_once(periodic):
 
 
 def test_solutions_either_side_of_a_seam_are_one_valley():
-    found = solution(torch.tensor([[0.05], [9.95], [3.0]]), torch.ones(3, 1, 1), torch.ones(3, 1, 1, 1))
+    found = solution(torch.tensor([[0.05], [9.95], [3.0]]), torch.ones(3, 1, 1, 1), torch.ones(3, 1, 1, 1, 1))
     objective, bounds = SimpleNamespace(free=torch.tensor([True]), periods=[10.0]), torch.tensor([[0.0], [10.0]])
     assert [own.tolist() for own in distinct_solutions(found, torch.zeros(3), objective, bounds)] == [[0, 2]]
