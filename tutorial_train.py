@@ -9,6 +9,7 @@ then the model_path of test5.py, test5_s1.py and invert.py.
 A run that was killed goes on when started again with the same out_dir.
 """
 
+from ldm.schema import FLAG, expect, or_null
 from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
@@ -21,12 +22,15 @@ settings = dict(
     hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
     out_dir="runs/control_tiny",
     overwrite=False,  # True: replace a control in out_dir that belongs to no unfinished run
+    check=False,  # True: train nothing; look at all of the data, tell every problem and what training will take
     # how
     batch_size=16,
     max_steps=1400,
     logger_freq=500,  # steps between pictures, validations and checkpoints; the last step has its own
+    patience=None,  # validations in a row that find no better control, after which training ends; None: at max_steps
     learning_rate=1e-3,  # at its peak; it falls to zero as half a cosine
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
+    likelihood=None,  # True: weigh latent channels as reading does; False: alike, as ControlNet; None: if no references
     sd_locked=True,  # False: the UNet's decoder learns too
     only_mid_control=False,
     save_memory=False,  # True: recompute activations instead of keeping them
@@ -42,6 +46,7 @@ if __name__ == "__main__":
 
 import gc
 import math
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -54,21 +59,24 @@ from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
 from cldm.model import load_base, load_model, save_model
+from cldm.monitor import BY_HEART, CAUGHT, Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
 from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
+from cldm.survey import rehearse, survey_rows
 from cldm.training import ControlTraining, checkpointing
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import find_path
+from ldm.files import find_path, write_whole
 
 COUNT = 1, math.inf
 
 
 def check(s):
     """Raises: InputError for settings that cannot be, or that would have no effect."""
-    check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, seed=(0, 2**32 - 1))
+    check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, patience=COUNT, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=(1e-12, math.inf), prompt_dropout=(0, 1))
     unused = ("with pairs, which are cut while training", "data_root") if s.pairs else ("without pairs", "controls")
     check_used(s, settings, *unused)
+    expect('setting "likelihood": expected', s.likelihood, or_null(FLAG))
     if s.resume_path:
         check_used(s, settings, "with resume_path, whose control has its own", "hint")
 
@@ -108,13 +116,14 @@ def make_model(s, data):
 
 
 def train(s, model, data, datasets, out_dir):
-    """Train until max_steps, from the last checkpoint in out_dir if there is one. Returns: how it went, a sentence."""
+    """Train until max_steps, from the last checkpoint in out_dir if there is one. Returns: lines on how it went."""
     rows, validation = datasets
-    saver = SaveBestAndLast(out_dir, s.logger_freq)
+    monitor = Monitor(validation or rows, out_dir)
+    saver = SaveBestAndLast(out_dir, s.logger_freq, monitor, s.patience)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
-    trainer = make_trainer(s, out_dir, [pictures, Progress(), saver])
+    trainer = make_trainer(s, out_dir, [pictures, monitor, Progress(monitor), saver])
     run = describe_run(s, model, data, trainer.precision)
-    how = {key: s[key] for key in ("learning_rate", "prompt_dropout", "sd_locked", "seed")}
+    how = {key: s[key] for key in ("learning_rate", "prompt_dropout", "likelihood", "sd_locked", "seed")}
     module = ControlTraining(model, steps=s.max_steps, run=run, **how)
     checkpoint, step = find_checkpoint(out_dir, run)
     count, length = None if s.pairs else len(rows), s.max_steps * s.batch_size
@@ -127,26 +136,56 @@ def train(s, model, data, datasets, out_dir):
     if trainer.is_global_zero:
         for folder in [out_dir / "last"] + [out_dir] * (not saver.history):
             save_model(model, folder)
-    return describe_losses(saver.history, bool(data.validation))
+    lines = [describe_losses(saver.history, bool(data.validation))]
+    if not monitor.caught:
+        lines.append(
+            f"warning: the numbers are ignored (response {monitor.response:.1%}): try more steps (max_steps), a higher "
+            "learning_rate, or pictures of which fewer other things change under one prompt"
+        )
+    elif data.validation and not s.pairs and monitor.find_response(model, rows) > BY_HEART * monitor.response + CAUGHT:
+        lines.append("warning: it knows the training pictures by heart: more of them would help, not more steps")
+    return lines
+
+
+def finish(model, data, dataset, out_dir):
+    """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
+    config, seen = model.control_net.config, not data.validation
+    control, reading, drawn = calibrate(model, out_dir, dataset)
+    print(*describe_asked(config, control, reading, drawn, seen), describe_bars(dataset, seen), sep="\n")
+    write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
+
+
+def survey(s):
+    """Tell what there is to tell before a training. Raises: InputError if the data has problems."""
+    if not s.pairs:
+        lines, problems = survey_rows(find_path(s.data_root), load_base(s.base)[1].image_size)
+        print(*lines, *(f"problem: {problem}" for problem in problems), sep="\n")
+        if problems:
+            raise InputError(f"{len(problems)} problem(s) in {s.data_root}, named above; mend them, then train")
+    data = read(s)
+    model = make_model(s, data)
+    print(*describe_data(data, model.control_net.config), rehearse(s, model, data), sep="\n")
 
 
 def main(s):
     check(s)
     pl.seed_everything(s.seed, verbose=False)
+    if s.check:
+        return survey(s)
     out_dir = hold_folder(
         s.out_dir, s.overwrite, inputs=map(find_path, s.pairs.split(",") if s.pairs else [s.data_root])
     )
     data = read(s)
+    s.likelihood = not data.has_references if s.likelihood is None else s.likelihood
     model = make_model(s, data)
     print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")
     given = data, model.base, model.config.image_size, s.seed
     rows, validation = training_set(*given), validation_set(*given)
-    print(train(s, model, data, (rows, validation), out_dir))
+    print(*train(s, model, data, (rows, validation), out_dir), sep="\n")
     gc.collect()  # the optimizer's memory
     if rank_zero_only.rank == 0:
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
-        calibrate(trained, out_dir, validation or rows)
-        print(describe_bars(validation or rows, seen=not data.validation))
+        finish(trained, data, validation or rows, out_dir)
     print(f"the control: {out_dir} (give it to test5.py as model_path={s.out_dir})")
 
 

@@ -96,7 +96,7 @@ def training_steps(folder, size):
         began = time.perf_counter()
         with checkpointing(model, True), torch.autocast("cpu", torch.bfloat16):
             noise, kept = torch.randn_like(batch["latents"]), torch.ones(1, dtype=torch.bool)
-            loss = module.denoising_loss(batch, noise, torch.tensor([500]), kept).mean()
+            loss = module.squared_errors(batch, noise, torch.tensor([500]), kept).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -105,12 +105,13 @@ def read_rows(file):
     return list(iterate_rows(file))
 
 
-def iterate_rows(file, known=True):
+def iterate_rows(file, known=True, like=None, problems=None):
     """Read and check a prompt.json line by line: {"source", "target", "prompt"}, targets relative to its folder.
 
     All rows or none have a "reference", the picture that the source is a change from, and a "time". Pictures are not
     looked at: Row.load does that.
-    known: whether every row needs a source; a row without one has control None.
+    known: whether every row needs a source; a row without one has control None. like: a Row of another file, as long.
+    problems: a list that takes the InputErrors of lines, which are then left out; None: the first is raised.
     Yields: Rows, all controls of one length. Raises: InputError naming the file and the line.
     """
     file, first = Path(file), None
@@ -118,17 +119,22 @@ def iterate_rows(file, known=True):
         with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    row = _read_row(line, file.parent, f"{file} line {number}", known)
-                    first = first or row
-                    _check_alike(row.place, row, first)
-                    _check_times(row, first)
-                    first = first if first.control else row
+                    try:
+                        row = _read_row(line, file.parent, f"{file} line {number}", known)
+                        _check_alike(row, like or first or row)
+                        _check_times(row, first or row)
+                    except InputError as error:
+                        if problems is None:
+                            raise
+                        problems.append(error)
+                        continue
+                    first = first if first and first.control else row
                     yield row
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; expected one JSON object a line") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    if not first:
+    if not (first or problems):
         raise InputError(f"{file}: no rows; expected one JSON object a line")
 
 
@@ -148,8 +154,9 @@ def _read_row(line, folder, where, known):
     return Row(control, folder / row["target"], row["prompt"], reference, row.get("time"), where)
 
 
-def _check_alike(where, row, first):
+def _check_alike(row, first):
     """Raises: InputError if two rows have unlike numbers of numbers, or only one has a reference."""
+    where = row.place
     if row.control and len(row.control) != len(first.control):
         found = f'"source" has {len(row.control)} numbers, the first row has {len(first.control)}'
         raise InputError(f"{where}: {found}; every row needs as many")
@@ -177,8 +184,7 @@ def split_rows(data_root):
     periods = read_control_names(data_root, len(rows[0].control))[2] or ()
     middle = circle_middle([row.control for row in rows], periods)
     if other.exists():
-        validation = read_rows(other)
-        _check_alike(other, validation[0], rows[0])
+        validation = list(iterate_rows(other, like=rows[0]))
         return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
     rows = wrap_rows(rows, periods, middle)
     held_out = hold_out([(row.prompt, row.control) for row in rows], periods)

@@ -56,7 +56,7 @@ def describe_losses(history, held_out):
     """Returns: a sentence on SaveBestAndLast's history; held_out: whether validation shows what training does not."""
     if not history:
         return "no validation: five different numbers, or a validation.json, would tell how good it is"
-    _, losses, (base, *_) = zip(*history)
+    _, losses, (base, *_), _ = zip(*history)
     best, last = min(losses), losses[-1]
     if last > (1 + FLAT) * best:
         step = history[losses.index(best)][0]
@@ -141,7 +141,10 @@ class PictureLogger(pl.Callback):
 
 
 class Progress(pl.Callback):
-    """Prints how far training is, every TOLD_EVERY seconds and after every validation."""
+    """Prints how far training is, every TOLD_EVERY seconds and after every validation; monitor: a Monitor."""
+
+    def __init__(self, monitor):
+        self.monitor = monitor
 
     def on_train_start(self, trainer, module):
         self.began = self.told = time.monotonic()
@@ -154,10 +157,11 @@ class Progress(pl.Callback):
             self.tell(trainer)
 
     def on_validation_end(self, trainer, module):
-        self.tell(trainer, f", val_loss {trainer.callback_metrics['val_loss'].item():.4f}")
+        self.tell(trainer, f", val_loss {trainer.callback_metrics['val_loss'].item():.4f}, reads {self.monitor.said}")
 
     def tell(self, trainer, more=""):
         self.told, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
         left = (self.told - self.began) / max(1, step - self.first) * (steps - step)
+        more = f", response {self.monitor.response:.0%}{more}" if self.monitor.history else more
         left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
         print(f"step {step} of {steps}, loss {torch.stack([*self.losses]).mean():.4f}{more}, {left}", flush=True)

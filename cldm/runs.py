@@ -21,6 +21,7 @@ from ldm.files import check_writable, digest, find_path, output_folder, write_wh
 from ldm.settings import InputError
 
 RESUME_FILE = "resume.ckpt"
+HARDLY = 1.1  # times the least control error: no more than what a handful of pictures leaves to chance
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # others would round the controls or the noise levels
 
 
@@ -68,7 +69,16 @@ def make_trainer(s, out_dir, callbacks):
 
 def describe_run(s, model, data, precision):
     """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
-    keys = "learning_rate", "prompt_dropout", "sd_locked", "only_mid_control", "batch_size", "max_steps", "seed"
+    keys = (
+        "learning_rate",
+        "prompt_dropout",
+        "likelihood",
+        "sd_locked",
+        "only_mid_control",
+        "batch_size",
+        "max_steps",
+        "seed",
+    )
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
@@ -113,22 +123,24 @@ def find_checkpoint(out_dir, run):
 
 
 class SaveBestAndLast(pl.Callback):
-    """Saves the control of the lowest val_loss in out_dir, and out_dir/resume.ckpt, from which a stopped run goes on.
+    """Saves the control that reads best in out_dir, and out_dir/resume.ckpt, from which a stopped run goes on.
 
-    The checkpoint is written after every validation; without validation, every `every` steps; and when Ctrl-C or
-    SIGTERM ends the training after the current step, with one line and the shell's exit code. A second one kills it.
-    history: [step, val_loss, loss without the control] of all validations.
+    It is that of the lowest control error, as a Monitor has it, or a later one whose error is hardly larger. The
+    training ends after `patience` validations that found none; None: only at max_steps. The checkpoint is written
+    after every validation; without validation, every `every` steps; and when Ctrl-C or SIGTERM ends the training
+    after the current step, with one line and the shell's exit code. A second one kills it.
+    history: [step, val_loss, loss without the control, control error] of all validations.
     """
 
-    def __init__(self, out_dir, every):
-        self.out_dir, self.every = out_dir, every
-        self.history, self.signal = [], None
+    def __init__(self, out_dir, every, monitor, patience=None):
+        self.out_dir, self.every, self.monitor, self.patience = out_dir, every, monitor, patience
+        self.history, self.signal, self.since = [], None, 0  # since: validations after the best
 
     def state_dict(self):
-        return {"history": self.history}
+        return {"history": self.history, "since": self.since}
 
     def load_state_dict(self, state_dict):
-        self.history = state_dict["history"]
+        self.history, self.since = state_dict["history"], state_dict["since"]
 
     def on_train_start(self, trainer, module):
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
@@ -155,9 +167,12 @@ class SaveBestAndLast(pl.Callback):
 
     def on_validation_end(self, trainer, module):
         loss, base_loss = (trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss"))
-        if not math.isfinite(loss):
-            raise module.diverged("val_loss", loss)
-        if trainer.is_global_zero and loss < min((earlier for _, earlier, _ in self.history), default=math.inf):
+        error, least = self.monitor.error, min((earlier for *_, earlier in self.history), default=math.inf)
+        self.since = 0 if error <= HARDLY * least else self.since + 1
+        if trainer.is_global_zero and not self.since:
             save_model(module.model, self.out_dir)
-        self.history.append([trainer.global_step, loss, base_loss])
+        self.history.append([trainer.global_step, loss, base_loss, error])
         self.checkpoint(trainer)
+        if self.patience and self.since >= self.patience:
+            print(f"step {trainer.global_step}: {self.since} validation(s) in a row found no better control")
+            trainer.should_stop = True

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from ldm.ddim import draw_timesteps
 from ldm.settings import InputError
 
+LIKELIHOOD = 0.1  # of the log-likelihood in the loss, about the mean squares that it stands for; gradients are clipped
+SMALLEST = 1e-8  # mean square of a channel that counts
 VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged, always the same
 
 
@@ -38,14 +40,18 @@ class ControlTraining(pl.LightningModule):
     """Trains the control of a ControlLDM, and with sd_locked=False the decoder of the base's UNet too.
 
     learning_rate: at its peak; it falls to zero over `steps` steps as half a cosine. prompt_dropout: share of prompts
-    replaced by the empty one. run: what describe_run returns, by which a checkpoint knows its run.
+    replaced by the empty one. likelihood: minimise the log of every picture's and channel's mean square, which is the
+    likelihood of cldm.objective, in place of mean squares. run: what describe_run returns, by which a checkpoint knows
+    its run.
     """
 
-    def __init__(self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, seed=0, run=None):
+    def __init__(
+        self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, likelihood=False, seed=0, run=None
+    ):
         super().__init__()
         self.model = model
         self.learning_rate, self.steps = learning_rate, steps
-        self.prompt_dropout, self.seed, self.run = prompt_dropout, seed, run or {}
+        self.prompt_dropout, self.likelihood, self.seed, self.run = prompt_dropout, likelihood, seed, run or {}
         self.sd_locked, self.base_losses = sd_locked, {}  # of validation batches; they change if the UNet does
         self.strict_loading = False  # checkpoints hold only what is trained
         model.control_net.requires_grad_(True)
@@ -56,18 +62,18 @@ class ControlTraining(pl.LightningModule):
             for part in (model.base.unet.up_blocks, model.base.unet.conv_norm_out, model.base.unet.conv_out):
                 part.requires_grad_(True)
 
-    def denoising_loss(self, batch, noise, timesteps, kept):
-        """Mean squared error of the predicted noise or velocity.
+    def squared_errors(self, batch, noise, timesteps, kept):
+        """Mean squared errors of the predicted noise or velocity.
 
         batch: items of a ControlDataset. noise: (B, C, h, w). timesteps: (B,). kept: (B,) bool, prompts not dropped.
-        Returns: (B,). Source: Ho et al. 2020, eq. 14; Salimans & Ho 2022 for velocity.
+        Returns: (B, C). Source: Ho et al. 2020, eq. 14; Salimans & Ho 2022 for velocity.
         """
         latents = batch["latents"]
         embeddings = torch.where(kept[:, None, None], batch["embeddings"], batch["empty"])
         noisy = self.model.base.scheduler.add_noise(latents, noise, timesteps)
         prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"], batch.get("reference"))
         target = self.model.base.prediction_target(latents, noise, timesteps)
-        return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))
+        return F.mse_loss(prediction.float(), target, reduction="none").mean((2, 3))
 
     def training_step(self, batch, _):
         place = self.seed, self.global_step, self.global_rank  # so that a resumed run draws what it would have drawn
@@ -77,10 +83,10 @@ class ControlTraining(pl.LightningModule):
         total = self.model.base.scheduler.config.num_train_timesteps
         timesteps = draw_timesteps(size, total, generator).to(self.device)
         kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
-        loss = self.denoising_loss(batch, noise, timesteps, kept).mean()
-        self.log("loss", loss)
-        self.loss = loss.detach()
-        return loss
+        squares = self.squared_errors(batch, noise, timesteps, kept)
+        self.loss = squares.mean().detach()
+        self.log("loss", self.loss)
+        return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean() if self.likelihood else squares.mean()
 
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
@@ -93,7 +99,7 @@ class ControlTraining(pl.LightningModule):
             draws.append((noise.expand_as(latents), level.expand(len(kept)), kept))
 
         def mean_loss(batch):
-            return torch.stack([self.denoising_loss(batch, *draw) for draw in draws]).mean()
+            return torch.stack([self.squared_errors(batch, *draw) for draw in draws]).mean()
 
         if index not in self.base_losses or not self.sd_locked:
             self.base_losses[index] = mean_loss(batch | {"control": None})

@@ -35,11 +35,27 @@ def load_picture(path, profiled=True):
         return _to_rgb(path, profiled) if isinstance(path, Image.Image) else _load(path, profiled)
 
 
-def check_pictures(paths):
-    """Look at many files, in threads. Returns: a list of their (width, height). Raises: InputError as load_picture."""
+def check_pictures(paths, problems=None):
+    """Look at many files, in threads.
+
+    problems: a dict that takes {path: the InputError of load_picture}; None: the first is raised.
+    Returns: a list of (width, height), those of files with problems left out.
+    """
+
+    def look(path):
+        try:
+            return _load(path, profiled=False).size
+        except InputError as error:
+            return error
+
     with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(8) as pool:  # filters are the process's
-        sizes = pool.map(lambda path: _load(path, profiled=False).size, paths)
-        return list(tqdm(sizes, "looking at pictures", len(paths), delay=1))
+        seen = list(tqdm(pool.map(look, paths), "looking at pictures", len(paths), delay=1))
+    errors = {path: own for path, own in zip(paths, seen) if isinstance(own, InputError)}
+    if problems is not None:
+        problems.update(errors)
+    elif errors:
+        raise next(iter(errors.values()))
+    return [own for own in seen if not isinstance(own, InputError)]
 
 
 def _load(path, profiled):

@@ -304,7 +304,7 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     monkeypatch.setattr("cldm.calibration.PICTURES", 2)
     controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
     with monkeypatch.context() as patched:
-        patched.setattr(tutorial_train, "calibrate", lambda *_: None)
+        patched.setattr(tutorial_train, "finish", lambda *_: None)
         whole = train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole' / 'out'}")
         send(signal.SIGTERM, 3, patched)
         with pytest.raises(SystemExit):
@@ -384,5 +384,5 @@ def test_training_and_validation_both_have_references_or_neither(photos, tmp_pat
     row = {"source": 1, "target": str(photos / "a.png"), "prompt": ""}
     (tmp_path / "prompt.json").write_text(json.dumps(row | {"reference": str(photos / "b.jpg")}))
     (tmp_path / "validation.json").write_text(json.dumps(row))
-    with pytest.raises(InputError, match='validation.json: has no "reference"'):
+    with pytest.raises(InputError, match='validation.json line 1: has no "reference"'):
         split_rows(tmp_path)

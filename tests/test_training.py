@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import safetensors.torch
@@ -15,11 +16,11 @@ import torch
 from PIL import Image
 
 import tutorial_train
-from cldm.calibration import calibrate
 from cldm.conversion import fit_statistics
 from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
+from cldm.monitor import Monitor
 from cldm.runs import SaveBestAndLast
 from cldm.training import VALIDATION_TIMESTEPS, ControlTraining
 from ldm.files import ROOT
@@ -27,6 +28,7 @@ from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
 from tests.conftest import another_run, randomize_zero_convolutions, send, trained_state
 
+FINISH = tutorial_train.finish  # which the fixture replaces
 SOURCES = [[1, 0.5], [2, "0.5"], ["3", 1.0], [4, 2.0]]
 VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
 
@@ -34,7 +36,7 @@ VALIDATION = [[1.5, 0.5], [2.5, 1.0]]
 @pytest.fixture
 def train(base_yaml, write_dataset, tmp_path, monkeypatch):
     """train(*arguments) -> out_dir, after 4 steps of two pictures on a tiny dataset of two numbers."""
-    monkeypatch.setattr(tutorial_train, "calibrate", lambda *_: None)  # most of the time
+    monkeypatch.setattr(tutorial_train, "finish", lambda *_: None)  # most of the time
     monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
     write_dataset(SOURCES)
     data_root = write_dataset(VALIDATION, file="validation.json")
@@ -79,7 +81,7 @@ def steps_done(out_dir):
 
 
 def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, capsys, monkeypatch):
-    monkeypatch.setattr(tutorial_train, "calibrate", calibrate)
+    monkeypatch.setattr(tutorial_train, "finish", FINISH)
     on_disk = files(base_yaml.parent)
     out_dir = train("only_mid_control=true")
     assert files(base_yaml.parent) == on_disk
@@ -186,7 +188,7 @@ def test_one_run_at_a_time_writes_into_a_folder(train, tmp_path):
 @pytest.mark.parametrize("what", ["loss", "gradient", "val_loss"])
 def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, monkeypatch, tmp_path, what):
     """In the third step, or the validation after the fourth; the checkpoint of the second stays."""
-    original = ControlTraining.denoising_loss
+    original = ControlTraining.squared_errors
 
     def loss(self, *args):
         value, ill = original(self, *args), self.global_step == (4 if what == "val_loss" else 2)
@@ -196,11 +198,11 @@ def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, m
 
     kept, save = {}, SaveBestAndLast.checkpoint
     monkeypatch.setattr(SaveBestAndLast, "checkpoint", lambda *args: save(*args) or kept.update(files(args[0].out_dir)))
-    monkeypatch.setattr(ControlTraining, "denoising_loss", loss)
+    monkeypatch.setattr(ControlTraining, "squared_errors", loss)
     with pytest.raises(InputError, match="^step [234]: the .* is not finite .*learning_rate below 0.001 "):
         train()
     assert steps_done(tmp_path / "out") == 2 and not (tmp_path / "out" / "last").exists()
-    now = {path: content for path, content in files(tmp_path / "out").items() if path.suffix != ".png"}
+    now = {path: content for path, content in files(tmp_path / "out").items() if path.suffix not in (".png", ".csv")}
     assert kept and all(now[path] == kept[path] for path in now if "tensorboard" not in str(path))
 
 
@@ -328,7 +330,7 @@ def test_resume_path_of_another_dimension_is_named(train, make_model, tmp_path):
 
 
 def test_a_control_keeps_the_periods_that_it_was_trained_with(train, write_dataset, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tutorial_train, "calibrate", calibrate)
+    monkeypatch.setattr(tutorial_train, "finish", FINISH)
     file = write_dataset(SOURCES) / "controls.yaml"
     file.write_text("names: [angle, zoom]\nunits: [degrees, '']\nperiods: [5, null]\n")
     out_dir = train("max_steps=2")
@@ -378,7 +380,7 @@ def test_loss_falls_and_only_the_control_learns(module_and_batch, normal):
     noise, timesteps = normal(*batch["latents"].shape), torch.tensor([100, 300, 600, 900])
     losses = []
     for _ in range(40):
-        loss = module.denoising_loss(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean()
+        loss = module.squared_errors(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -400,7 +402,7 @@ def test_what_is_trained_has_a_gradient_and_is_kept_in_checkpoints(
     module, batch = module_and_batch(only_mid_control, sd_locked=sd_locked)
     randomize_zero_convolutions(module.model.control_net)
     noise, timesteps = normal(*batch["latents"].shape), torch.tensor([500] * 4)
-    module.denoising_loss(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean().backward()
+    module.squared_errors(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean().backward()
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trained == {name for name, p in module.named_parameters() if p.grad is not None}
     control = {name for name, _ in module.named_parameters() if name.startswith("model.control_net.")}
@@ -420,14 +422,29 @@ def test_loss_is_of_velocity_or_of_noise_as_the_base_says(module_and_batch, norm
     noisy = scheduler.add_noise(batch["latents"], noise, timesteps)
     with torch.no_grad():
         predicted = module.model.predict(noisy, timesteps, batch["embeddings"], batch["control"])
-        velocity = module.denoising_loss(batch, noise, timesteps, kept)
+        velocity = module.squared_errors(batch, noise, timesteps, kept)
         scheduler.register_to_config(prediction_type="epsilon")
-        epsilon = module.denoising_loss(batch, noise, timesteps, kept)
-    torch.testing.assert_close(epsilon, (predicted - noise).square().mean((1, 2, 3)))
+        epsilon = module.squared_errors(batch, noise, timesteps, kept)
+    torch.testing.assert_close(epsilon, (predicted - noise).square().mean((2, 3)))
     # Salimans & Ho 2022: v = alpha eps - sigma x
     alpha, sigma = scheduler.alphas_cumprod[500].sqrt(), (1 - scheduler.alphas_cumprod[500]).sqrt()
     target = alpha * noise - sigma * batch["latents"]
-    torch.testing.assert_close(velocity, (predicted - target).square().mean((1, 2, 3)))
+    torch.testing.assert_close(velocity, (predicted - target).square().mean((2, 3)))
+
+
+@pytest.mark.parametrize("likelihood", [True, False])
+def test_what_is_minimised(module_and_batch, monkeypatch, likelihood):
+    """With likelihood, a channel counts by how much its error changes, not by how large it is."""
+    module, batch = module_and_batch()
+    module.likelihood, module.log = likelihood, lambda *_: None
+    monkeypatch.setattr(ControlTraining, "global_step", 3)
+    monkeypatch.setattr(ControlTraining, "global_rank", 0)
+    squares = torch.tensor([[1.0, 100.0], [4.0, 100.0]], requires_grad=True)
+    monkeypatch.setattr(module, "squared_errors", lambda *_: squares)
+    module.training_step(batch, 0).backward()
+    shares = squares.grad * squares.detach()
+    torch.testing.assert_close(shares, 0.1 / 4 * torch.ones(2, 2) if likelihood else squares.detach() / 4)
+    assert module.loss == squares.mean()
 
 
 def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
@@ -436,7 +453,7 @@ def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
 
     @torch.no_grad()
     def loss(kept, **changes):
-        return module.denoising_loss({**batch, **changes}, noise, timesteps, torch.tensor(kept))
+        return module.squared_errors({**batch, **changes}, noise, timesteps, torch.tensor(kept))
 
     mixed = loss([True, False, True, False])
     torch.testing.assert_close(mixed[::2], loss([True] * 4)[::2])
@@ -462,10 +479,10 @@ def test_the_loss_without_the_control_is_computed_anew_only_if_the_unet_learns(
 ):
     module, batch = module_and_batch(sd_locked=sd_locked)
     randomize_zero_convolutions(module.model.control_net)
-    original, alone, logged = module.denoising_loss, [], []
+    original, alone, logged = module.squared_errors, [], []
     monkeypatch.setattr(module, "log_dict", lambda means, **_: logged.append(means))
     monkeypatch.setattr(
-        module, "denoising_loss", lambda batch, *how: alone.append(batch["control"] is None) or original(batch, *how)
+        module, "squared_errors", lambda batch, *how: alone.append(batch["control"] is None) or original(batch, *how)
     )
     with torch.no_grad():
         for index in (0, 1, 0, 1):
@@ -476,19 +493,15 @@ def test_the_loss_without_the_control_is_computed_anew_only_if_the_unet_learns(
 
 
 @pytest.fixture
-def given_losses(monkeypatch):
-    """Validations find these losses, one after the other: the second is the best."""
-    levels = iter([3.0, 1.0, 2.0, 5.0])
-    monkeypatch.setattr(
-        ControlTraining,
-        "validation_step",
-        lambda self, batch, _: self.log_dict({"val_loss": next(levels), "base_loss": 9.0}, batch_size=2),
-    )
+def given_errors(monkeypatch):
+    """Validations find these control errors, one after the other: the second is the best."""
+    errors = iter([3.0, 1.0, 2.0, 5.0])
+    monkeypatch.setattr(Monitor, "on_validation_end", lambda self, *_: setattr(self, "error", next(errors)))
 
 
 @pytest.mark.parametrize("first, more", [(4, 8), (3, 5)])  # the last step is validated, multiple of logger_freq or not
-def test_best_is_the_lowest_validation_loss(train, given_losses, tmp_path, first, more):
-    """out_dir holds the step of the lowest val_loss, out_dir/last the last, over a restart too."""
+def test_best_is_the_lowest_control_error(train, given_errors, tmp_path, first, more):
+    """out_dir holds the step of the lowest control error, out_dir/last the last, over a restart too."""
     best = load_model(train(f"max_steps={first}")).control_net
     assert not changed(best, load_model(tmp_path / "out" / "last").control_net)
     assert steps_done(tmp_path / "out") == first
@@ -497,9 +510,29 @@ def test_best_is_the_lowest_validation_loss(train, given_losses, tmp_path, first
     assert changed(best, load_model(tmp_path / "out" / "last").control_net)
 
 
+def test_patience_ends_a_training_that_no_longer_improves(train, given_errors, tmp_path, capsys):
+    train("max_steps=20", "patience=2")  # the errors of its validations are 3, 1, 2, 5
+    assert (
+        steps_done(tmp_path / "out") == 8
+        and "2 validation(s) in a row found no better control" in capsys.readouterr().out
+    )
+    assert (tmp_path / "out" / "last" / "config.json").exists()
+
+
+def test_response_is_what_the_own_number_takes_off_the_loss(make_model, base, write_dataset):
+    rows = read_rows(write_dataset([1, 2, 3, 4], size=32) / "prompt.json")
+    monitor, dataset = Monitor([], Path()), ControlDataset(rows, base, 32)
+    assert monitor.find_response(make_model(fresh=True), dataset) == 0
+    model = make_model()
+    with patch.object(model, "predict", lambda noisy, *given: noisy * 0 + given[2][:, :, None, None].float()):
+        numbers = monitor.find_response(model, dataset)
+    assert 0 < abs(numbers) < 1
+
+
 def test_training_tells_what_it_does(train, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("cldm.logger.TOLD_EVERY", -1)
     monkeypatch.setattr("cldm.logger.LEAST_PSNR", 100)
+    monkeypatch.setattr(tutorial_train, "finish", FINISH)
     train("max_steps=3")
     lines = capsys.readouterr().out.splitlines()
     for text in (
@@ -510,12 +543,29 @@ def test_training_tells_what_it_does(train, capsys, monkeypatch, tmp_path):
         r"the base's own reconstruction of the pictures: \d+\.\d dB",
         "warning: below 100 dB",
         r"val_loss [\d.]+ on pictures that were not trained on .* [\d.]+ without the control\): ",
+        "warning: the numbers are ignored ",
+        r"reads angle to [\d.]+ degrees, zoom to [\d.]+ \(median of 2 validation pictures\)",
+        r"draws angle to [\d.]+ degrees, zoom to [\d.]+, as read back from drawings at those numbers: asked.png",
         r"error bars come from 2 validation picture\(s\) of 2 different value\(s\): too few",
     ):
         assert len([line for line in lines if re.match(text, line)]) == 1
     told = [line.split(",")[0] for line in lines if line.startswith("step ") and "val_loss" not in line]
     assert told == ["step 1 of 3", "step 2 of 3", "step 3 of 3"] and not any("\r" in line for line in lines)
-    assert len([line for line in lines if re.match(r"step [23] of 3, loss [\d.]+, val_loss [\d.]+, ", line)]) == 2
+    assert (
+        len(
+            [
+                line
+                for line in lines
+                if re.match(r"step [23] of 3, loss [\d.]+, response \S+%, val_loss [\d.]+, reads angle to ", line)
+            ]
+        )
+        == 2
+    )
+    lines = (tmp_path / "out" / "log.csv").read_text().splitlines()
+    assert lines[0].split(",")[:5] == ["step", "loss", "response", "val_loss", "base_loss"]
+    assert lines[0].endswith(",error of angle,error of zoom,control_error") and len(lines) == 3
+    with Image.open(tmp_path / "out" / "asked.png") as figure:
+        assert figure.size == (840, 440)
     with Image.open(tmp_path / "out" / "pictures" / "000003.png") as grid:
         assert grid.width >= 4 * 3 * 32 and grid.height > 32  # target, VAE and generation of four
 
@@ -539,7 +589,7 @@ def test_inference_does_not_import_lightning():
 )
 def test_verdict_on_the_validations(losses, said):
     for held_out in (True, False):
-        verdict = describe_losses([[10 * (i + 1), loss, 0.9] for i, loss in enumerate(losses)], held_out)
+        verdict = describe_losses([[10 * (i + 1), loss, 0.9, 0.1] for i, loss in enumerate(losses)], held_out)
         assert re.match(said, verdict) and ("not trained on" in verdict) == (held_out and losses != [])
 
 

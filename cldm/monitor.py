@@ -1,0 +1,175 @@
+"""What a training shows of its control while it learns: how strongly pictures answer the numbers, how well it reads."""
+
+import csv
+import math
+import time
+
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+
+from cldm.calibration import load_batch
+from cldm.hints import wrap
+from cldm.reading import read_controls
+from cldm.report import plain
+from cldm.series import READ
+from ldm.ddim import draw_noise
+from ldm.files import write_whole
+
+HANDFUL = 12  # pictures that are read, always the same
+RESPONSE_EVERY = 100  # steps
+RESPONSE_LEVELS = 0.5, 0.75  # of the noise schedule
+CAUGHT = 0.02  # the response from which on a control has caught
+BY_HEART = 2.0  # times the response of validation pictures, that of training pictures which are known by heart
+GUESSED = 0.7  # share of the error of a guess, the middle of the range, above which nothing is read
+
+
+def tell_errors(config, errors):
+    """errors: d absolute errors. Returns: them with names and units, in words."""
+    numbers = zip(config.control_names, errors, config.control_units)
+    return ", ".join(f"{name} to {error:.2g} {unit}".rstrip() for name, error, unit in numbers)
+
+
+def take_handful(model, dataset):
+    """Returns: the Target and the controls (B, d) of HANDFUL items of a ControlDataset, always the same."""
+    chosen = torch.linspace(0, len(dataset) - 1, min(HANDFUL, len(dataset))).round().long().tolist()
+    return load_batch(model, dataset, chosen)
+
+
+def describe_asked(config, control, reading, drawn, seen):
+    """A training's last lines, on what calibrate returns.
+
+    control: (N, d), of pictures. reading, drawn: Readings of them, and of drawings at their numbers. seen: whether
+    training saw the pictures. Returns: a line on how well they are read; lines on numbers that are not.
+    """
+    errors, shown = (wrap(own.control - control, config.periods).abs().median(0).values for own in (reading, drawn))
+    kind = "training" if seen else "validation"
+    lines = [f"reads {tell_errors(config, errors.tolist())} (median of {len(control)} {kind} pictures)"]
+    lines.append(f"draws {tell_errors(config, shown.tolist())}, as read back from drawings at those numbers: asked.png")
+    middle = control.median(0).values
+    guesses = wrap(control - middle, config.periods).abs().median(0).values
+    for name, error, guess in zip(config.control_names, errors.tolist(), guesses.tolist()):
+        if error > GUESSED * guess:
+            lines.append(
+                f"warning: {name} is read no better than by guessing: is it to be seen in the pictures, and told from "
+                "other things that change? If so, more steps (max_steps) or more pictures may help"
+            )
+    return lines
+
+
+def draw_asked(config, control, drawn):
+    """Returns: a matplotlib Figure, numbers (N, d) asked for against those of a Reading of what was drawn at them."""
+    count = len(config.control_names)
+    figure = Figure((4.2 * count, 4.4), layout="constrained")
+    read = control + wrap(drawn.control - control, config.periods)
+    for k, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
+        name, unit = config.control_names[k], config.control_units[k]
+        what = plain(f"{name} ({unit})" if unit else name)
+        axes.axline((0, 0), slope=1, color="black", linewidth=0.8, label="as asked")
+        bars = dict(fmt="o", color=READ, markersize=4, elinewidth=0.8, label="read back, 90% intervals")
+        axes.errorbar(control[:, k], read[:, k], drawn.margin[:, k], **bars)
+        low, high = control[:, k].min().item(), control[:, k].max().item()
+        room = 0.06 * (high - low)
+        axes.set(xlabel=f"{what}, asked for", ylabel="read back from the drawing", xlim=(low - room, high + room))
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+class Monitor(pl.Callback):
+    """Reads HANDFUL pictures of a ControlDataset, best of those not trained on, in out_dir/log.csv and TensorBoard.
+
+    Response, every RESPONSE_EVERY steps: the share of the denoising loss at other pictures' numbers that their own
+    take away; 0: the number is ignored. Control error, after every validation: the median of each number's absolute
+    errors when the pictures are read as invert.py reads them.
+    history: dicts of what was found, by step. error: the last control errors' mean, in units of each number's spread.
+    said: them in words. seconds: spent here.
+    """
+
+    def __init__(self, dataset, out_dir):
+        self.dataset, self.file, self.history, self.seconds = dataset, out_dir / "log.csv", [], 0.0
+        self.error, self.said = math.inf, ""
+
+    def state_dict(self):
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict):
+        self.history = state_dict["history"]
+
+    @property
+    def response(self):
+        """The last one; 0 before the first."""
+        return self.history[-1]["response"] if self.history else 0.0
+
+    @property
+    def caught(self):
+        """The step at which the control caught; None: it did not yet."""
+        steps = [row["step"] for row in self.history if row["response"] >= CAUGHT]
+        return steps[0] if steps else None
+
+    @torch.no_grad()
+    def find_response(self, model, dataset):
+        """Returns: the mean response of HANDFUL pictures of a ControlDataset."""
+        target, control = take_handful(model, dataset)
+        gaps = wrap(control - control[:, None], model.control_net.config.periods) / model.control_net.spread(control)
+        others = control[gaps.norm(dim=2).argmax(1)]  # of each, the numbers farthest from its own
+        scheduler, latents = model.base.scheduler, target.latents
+        noises = draw_noise(latents.shape, len(RESPONSE_LEVELS), 0, latents.device)
+        losses = torch.zeros(2, device=latents.device)
+        for share, noise in zip(RESPONSE_LEVELS, noises):
+            level = round(share * (scheduler.config.num_train_timesteps - 1))
+            timesteps = torch.full((len(latents),), level, device=latents.device)
+            noise = noise.expand_as(latents)
+            given = scheduler.add_noise(latents, noise, timesteps), timesteps, target.embeddings
+            wanted = model.base.prediction_target(latents, noise, timesteps)
+            for k, own in enumerate((control, others)):
+                losses[k] += (model.predict(*given, own, target.reference) - wanted).square().mean()
+        return 1 - (losses[0] / losses[1]).item()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        step = trainer.global_step
+        if step % RESPONSE_EVERY == 0 or step == trainer.max_steps:
+            self.look(trainer, module)
+
+    def look(self, trainer, module):
+        """Find the response, and say so if the control has caught."""
+        began, before = time.monotonic(), self.caught
+        with trainer.precision_plugin.forward_context():
+            response = self.find_response(module.model, self.dataset)
+        self.note(trainer, loss=module.loss.item(), response=response)
+        if self.caught and not before and trainer.is_global_zero:
+            print(f"step {trainer.global_step}: the control has caught, drawings begin to follow the numbers")
+        self.seconds += time.monotonic() - began
+
+    def on_validation_end(self, trainer, module):
+        losses = {key: trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss")}
+        if not math.isfinite(losses["val_loss"]):
+            raise module.diverged("val_loss", losses["val_loss"])
+        if not self.history or self.history[-1]["step"] != trainer.global_step:
+            self.look(trainer, module)
+        began, net = time.monotonic(), module.model.control_net
+        target, control = take_handful(module.model, self.dataset)
+        errors = wrap(read_controls(module.model, target).control - control, net.config.periods).abs()
+        median = errors.median(0).values
+        self.error = (median / net.spread(control)).mean().item()
+        self.said = tell_errors(net.config, median.tolist())
+        named = {f"error of {name}": own for name, own in zip(net.config.control_names, median.tolist())}
+        self.note(trainer, **losses, **named, control_error=self.error)
+        self.seconds += time.monotonic() - began
+
+    def note(self, trainer, **found):
+        """Add what was found at a step to the history, to log.csv and to TensorBoard."""
+        step = trainer.global_step
+        if not self.history or self.history[-1]["step"] != step:
+            self.history.append({"step": step})
+        self.history[-1] |= found
+        if trainer.is_global_zero:
+            write_whole(self.file, self.write)
+            trainer.logger.log_metrics(found, step)
+
+    def write(self, file):
+        with file.open("w", newline="", encoding="utf-8") as lines:
+            columns = list(dict.fromkeys(key for row in self.history for key in row))
+            writer = csv.DictWriter(lines, columns)
+            writer.writeheader()
+            writer.writerows(self.history)

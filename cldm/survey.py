@@ -1,0 +1,105 @@
+"""What `tutorial_train.py check=true` tells of its data: every problem, the numbers, and what training will take."""
+
+import resource
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from cldm.controlnet import default_names
+from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, iterate_rows, read_control_names
+from cldm.pairs import training_set
+from cldm.runs import make_trainer
+from cldm.training import ControlTraining
+from ldm.pictures import check_pictures, describe_fit
+from ldm.schema import Settings
+from ldm.settings import InputError
+
+BARS = " ▁▂▃▄▅▆▇█"
+BINS = 24  # of a histogram
+SHOWN = 12  # prompts
+REHEARSED = 3  # steps, of which the first is left out
+
+
+def describe_numbers(controls, names):
+    """controls: N times d numbers. names: d texts. Returns: a line each, its range and a histogram of its values."""
+    lines = []
+    for name, values in zip(names, np.array(controls).T):
+        counts, _ = np.histogram(values, BINS)
+        bars = "".join(BARS[int(np.ceil(count / counts.max() * (len(BARS) - 1)))] for count in counts)
+        few = "; two values only: what lies between them is never seen" * (len(set(values)) == 2)
+        lines.append(f"{name}: |{bars}| {values.min():.10g} to {values.max():.10g}, {len(set(values))} values{few}")
+    return lines
+
+
+def describe_prompts(prompts):
+    """prompts: of every row. Returns: lines on how many there are, and how many pictures each has."""
+    counts = Counter(prompts).most_common()
+    lines = [f"{len(counts)} prompt(s), {statistics.median(count for _, count in counts):g} pictures each (median)"]
+    lines += [f'  {count:6}  "{prompt}"' for prompt, count in counts[:SHOWN]]
+    return lines + ["  …"] * (len(counts) > SHOWN)
+
+
+def survey_rows(data_root, image_size):
+    """Returns: lines on the rows and pictures of a folder; the InputErrors of its lines and files."""
+    lines, problems, like, names = [], [], None, None
+    for name in (TRAINING_FILE, VALIDATION_FILE):
+        file, found = Path(data_root) / name, []
+        if like and not file.exists():
+            break
+        rows = list(iterate_rows(file, like=like, problems=found))
+        lines.append(f"{file}: {len(rows) + len(found)} rows" + f", {len(found)} of them with problems" * bool(found))
+        problems += found
+        if not rows:
+            continue
+        if not like:
+            like = rows[0]
+            try:
+                names = read_control_names(data_root, len(like.control))[0]
+            except InputError as error:
+                problems.append(error)
+        places, broken = {str(picture): row.place for row in rows for picture in row.pictures}, {}
+        sizes = check_pictures([*places], broken)
+        problems += [InputError(f"{places[path]}: {error}") for path, error in broken.items()]
+        lines += describe_numbers([row.control for row in rows], names or default_names(len(like.control)))
+        lines += describe_prompts([row.prompt for row in rows])
+        lines.append(f"{len(places)} pictures; {describe_fit(sizes, image_size) or 'all as large as the model takes'}")
+    return lines, problems
+
+
+def rehearse(s, model, data):
+    """Train for a few steps, whose weights are thrown away.
+
+    s: tutorial_train's settings. Returns: a line on the seconds and the memory that a training will take.
+    """
+    began = time.perf_counter()
+    some = training_set(replace(data, train=data.train[: s.batch_size]), model.base, model.config.image_size, s.seed)
+    encoding = 0 if s.pairs else (time.perf_counter() - began) / len(some)
+    module, ends = ControlTraining(model, learning_rate=0.0, steps=REHEARSED, sd_locked=s.sd_locked), []
+
+    class Clock(pl.Callback):
+        def on_train_batch_end(self, *_):
+            ends.append(time.perf_counter())
+
+    order = [i % s.batch_size if s.pairs else i % len(some) for i in range(REHEARSED * s.batch_size)]
+    batches = DataLoader(some, s.batch_size, sampler=order)
+    with TemporaryDirectory() as folder:
+        make_trainer(Settings(s | dict(max_steps=REHEARSED, devices=1)), folder, [Clock()]).fit(module, batches)
+    step = (ends[-1] - ends[0]) / (REHEARSED - 1)
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    minutes = (encoding * (len(data.train) + len(data.validation)) + step * s.max_steps) / 60
+    return (
+        f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {s.batch_size} pictures and "
+        f"{encoding:.2f} s to encode one, and {memory / 2**30:.1f} GiB; validations and error bars come on top"
+    )

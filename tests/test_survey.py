@@ -1,0 +1,69 @@
+"""`tutorial_train.py check=true`: what is wrong with a dataset, all of it, and what a training would take."""
+
+import json
+import re
+
+import pytest
+
+import tutorial_train
+from cldm.survey import describe_numbers, describe_prompts
+from ldm.settings import InputError, override
+
+
+@pytest.fixture
+def survey(base_yaml, tmp_path):
+    """survey(data_root) runs the check."""
+
+    def run(data_root):
+        given = (
+            f"data_root={data_root}",
+            f"base={base_yaml}",
+            f"out_dir={tmp_path / 'out'}",
+            "check=true",
+            "batch_size=2",
+        )
+        tutorial_train.main(override(tutorial_train.settings, [*given, "precision=32-true", "accelerator=cpu"]))
+
+    return run
+
+
+def test_every_problem_is_named_with_its_line(survey, write_dataset, capsys, tmp_path):
+    folder = write_dataset([1, 2, 3, 4, 5, 6])
+    lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+    lines[1]["source"], lines[2]["source"], lines[3]["target"] = "abc", [1, 2], "none.png"
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
+    (folder / "validation.json").write_text(json.dumps(lines[0] | {"source": [1, 2]}) + "\n")
+    (folder / "controls.yaml").write_text("names: [a, b]\nunits: ['', '']\n")
+    with pytest.raises(InputError, match=r"^6 problem\(s\) in "):
+        survey(folder)
+    told = capsys.readouterr().out
+    assert "prompt.json: 7 rows, 3 of them with problems" in told
+    for place in (
+        "prompt.json line 2: ",
+        "prompt.json line 3: ",
+        "prompt.json line 7: not JSON",
+        "validation.json line 1: ",
+    ):
+        assert len(re.findall(f"^problem: .*{place}", told, re.MULTILINE)) == 1
+    assert re.search("^problem: .*controls.yaml: ", told, re.MULTILINE)
+    assert re.search("^problem: .*prompt.json line 4: .*none.png: no such file", told, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sound_dataset_is_described_and_nothing_is_written(survey, write_dataset, capsys, tmp_path):
+    survey(write_dataset([1, 2, 3, 4, 5, 6]))
+    told = capsys.readouterr().out
+    assert "prompt.json: 6 rows\n" in told and "6 pictures; pictures of 40 x 40 resized to 32 x 32" in told
+    assert re.search(
+        r"^training takes about \d+ min, [\d.]+ s a step of 2 pictures and [\d.]+ s .*GiB", told, re.MULTILINE
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_and_prompts_in_a_few_lines():
+    even, two = describe_numbers([(i, i % 2) for i in range(48)], ["angle", "side"])
+    assert even == f"angle: |{'█' * 24}| 0 to 47, 48 values"
+    assert two.startswith("side: |█" + " " * 22 + "█| 0 to 1, 2 values; two values only")
+    lines = describe_prompts(["a"] * 3 + ["b"])
+    assert lines == ["2 prompt(s), 2 pictures each (median)", '       3  "a"', '       1  "b"']
+    assert describe_prompts([str(i) for i in range(30)])[-1] == "  …"
