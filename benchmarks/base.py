@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
-    base="models/tiny_sd",  # a folder in diffusers' layout
+    base="models/tiny_dc",  # a folder in diffusers' layout
     root="outputs/kinds",  # folder of the unpacked packages
     pictures=40,  # of every kind
     training_views=300,  # pictures that PCA is fitted to, drawn as tool_train_base.py draws them from
