@@ -59,7 +59,7 @@ from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
 from cldm.model import load_base, load_model, save_model
-from cldm.monitor import BY_HEART, CAUGHT, Monitor, describe_asked, draw_asked
+from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
 from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows
@@ -136,15 +136,8 @@ def train(s, model, data, datasets, out_dir):
     if trainer.is_global_zero:
         for folder in [out_dir / "last"] + [out_dir] * (not saver.history):
             save_model(model, folder)
-    lines = [describe_losses(saver.history, bool(data.validation))]
-    if not monitor.caught:
-        lines.append(
-            f"warning: the numbers are ignored (response {monitor.response:.1%}): try more steps (max_steps), a higher "
-            "learning_rate, or pictures of which fewer other things change under one prompt"
-        )
-    elif data.validation and not s.pairs and monitor.find_response(model, rows) > BY_HEART * monitor.response + CAUGHT:
-        lines.append("warning: it knows the training pictures by heart: more of them would help, not more steps")
-    return lines
+    seen = rows if data.validation and not s.pairs else None
+    return [describe_losses(saver.history, bool(data.validation)), *monitor.describe(model, seen)]
 
 
 def finish(model, data, dataset, out_dir):

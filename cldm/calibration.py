@@ -39,7 +39,7 @@ def calibrate(model, folder, dataset):
     """
     register = model.control_net.register_to_config
     register(**dict.fromkeys(CALIBRATED))
-    chosen = torch.linspace(0, len(dataset) - 1, min(PICTURES, len(dataset))).round().long().tolist()
+    chosen = spread_out(PICTURES, dataset)
     batches = [load_batch(model, dataset, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
     probes = choose_probes(model, *batches[0])
     register(probes=probes)
@@ -68,6 +68,11 @@ def calibrate(model, folder, dataset):
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
     learned = dict(zip(("error_scale", "error_floor"), map(errors.new_tensor, learned[:2])))
     return dataset.controls[chosen], *(replace(own, **learned) for own in (reading, drawn))
+
+
+def spread_out(count, dataset):
+    """Returns: the indices of `count` items of a dataset, or of all, from its first to its last."""
+    return torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().long().tolist()
 
 
 def load_batch(model, dataset, which):

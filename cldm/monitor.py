@@ -2,13 +2,12 @@
 
 import csv
 import math
-import time
 
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 
-from cldm.calibration import load_batch
+from cldm.calibration import load_batch, spread_out
 from cldm.hints import wrap
 from cldm.reading import read_controls
 from cldm.report import plain
@@ -30,10 +29,14 @@ def tell_errors(config, errors):
     return ", ".join(f"{name} to {error:.2g} {unit}".rstrip() for name, error, unit in numbers)
 
 
+def median_errors(config, reading, control):
+    """Returns: (d,), the median absolute error of each number of a Reading; control: (B, d), the truth."""
+    return wrap(reading.control - control, config.periods).abs().median(0).values
+
+
 def take_handful(model, dataset):
     """Returns: the Target and the controls (B, d) of HANDFUL items of a ControlDataset, always the same."""
-    chosen = torch.linspace(0, len(dataset) - 1, min(HANDFUL, len(dataset))).round().long().tolist()
-    return load_batch(model, dataset, chosen)
+    return load_batch(model, dataset, spread_out(HANDFUL, dataset))
 
 
 def describe_asked(config, control, reading, drawn, seen):
@@ -42,7 +45,7 @@ def describe_asked(config, control, reading, drawn, seen):
     control: (N, d), of pictures. reading, drawn: Readings of them, and of drawings at their numbers. seen: whether
     training saw the pictures. Returns: a line on how well they are read; lines on numbers that are not.
     """
-    errors, shown = (wrap(own.control - control, config.periods).abs().median(0).values for own in (reading, drawn))
+    errors, shown = (median_errors(config, own, control) for own in (reading, drawn))
     kind = "training" if seen else "validation"
     lines = [f"reads {tell_errors(config, errors.tolist())} (median of {len(control)} {kind} pictures)"]
     lines.append(f"draws {tell_errors(config, shown.tolist())}, as read back from drawings at those numbers: asked.png")
@@ -83,11 +86,11 @@ class Monitor(pl.Callback):
     take away; 0: the number is ignored. Control error, after every validation: the median of each number's absolute
     errors when the pictures are read as invert.py reads them.
     history: dicts of what was found, by step. error: the last control errors' mean, in units of each number's spread.
-    said: them in words. seconds: spent here.
+    said: them in words.
     """
 
     def __init__(self, dataset, out_dir):
-        self.dataset, self.file, self.history, self.seconds = dataset, out_dir / "log.csv", [], 0.0
+        self.dataset, self.file, self.history = dataset, out_dir / "log.csv", []
         self.error, self.said = math.inf, ""
 
     def state_dict(self):
@@ -133,13 +136,12 @@ class Monitor(pl.Callback):
 
     def look(self, trainer, module):
         """Find the response, and say so if the control has caught."""
-        began, before = time.monotonic(), self.caught
+        before = self.caught
         with trainer.precision_plugin.forward_context():
             response = self.find_response(module.model, self.dataset)
         self.note(trainer, loss=module.loss.item(), response=response)
         if self.caught and not before and trainer.is_global_zero:
             print(f"step {trainer.global_step}: the control has caught, drawings begin to follow the numbers")
-        self.seconds += time.monotonic() - began
 
     def on_validation_end(self, trainer, module):
         losses = {key: trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss")}
@@ -147,15 +149,24 @@ class Monitor(pl.Callback):
             raise module.diverged("val_loss", losses["val_loss"])
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             self.look(trainer, module)
-        began, net = time.monotonic(), module.model.control_net
+        net = module.model.control_net
         target, control = take_handful(module.model, self.dataset)
-        errors = wrap(read_controls(module.model, target).control - control, net.config.periods).abs()
-        median = errors.median(0).values
+        median = median_errors(net.config, read_controls(module.model, target), control)
         self.error = (median / net.spread(control)).mean().item()
         self.said = tell_errors(net.config, median.tolist())
         named = {f"error of {name}": own for name, own in zip(net.config.control_names, median.tolist())}
         self.note(trainer, **losses, **named, control_error=self.error)
-        self.seconds += time.monotonic() - began
+
+    def describe(self, model, rows):
+        """Returns: lines on what went wrong. rows: a ControlDataset that was trained on, or None."""
+        if not self.caught:
+            return [
+                f"warning: the numbers are ignored (response {self.response:.1%}): try more steps (max_steps), a "
+                "higher learning_rate, or pictures of which fewer other things change under one prompt"
+            ]
+        if rows and self.find_response(model, rows) > BY_HEART * self.response + CAUGHT:
+            return ["warning: it knows the training pictures by heart: more of them would help, not more steps"]
+        return []
 
     def note(self, trainer, **found):
         """Add what was found at a step to the history, to log.csv and to TensorBoard."""

@@ -69,23 +69,14 @@ def make_trainer(s, out_dir, callbacks):
 
 def describe_run(s, model, data, precision):
     """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
-    keys = (
-        "learning_rate",
-        "prompt_dropout",
-        "likelihood",
-        "sd_locked",
-        "only_mid_control",
-        "batch_size",
-        "max_steps",
-        "seed",
-    )
+    keys = "learning_rate", "prompt_dropout", "likelihood", "sd_locked", "only_mid_control", "batch_size", "seed"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
         rows = rows, periods
     files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
     base = model.config | {"base": digest([find_path(model.config.base)])}
-    return {key: s[key] for key in keys} | {
+    return {key: s[key] for key in (*keys, "max_steps")} | {
         "precision": precision,
         "hint": model.control_net.config.hint,
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
