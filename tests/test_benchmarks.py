@@ -63,12 +63,12 @@ def test_an_unknown_method_is_named():
 
 @pytest.mark.slow
 def test_a_hand_is_read_across_its_seam(tmp_path, monkeypatch):
-    """After a tenth of the training, which leaves errors of degrees; a seam would leave half a turn."""
+    """After a fifth of the training: no worse than elsewhere, and never outside the range."""
     monkeypatch.setattr(drawn, "HANDS", 6)
-    run_script(drawn.main, drawn.settings, ["clock=true", "max_steps=150", f"out_dir={tmp_path}"])
+    run_script(drawn.main, drawn.settings, ["clock=true", "max_steps=300", f"out_dir={tmp_path}"])
     results = json.loads((tmp_path / "results.json").read_text())
     seam, elsewhere = (np.median(np.abs([r["error"] for r in results[name]])) for name in ("seam", "elsewhere"))
-    assert max(seam, elsewhere) < 15
+    assert seam < max(3, 1.5 * elsewhere) < 15
     for result in results["seam"] + results["elsewhere"]:
         assert 0 <= result["control"] < 360 and abs(result["error"]) <= 180 and "outside_range" not in result["flags"]
 
