@@ -9,7 +9,7 @@ then the model_path of test5.py, test5_s1.py and invert.py.
 A run that was killed goes on when started again with the same out_dir.
 """
 
-from ldm.schema import FLAG, expect, or_null
+from ldm.schema import FLAG, Rule, each, expect, number, one_of, or_null
 from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
@@ -25,10 +25,21 @@ settings = dict(
     check=False,  # True: train nothing; look at all of the data, tell every problem and what training will take
     # how
     batch_size=16,
+    accumulate=1,  # batches that make one step
     max_steps=1400,
-    logger_freq=500,  # steps between pictures, validations and checkpoints; the last step has its own
+    epochs=None,  # in place of max_steps: how often every row is taken
+    logger_freq=500,  # steps between pictures, and between validations; the last step has its own
     patience=None,  # validations in a row that find no better control, after which training ends; None: at max_steps
-    learning_rate=1e-3,  # at its peak; it falls to zero as half a cosine
+    checkpoint_freq=500,  # steps between checkpoints, beside those after validations
+    checkpoint_minutes=10.0,  # and minutes; 0: not by the clock
+    keep_checkpoints=1,  # the last so many; the best control is kept apart
+    learning_rate=1e-3,  # at its peak
+    warmup_steps=100,  # in which it rises to it
+    schedule="cosine",  # it falls to zero as half a cosine; "constant": it stays
+    gradient_clip=1.0,  # largest norm of the gradient; 0: any
+    ema=None,  # decay of an average of the weights that becomes the control, 0.999 for example
+    timesteps=[0, 1],  # the share of the noise schedule that is trained
+    min_snr=None,  # gamma of min-SNR weights, 5 for example; then mean squares are minimised
     prompt_dropout=0.1,  # share of prompts replaced by the empty one, which guidance needs
     likelihood=None,  # True: weigh latent channels as reading does; False: alike, as ControlNet; None: if no references
     sd_locked=True,  # False: the UNet's decoder learns too
@@ -61,19 +72,30 @@ from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, d
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
-from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
-from cldm.survey import rehearse, survey_rows
-from cldm.training import ControlTraining, checkpointing
+from cldm.runs import METHOD, SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
+from cldm.survey import rehearse, survey_rows, tell_subjects
+from cldm.training import SCHEDULES, ControlTraining, checkpointing
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import find_path, write_whole
 
-COUNT = 1, math.inf
+COUNT, SOME, ANY = (1, math.inf), (1e-12, math.inf), (0, math.inf)
+SHARES = Rule("two shares, [0, 1] for example", lambda v: each(number(0, 1), 2).holds(v) and v[0] < v[1])
 
 
 def check(s):
     """Raises: InputError for settings that cannot be, or that would have no effect."""
-    check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, patience=COUNT, seed=(0, 2**32 - 1))
-    check_numbers(s, learning_rate=(1e-12, math.inf), prompt_dropout=(0, 1))
+    counts = "batch_size", "accumulate", "max_steps", "logger_freq", "patience", "checkpoint_freq", "keep_checkpoints"
+    check_numbers(s, int, **dict.fromkeys(counts, COUNT), warmup_steps=ANY, seed=(0, 2**32 - 1))
+    check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
+    check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
+    expect('setting "schedule": expected', s.schedule, one_of(*SCHEDULES))
+    expect('setting "timesteps": expected', s.timesteps, SHARES)
+    if s.epochs:
+        check_used(s, settings, "with epochs", "max_steps")
+        if s.pairs:
+            raise InputError('setting "epochs": pairs are cut without end; give max_steps')
+    if s.min_snr and s.likelihood:
+        raise InputError('setting "min_snr": weighs mean squares, which likelihood=true does not minimise')
     unused = ("with pairs, which are cut while training", "data_root") if s.pairs else ("without pairs", "controls")
     check_used(s, settings, *unused)
     expect('setting "likelihood": expected', s.likelihood, or_null(FLAG))
@@ -119,16 +141,19 @@ def train(s, model, data, datasets, out_dir):
     """Train until max_steps, from the last checkpoint in out_dir if there is one. Returns: lines on how it went."""
     rows, validation = datasets
     monitor = Monitor(validation or rows, out_dir)
-    saver = SaveBestAndLast(out_dir, s.logger_freq, monitor, s.patience)
+    saver = SaveBestAndLast(out_dir, s.checkpoint_freq, monitor, s.patience, s.checkpoint_minutes, s.keep_checkpoints)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
     trainer = make_trainer(s, out_dir, [pictures, monitor, Progress(monitor), saver])
+    if s.epochs:
+        s.max_steps = math.ceil(s.epochs * len(rows) / (s.batch_size * s.accumulate * trainer.world_size))
+        trainer.fit_loop.epoch_loop.max_steps = s.max_steps
     run = describe_run(s, model, data, trainer.precision)
-    how = {key: s[key] for key in ("learning_rate", "prompt_dropout", "likelihood", "sd_locked", "seed")}
+    how = {key: s[key] for key in METHOD}
     module = ControlTraining(model, steps=s.max_steps, run=run, **how)
     checkpoint, step = find_checkpoint(out_dir, run)
-    count, length = None if s.pairs else len(rows), s.max_steps * s.batch_size
-    place = dict(first=step * s.batch_size, rank=trainer.global_rank, processes=trainer.world_size)
-    batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(count, length, s.seed, **place))
+    taken, place = s.batch_size * s.accumulate, dict(rank=trainer.global_rank, processes=trainer.world_size)
+    place |= dict(rows=None if s.pairs else len(rows), length=s.max_steps * taken, first=step * taken)
+    batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(seed=s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
@@ -157,7 +182,7 @@ def survey(s):
             raise InputError(f"{len(problems)} problem(s) in {s.data_root}, named above; mend them, then train")
     data = read(s)
     model = make_model(s, data)
-    print(*describe_data(data, model.control_net.config), rehearse(s, model, data), sep="\n")
+    print(*describe_data(data, model.control_net.config), *tell_subjects(data), rehearse(s, model, data), sep="\n")
 
 
 def main(s):
@@ -169,9 +194,10 @@ def main(s):
         s.out_dir, s.overwrite, inputs=map(find_path, s.pairs.split(",") if s.pairs else [s.data_root])
     )
     data = read(s)
-    s.likelihood = not data.has_references if s.likelihood is None else s.likelihood
+    if s.likelihood is None:
+        s.likelihood = not (data.has_references or s.min_snr)
     model = make_model(s, data)
-    print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")
+    print(*describe_data(data, model.control_net.config), *tell_subjects(data), f"results go to {out_dir}", sep="\n")
     given = data, model.base, model.config.image_size, s.seed
     rows, validation = training_set(*given), validation_set(*given)
     print(*train(s, model, data, (rows, validation), out_dir), sep="\n")

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 from cldm.calibration import PICTURES
 from cldm.model import Target
 from cldm.report import describe_control, draw_pictures, plain
+from cldm.training import mid_step
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 
@@ -25,13 +26,19 @@ TOLD_EVERY = 15  # seconds between progress lines
 FLAT = 0.02  # val_loss has not changed if it changed by less than this share
 
 
+def count_values(values):
+    """Returns: how many different ones there are, in words."""
+    count = len({*values})
+    return f"{count} values" + "; two values only: what lies between them is never seen" * (count == 2)
+
+
 def describe_data(data, config):
     """Returns: lines on the TrainingData of a control; config: the control's."""
     kind = "photographs" if data.ranges else "pictures"
     lines = [f"{len(data.train)} training and {len(data.validation)} validation {kind}"]
     numbers = zip(config.control_names, config.control_units, config.periods, zip(*data.controls))
     for name, unit, period, values in numbers:
-        count = "drawn at random" if data.ranges else f"{len({*values})} values"
+        count = "drawn at random" if data.ranges else count_values(values)
         goes_round = f", which goes round every {period:.10g}" if period else ""
         lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}{goes_round}")
     if texts := sorted({*data.prompts} - {""}):
@@ -115,7 +122,8 @@ class PictureLogger(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
-        if not trainer.is_global_zero or (step % self.every and step != trainer.max_steps):
+        due = step % self.every == 0 or step == trainer.max_steps
+        if not trainer.is_global_zero or mid_step(trainer, batch_index) or not due:
             return
         drawn = []
         for start in range(0, len(self.rows), self.batch):

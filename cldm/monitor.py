@@ -12,6 +12,7 @@ from cldm.hints import wrap
 from cldm.reading import read_controls
 from cldm.report import plain
 from cldm.series import READ
+from cldm.training import mid_step
 from ldm.ddim import draw_noise
 from ldm.files import write_whole
 
@@ -131,7 +132,7 @@ class Monitor(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
-        if step % RESPONSE_EVERY == 0 or step == trainer.max_steps:
+        if not mid_step(trainer, batch_index) and (step % RESPONSE_EVERY == 0 or step == trainer.max_steps):
             self.look(trainer, module)
 
     def look(self, trainer, module):
@@ -146,7 +147,7 @@ class Monitor(pl.Callback):
     def on_validation_end(self, trainer, module):
         losses = {key: trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss")}
         if not math.isfinite(losses["val_loss"]):
-            raise module.diverged("val_loss", losses["val_loss"])
+            raise module.diverged("the val_loss is not finite", losses["val_loss"])
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             self.look(trainer, module)
         net = module.model.control_net

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import sys
+import time
 import warnings
 
 import pytorch_lightning as pl
@@ -16,12 +17,14 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cldm.model import control_folder, save_model
 from cldm.results import digest_model
-from cldm.training import anywhere, half_cosine
+from cldm.training import anywhere, half_cosine, mid_step
 from ldm.files import check_writable, digest, find_path, output_folder, write_whole
 from ldm.settings import InputError
 
-RESUME_FILE = "resume.ckpt"
+RESUME_FILE, CHECKPOINTS = "resume.ckpt", "checkpoints"
 HARDLY = 1.1  # times the least control error: no more than what a handful of pictures leaves to chance
+METHOD = "learning_rate", "warmup_steps", "schedule", "prompt_dropout", "timesteps", "min_snr", "likelihood", "ema"
+METHOD += "accumulate", "sd_locked", "seed"  # tutorial_train's settings that a ControlTraining takes
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # others would round the controls or the noise levels
 
 
@@ -34,7 +37,7 @@ def hold_folder(out_dir, overwrite, inputs):
     path = (output_folder if first else check_writable)(out_dir)
     if not first:
         sys.stdout = None
-    if not (path / RESUME_FILE).exists():
+    if not list_checkpoints(path):
         own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
         control_folder(path, overwrite, own=own, inputs=inputs)
     return path
@@ -47,14 +50,15 @@ def make_trainer(s, out_dir, callbacks):
     try:
         trainer = pl.Trainer(
             max_steps=s.max_steps,
-            val_check_interval=min(s.logger_freq, s.max_steps),
+            val_check_interval=min(s.logger_freq, s.max_steps) * s.accumulate,
+            accumulate_grad_batches=s.accumulate,
             check_val_every_n_epoch=None,  # count steps: several processes see several epochs
             logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
             callbacks=callbacks,
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
-            gradient_clip_val=1.0,
+            gradient_clip_val=s.gradient_clip,
             num_sanity_val_steps=0,
             log_every_n_steps=10,
             use_distributed_sampler=False,  # TrainingOrder knows of several processes
@@ -69,7 +73,7 @@ def make_trainer(s, out_dir, callbacks):
 
 def describe_run(s, model, data, precision):
     """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
-    keys = "learning_rate", "prompt_dropout", "likelihood", "sd_locked", "only_mid_control", "batch_size", "seed"
+    keys = *METHOD, "gradient_clip", "only_mid_control", "batch_size"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
@@ -86,45 +90,52 @@ def describe_run(s, model, data, precision):
     }
 
 
+def list_checkpoints(out_dir):
+    """Returns: the paths of a run's checkpoints, the oldest first."""
+    return sorted((out_dir / CHECKPOINTS).glob("[0-9]*.ckpt"))
+
+
 def find_checkpoint(out_dir, run):
-    """Returns: the path of a killed run's checkpoint in out_dir and its step; None, 0 if there is none.
+    """Returns: the path of a killed run's last checkpoint in out_dir and its step; None, 0 if there is none.
 
     Raises: InputError if it is broken, or belongs to another run than describe_run's; only max_steps may be larger.
     """
-    file = out_dir / RESUME_FILE
-    if not file.exists():
+    *earlier, file = list_checkpoints(out_dir) or [None]
+    if not file:
         return None, 0
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         step, before = checkpoint["global_step"], checkpoint["run"]
     except Exception as error:  # zip, pickle, key: torch raises many kinds
-        raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); delete it to start anew") from None
+        remedy = f"delete it to {f'go on from {earlier[-1].name}' if earlier else 'start anew'}"
+        raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); {remedy}") from None
     other = {key: before.get(key) for key in run if before.get(key) != run[key] and key != "max_steps"}
     said = [key if key.startswith("the ") else f"{key}={was} (now {run[key]})" for key, was in other.items()]
     if other or step > run["max_steps"]:
         problem = f"has done {step} steps already, more than max_steps={run['max_steps']}"
         problem = f"a run with other settings or data: {', '.join(said)}" if other else problem
-        remedy = "choose another out_dir, or delete the file and give overwrite=true to begin again"
+        remedy = f"choose another out_dir, or delete {CHECKPOINTS}/ and give overwrite=true to begin again"
         raise InputError(f"{file}: {problem}; start as before to go on, {remedy}")
     print(f"going on from step {step} of {file}")
-    if before["max_steps"] != run["max_steps"]:
+    if before["max_steps"] != run["max_steps"] and run["schedule"] == "cosine":
         rate = half_cosine(step, run["max_steps"])
         print(f"max_steps was {before['max_steps']}: the learning rate goes on at {rate:.0%} of its peak")
     return file, step
 
 
 class SaveBestAndLast(pl.Callback):
-    """Saves the control that reads best in out_dir, and out_dir/resume.ckpt, from which a stopped run goes on.
+    """Saves the control that reads best in out_dir, and the last `keep` checkpoints, from which a stopped run goes on.
 
-    It is that of the lowest control error, as a Monitor has it, or a later one whose error is hardly larger. The
-    training ends after `patience` validations that found none; None: only at max_steps. The checkpoint is written
-    after every validation; without validation, every `every` steps; and when Ctrl-C or SIGTERM ends the training
-    after the current step, with one line and the shell's exit code. A second one kills it.
+    The best is that of the lowest control error, as a Monitor has it, or a later one whose error is hardly larger. The
+    training ends after `patience` validations that found none; None: only at max_steps. A checkpoint is written after
+    every validation, every `every` steps, every `minutes` (0: not for that), and when Ctrl-C or SIGTERM ends the
+    training after the current step, with one line and the shell's exit code. A second one kills it.
     history: [step, val_loss, loss without the control, control error] of all validations.
     """
 
-    def __init__(self, out_dir, every, monitor, patience=None):
+    def __init__(self, out_dir, every, monitor, patience=None, minutes=0, keep=1):
         self.out_dir, self.every, self.monitor, self.patience = out_dir, every, monitor, patience
+        self.minutes, self.keep, self.saved = minutes, keep, time.monotonic()
         self.history, self.signal, self.since = [], None, 0  # since: validations after the best
 
     def state_dict(self):
@@ -134,6 +145,8 @@ class SaveBestAndLast(pl.Callback):
         self.history, self.since = state_dict["history"], state_dict["since"]
 
     def on_train_start(self, trainer, module):
+        self.saved = time.monotonic()
+        *_, module.saved = ["none", *list_checkpoints(self.out_dir)]
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 
@@ -142,7 +155,12 @@ class SaveBestAndLast(pl.Callback):
         signal.signal(number, signal.SIG_DFL)
 
     def checkpoint(self, trainer):
-        write_whole(self.out_dir / RESUME_FILE, trainer.save_checkpoint)
+        file = self.out_dir / CHECKPOINTS / f"{trainer.global_step:08d}.ckpt"
+        write_whole(file, trainer.save_checkpoint)
+        trainer.lightning_module.saved, self.saved = file, time.monotonic()
+        if trainer.is_global_zero:
+            for file in list_checkpoints(self.out_dir)[: -self.keep]:
+                file.unlink()
         if anywhere(trainer, self.signal):
             if trainer.is_global_zero:
                 name = "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"
@@ -151,9 +169,14 @@ class SaveBestAndLast(pl.Callback):
             sys.exit(128 + (self.signal or signal.SIGTERM))  # None: another process received it
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+        if mid_step(trainer, batch_index):
+            return
         trainer.should_stop = trainer.global_step == trainer.max_steps  # which makes Lightning validate
-        due = trainer.should_stop or trainer.global_step % self.every == 0
-        if (due or anywhere(trainer, self.signal)) and not (due and trainer.val_dataloaders):
+        late = self.minutes and time.monotonic() > self.saved + 60 * self.minutes
+        due = anywhere(trainer, late or self.signal) or trainer.global_step % self.every == 0
+        validated = trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
+        validated = trainer.val_dataloaders and (trainer.should_stop or validated)  # and saved after it
+        if (due or trainer.should_stop) and not validated:
             self.checkpoint(trainer)
 
     def on_validation_end(self, trainer, module):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,16 +17,21 @@ from torch.utils.data import DataLoader
 
 from cldm.controlnet import default_names
 from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, iterate_rows, read_control_names
+from cldm.hints import wrap
+from cldm.logger import count_values
 from cldm.pairs import training_set
 from cldm.runs import make_trainer
 from cldm.training import ControlTraining
-from ldm.pictures import check_pictures, describe_fit
+from ldm.pictures import check_pictures, describe_fit, fit_picture, pictures_to_tensor
 from ldm.schema import Settings
 from ldm.settings import InputError
 
 BARS = " ▁▂▃▄▅▆▇█"
 BINS = 24  # of a histogram
 SHOWN = 12  # prompts
+SUBJECTS, LOOKED_AT = 3, 200  # prompts, the commonest, and pictures of each that are compared with one another
+THUMBNAIL = 16  # pixels
+UNLIKE, ALIKE = 0.7, 2.0  # times the distance of any two pictures, and that to the likest one
 REHEARSED = 3  # steps, of which the first is left out
 
 
@@ -35,8 +41,7 @@ def describe_numbers(controls, names):
     for name, values in zip(names, np.array(controls).T):
         counts, _ = np.histogram(values, BINS)
         bars = "".join(BARS[int(np.ceil(count / counts.max() * (len(BARS) - 1)))] for count in counts)
-        few = "; two values only: what lies between them is never seen" * (len(set(values)) == 2)
-        lines.append(f"{name}: |{bars}| {values.min():.10g} to {values.max():.10g}, {len(set(values))} values{few}")
+        lines.append(f"{name}: |{bars}| {values.min():.10g} to {values.max():.10g}, {count_values(values)}")
     return lines
 
 
@@ -46,6 +51,32 @@ def describe_prompts(prompts):
     lines = [f"{len(counts)} prompt(s), {statistics.median(count for _, count in counts):g} pictures each (median)"]
     lines += [f'  {count:6}  "{prompt}"' for prompt, count in counts[:SHOWN]]
     return lines + ["  …"] * (len(counts) > SHOWN)
+
+
+def tell_subjects(data):
+    """Returns: a line for every prompt of a TrainingData under which pictures fall into groups.
+
+    There, pictures whose numbers are nearest look as unlike as any two, though each has others that it is like. With
+    references, which show the subject, there is nothing to tell.
+    """
+    lines = []
+    for prompt, _ in () if data.has_references else Counter(data.prompts).most_common(SUBJECTS):
+        rows = list(islice((row for row in data.train if row.prompt == prompt), LOOKED_AT))
+        if len(rows) < 6:
+            continue
+        looks = pictures_to_tensor([fit_picture(row.load()[0], THUMBNAIL) for row in rows]).flatten(1)
+        controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
+        gaps = wrap(controls - controls[:, None], data.periods or ()) / controls.std(0).clamp_min(1e-9)
+        apart = torch.eye(len(rows)).bool()
+        unlike, gaps = torch.cdist(looks, looks), gaps.norm(dim=2).masked_fill(apart, torch.inf)
+        nearest = unlike.gather(1, gaps.argmin(1, keepdim=True)).squeeze(1)
+        likest = unlike.masked_fill(apart, torch.inf).amin(1).clamp_min(1e-9)
+        if nearest.median() > UNLIKE * unlike[~apart].median() and (nearest / likest).median() > ALIKE:
+            lines.append(
+                f'warning: under the prompt "{prompt}" several subjects seem to be shown: pictures with nearly the '
+                "same numbers look quite unlike; give each subject a prompt of its own"
+            )
+    return lines
 
 
 def survey_rows(data_root, image_size):

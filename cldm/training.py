@@ -1,6 +1,7 @@
 """What a training minimises: the denoising loss of a ControlLDM, as a Lightning module."""
 
 import math
+from collections import deque
 from contextlib import contextmanager
 
 import pytorch_lightning as pl
@@ -12,6 +13,9 @@ from ldm.settings import InputError
 
 LIKELIHOOD = 0.1  # of the log-likelihood in the loss, about the mean squares that it stands for; gradients are clipped
 SMALLEST = 1e-8  # mean square of a channel that counts
+EXPLODED = 5.0  # mean loss, of 1 that a network has which predicts nothing
+RECENT = 20  # steps that it is the mean of
+SCHEDULES = "cosine", "constant"  # of the learning rate, after the warm-up
 VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged, always the same
 
 
@@ -31,6 +35,11 @@ def half_cosine(step, steps):
     return 0.5 + 0.5 * math.cos(math.pi * min(1, step / steps))
 
 
+def mid_step(trainer, batch_index):
+    """Returns: whether further batches belong to the optimiser's step."""
+    return (batch_index + 1) % trainer.accumulate_grad_batches > 0
+
+
 def anywhere(trainer, condition):
     """Returns: whether a condition holds in any of the processes that train together."""
     return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
@@ -39,19 +48,38 @@ def anywhere(trainer, condition):
 class ControlTraining(pl.LightningModule):
     """Trains the control of a ControlLDM, and with sd_locked=False the decoder of the base's UNet too.
 
-    learning_rate: at its peak; it falls to zero over `steps` steps as half a cosine. prompt_dropout: share of prompts
-    replaced by the empty one. likelihood: minimise the log of every picture's and channel's mean square, which is the
-    likelihood of cldm.objective, in place of mean squares. run: what describe_run returns, by which a checkpoint knows
-    its run.
+    learning_rate: at its peak, which it reaches after warmup_steps; with the schedule "cosine" it falls to zero at
+    `steps`. prompt_dropout: share of prompts replaced by the empty one. timesteps: (low, high), the share of the noise
+    schedule that is trained. accumulate: batches that make one step. min_snr: gamma of the weights of Hang et al.
+    2023, or None. likelihood: minimise the log of every picture's and channel's mean square, which is the likelihood
+    of cldm.objective, in place of mean squares. ema: decay of an average of the weights, which is what validations
+    judge and what is kept as the control, or None. run: what describe_run returns, by which a checkpoint knows its run.
     """
 
     def __init__(
-        self, model, *, learning_rate, steps, sd_locked=True, prompt_dropout=0.1, likelihood=False, seed=0, run=None
+        self,
+        model,
+        *,
+        learning_rate,
+        steps,
+        warmup_steps=100,
+        schedule="cosine",
+        prompt_dropout=0.1,
+        timesteps=(0, 1),
+        accumulate=1,
+        min_snr=None,
+        likelihood=False,
+        ema=None,
+        sd_locked=True,
+        seed=0,
+        run=None,
     ):
         super().__init__()
         self.model = model
-        self.learning_rate, self.steps = learning_rate, steps
-        self.prompt_dropout, self.likelihood, self.seed, self.run = prompt_dropout, likelihood, seed, run or {}
+        self.learning_rate, self.steps, self.warmup_steps, self.schedule = learning_rate, steps, warmup_steps, schedule
+        self.prompt_dropout, self.timesteps, self.accumulate = prompt_dropout, timesteps, accumulate
+        self.min_snr, self.likelihood = min_snr, likelihood
+        self.seed, self.run, self.recent, self.saved = seed, run or {}, deque(maxlen=RECENT), "none"
         self.sd_locked, self.base_losses = sd_locked, {}  # of validation batches; they change if the UNet does
         self.strict_loading = False  # checkpoints hold only what is trained
         model.control_net.requires_grad_(True)
@@ -61,6 +89,16 @@ class ControlTraining(pl.LightningModule):
             model.base.unet.float()  # what is trained is kept in full precision
             for part in (model.base.unet.up_blocks, model.base.unet.conv_norm_out, model.base.unet.conv_out):
                 part.requires_grad_(True)
+        self.average = None
+        if ema:
+            from diffusers.training_utils import EMAModel  # which imports for seconds
+
+            self.average = EMAModel(self.trained.values(), ema, use_ema_warmup=True, power=3 / 4)
+
+    @property
+    def trained(self):
+        """{name: parameter} of what learns."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def squared_errors(self, batch, noise, timesteps, kept):
         """Mean squared errors of the predicted noise or velocity.
@@ -75,18 +113,30 @@ class ControlTraining(pl.LightningModule):
         target = self.model.base.prediction_target(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), target, reduction="none").mean((2, 3))
 
-    def training_step(self, batch, _):
-        place = self.seed, self.global_step, self.global_rank  # so that a resumed run draws what it would have drawn
+    def training_step(self, batch, index):
+        place = self.global_step * self.accumulate + index % self.accumulate  # of all batches
+        place = self.seed, place, self.global_rank  # so that a resumed run draws what it would have drawn
         generator = torch.Generator().manual_seed(hash(place) % 2**63)
         size = len(batch["latents"])
         noise = torch.randn(batch["latents"].shape, generator=generator).to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
-        timesteps = draw_timesteps(size, total, generator).to(self.device)
+        low, high = (share * total for share in self.timesteps)
+        timesteps = (low + draw_timesteps(size, total, generator) * (high - low) / total).long().to(self.device)
         kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
         squares = self.squared_errors(batch, noise, timesteps, kept)
-        self.loss = squares.mean().detach()
+        self.loss, self.batch = squares.mean().detach(), batch
+        self.recent.append(self.loss)
         self.log("loss", self.loss)
-        return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean() if self.likelihood else squares.mean()
+        if self.likelihood:
+            return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean()
+        return (self.snr_weights(timesteps)[:, None] * squares).mean() if self.min_snr else squares.mean()
+
+    def snr_weights(self, timesteps):
+        """Returns: (B,), what the squared errors at timesteps count. Source: Hang et al. 2023, eq. 9, table 4."""
+        scheduler = self.model.base.scheduler
+        alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        ratio = (alphas / (1 - alphas)).clamp_min(SMALLEST)
+        return ratio.clamp_max(self.min_snr) / (ratio + (scheduler.config.prediction_type == "v_prediction"))
 
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
@@ -106,29 +156,62 @@ class ControlTraining(pl.LightningModule):
         means = dict(val_loss=mean_loss(batch), base_loss=self.base_losses[index])
         self.log_dict(means, sync_dist=True, batch_size=len(kept))
 
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        if self.average:
+            self.average.step(self.trained.values())
+
+    def on_train_start(self):
+        if self.average:
+            self.average.to(self.device)
+
+    def on_validation_start(self):
+        if self.average:
+            self.average.store(self.trained.values())
+            self.average.copy_to(self.trained.values())
+
+    def on_validation_end(self):  # after those of the callbacks, which judge and save the average
+        if self.average:
+            self.average.restore(self.trained.values())
+
+    def on_train_end(self):
+        if self.average:
+            self.average.copy_to(self.trained.values())
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         rescaled = self.trainer.precision == "16-mixed"  # its scaler skips steps with infinite gradients
         if anywhere(self.trainer, not (rescaled or norm.isfinite()) or not self.loss.isfinite()):
-            raise self.diverged("loss", self.loss)
+            raise self.diverged("the loss or its gradient is not finite", self.loss)
+        mean = torch.stack([*self.recent]).mean()
+        if anywhere(self.trainer, len(self.recent) == RECENT and mean > EXPLODED):
+            raise self.diverged(f"the loss explodes, over the last {RECENT} batches it is far above 1", mean)
 
     def diverged(self, what, value):
-        """Returns: the InputError of a loss that is not finite."""
+        """Returns: the InputError of a loss that is not finite, or too large."""
         return InputError(
-            f"step {self.global_step}: the {what} or its gradient is not finite ({value:g}); what was saved before is "
-            f"kept; start again with a learning_rate below {self.learning_rate:g} and another out_dir"
+            f"step {self.global_step}: {what} ({value:g}); last checkpoint: {self.saved}; start again with a "
+            f"learning_rate below {self.learning_rate:g} and another out_dir"
         )
 
     def configure_optimizers(self):
-        trained = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.01)
-        warmup = min(100, self.steps // 10 + 1)
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.learning_rate, weight_decay=0.01)
+        warmup, falls = max(1, min(self.warmup_steps, self.steps // 10 + 1)), self.schedule == "cosine"
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda n: min(1, (n + 1) / warmup) * half_cosine(n, self.steps)
+            optimizer, lambda n: min(1, (n + 1) / warmup) * (half_cosine(n, self.steps) if falls else 1)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint):
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        trained, average = self.trained, self.average
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        if average:
+            checkpoint["average"] = average.state_dict()
+            if average.temp_stored_params:  # validation: what learns is set aside
+                checkpoint["state_dict"] = dict(zip(trained, average.temp_stored_params))
         checkpoint["run"] = self.run
+
+    def on_load_checkpoint(self, checkpoint):
+        if self.average:
+            self.average.load_state_dict(checkpoint["average"])

@@ -229,7 +229,7 @@ def send(number, step, monkeypatch):
 
 def trained_state(out_dir):
     """Returns: {name: tensor} of weights and optimiser in the checkpoint, and of the best and last weights."""
-    checkpoint = torch.load(out_dir / "resume.ckpt", weights_only=True)
+    checkpoint = torch.load(max((out_dir / "checkpoints").iterdir()), weights_only=True)
     moments = checkpoint["optimizer_states"][0]["state"]
     state = checkpoint["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
     for folder in (out_dir, out_dir / "last"):

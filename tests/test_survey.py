@@ -3,10 +3,13 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import tutorial_train
-from cldm.survey import describe_numbers, describe_prompts
+from cldm.dataset import Row, TrainingData
+from cldm.survey import describe_numbers, describe_prompts, tell_subjects
 from ldm.settings import InputError, override
 
 
@@ -67,3 +70,29 @@ def test_numbers_and_prompts_in_a_few_lines():
     lines = describe_prompts(["a"] * 3 + ["b"])
     assert lines == ["2 prompt(s), 2 pictures each (median)", '       3  "a"', '       1  "b"']
     assert describe_prompts([str(i) for i in range(30)])[-1] == "  …"
+
+
+@pytest.mark.parametrize("periods", [None, [360]])
+def test_prompts_that_do_not_separate_subjects_are_named(periods):
+    """Two subjects of one prompt, turned alike; the same with a prompt each; and one that only varies at random."""
+    random = np.random.default_rng(0)
+
+    def picture(colour, angle, noise=0.0):
+        pixels = np.empty((16, 16, 3))
+        pixels[:] = colour
+        pixels[: 8 + int(angle / 45)] *= 0.7
+        return Image.fromarray((pixels + noise * random.normal(size=3)).clip(0, 255).astype("uint8"))
+
+    def told(subjects, noise=0.0):
+        rows = [
+            Row((angle,), picture(colour, angle, noise), prompt)
+            for colour, prompt in subjects
+            for angle in np.linspace(0, 315, 8)
+        ]
+        return tell_subjects(TrainingData(rows, [], [row.control for row in rows], ["a"], [""], periods))
+
+    red, blue = (200, 40, 40), (40, 40, 200)
+    (line,) = told([(red, "a box"), (blue, "a box")])
+    assert line.startswith('warning: under the prompt "a box" several subjects seem to be shown')
+    assert told([(red, "a red box"), (blue, "a blue box")]) == told([(red, "a box")]) == []
+    assert told([(red, "a box")], noise=30) == []

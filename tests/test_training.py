@@ -1,12 +1,20 @@
 """Training: falls, touches nothing but the control, leaves whole folders, goes on where it was killed."""
 
+import contextlib
+import csv
+import json
 import math
+import multiprocessing
+import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,6 +23,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+import cldm.report
 import tutorial_train
 from cldm.conversion import fit_statistics
 from cldm.dataset import ControlDataset, read_rows, split_rows
@@ -22,7 +31,7 @@ from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import Monitor
 from cldm.runs import SaveBestAndLast
-from cldm.training import VALIDATION_TIMESTEPS, ControlTraining
+from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -42,22 +51,24 @@ def train(base_yaml, write_dataset, tmp_path, monkeypatch):
     data_root = write_dataset(VALIDATION, file="validation.json")
     (data_root / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
 
+    defaults = [
+        f"data_root={data_root}",
+        f"base={base_yaml}",
+        f"out_dir={tmp_path / 'out'}",
+        "batch_size=2",
+        "max_steps=4",
+        "logger_freq=2",
+        "precision=32-true",
+        "accelerator=cpu",
+        "devices=1",
+    ]
+
     def run(*arguments):
-        defaults = [
-            f"data_root={data_root}",
-            f"base={base_yaml}",
-            f"out_dir={tmp_path / 'out'}",
-            "batch_size=2",
-            "max_steps=4",
-            "logger_freq=2",
-            "precision=32-true",
-            "accelerator=cpu",
-            "devices=1",
-        ]
         s = override(tutorial_train.settings, [*defaults, *arguments])
         tutorial_train.main(s)
         return Path(s.out_dir)
 
+    run.defaults = defaults
     return run
 
 
@@ -77,7 +88,7 @@ def files(folder):
 
 
 def steps_done(out_dir):
-    return torch.load(out_dir / "resume.ckpt", weights_only=True)["global_step"]
+    return torch.load(max((out_dir / "checkpoints").iterdir()), weights_only=True)["global_step"]
 
 
 def test_training_leaves_a_control_that_can_be_loaded(train, base_yaml, base, capsys, monkeypatch):
@@ -128,6 +139,103 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(train, monkeypatch, tmp_
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def readable(out_dir):
+    """Returns: how many files with a final name a run has left. Raises: if one of them cannot be read."""
+    readers = {
+        ".ckpt": partial(torch.load, weights_only=True),
+        ".safetensors": safetensors.torch.load_file,
+        ".json": lambda file: json.loads(file.read_text()),
+        ".yaml": read_config,
+        ".csv": lambda file: list(csv.DictReader(file.open())),
+        ".png": lambda file: Image.open(file).load(),
+    }
+    kept = [file for file in out_dir.rglob("*") if file.suffix in readers and ".partial" not in str(file)]
+    for file in kept:
+        readers[file.suffix](file)
+    return len(kept)
+
+
+def train_quickly(arguments):
+    """What the fixture `train` does, in a process of its own."""
+    tutorial_train.finish, cldm.report.DRAWN = (lambda *_: None), Sampling(2)
+    tutorial_train.main(override(tutorial_train.settings, arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_killed_training_goes_on_as_if_it_had_not_been(train, tmp_path, ema):
+    """Ten times SIGKILL at any moment, a write among them: nothing is half-written, and the weights are the same."""
+    settings = [*train.defaults, "max_steps=6", "logger_freq=3", "checkpoint_freq=1", f"ema={ema}"]
+    processes, moments, kills, run = multiprocessing.get_context("forkserver"), random.Random(0), 0, 0
+    processes.set_forkserver_preload(["tests.test_training"])
+
+    def start(out_dir):
+        process = processes.Process(target=train_quickly, args=([*settings, f"out_dir={out_dir}"],))
+        process.start()
+        return process
+
+    for _ in range(2):  # the first imports as well
+        began = time.monotonic()
+        start(tmp_path / "out").join(120)
+        long = time.monotonic() - began
+        whole = trained_state(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+    while kills < 10:
+        out_dir, run, killed = tmp_path / f"killed {run}" / "out", run + 1, True
+        while killed:
+            process = start(out_dir)
+            process.join(moments.uniform(0, 1.2 * long))
+            process.kill()
+            process.join()
+            killed = process.exitcode == -signal.SIGKILL
+            kills += killed
+            assert killed or process.exitcode == 0 and readable(out_dir)
+        resumed = trained_state(out_dir)
+        assert resumed.keys() == whole.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_checkpoints_come_by_steps_and_by_the_clock_and_the_last_are_kept(train, monkeypatch, tmp_path):
+    def kept(*arguments):
+        return [int(file.stem) for file in sorted((train(*arguments) / "checkpoints").iterdir())]
+
+    assert kept("checkpoint_freq=1", "logger_freq=4", "keep_checkpoints=3") == [2, 3, 4]
+    assert kept("logger_freq=4", "keep_checkpoints=9", f"out_dir={tmp_path / 'rare'}") == [4]
+    often = ["checkpoint_minutes=1e-9", "logger_freq=4", "keep_checkpoints=9", f"out_dir={tmp_path / 'often'}"]
+    assert kept(*often) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("disk", ["limit", "tmpfs"])
+def test_full_disk_loses_nothing(train, small_disk, tmp_path, monkeypatch, disk):
+    """A checkpoint that does not fit: one line; the one before it stays whole, and training goes on from there."""
+    whole, out_dir = trained_state(train()), tmp_path / disk
+    out_dir.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", out_dir]
+    if disk == "tmpfs" and (os.geteuid() or subprocess.run(mount).returncode):
+        pytest.skip("only root may mount")
+    save, room = SaveBestAndLast.checkpoint, contextlib.ExitStack()
+
+    def fill(self, trainer):
+        if trainer.global_step == 3:
+            if disk == "limit":
+                room.enter_context(small_disk())
+            else:
+                (out_dir / "tensorboard" / "full").write_bytes(bytes(shutil.disk_usage(out_dir).free - 2**16))
+        save(self, trainer)
+
+    try:
+        with monkeypatch.context() as patched, room, pytest.raises(InputError, match="00003.ckpt: cannot be written"):
+            patched.setattr(SaveBestAndLast, "checkpoint", fill)
+            train("checkpoint_freq=1", f"out_dir={out_dir}")
+        assert steps_done(out_dir) == 2 and readable(out_dir)
+        (out_dir / "tensorboard" / "full").unlink(missing_ok=True)
+        resumed = trained_state(train("checkpoint_freq=1", f"out_dir={out_dir}"))
+        assert all(torch.equal(value, resumed[name.replace("out ", f"{disk} ")]) for name, value in whole.items())
+    finally:
+        if disk == "tmpfs":
+            subprocess.run(["umount", "--lazy", out_dir], check=True)
+
+
 def test_longer_training_goes_on_from_its_checkpoint(train, monkeypatch, capsys):
     trained = []
     step = ControlTraining.training_step
@@ -166,7 +274,7 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
         f"base={unlike / 'mini.yaml'}": "the base",
         f"resume_path={out_dir}": "the control of resume_path",
     }.items():
-        with pytest.raises(InputError, match=rf"resume.ckpt: .*with other settings or data: {named}[^,]*; start as"):
+        with pytest.raises(InputError, match=rf"0001.ckpt: .*with other settings or data: {named}[^,]*; start as"):
             train("max_steps=1", argument)
     rows = (data / "prompt.json").read_text()
     (data / "prompt.json").write_text(rows.replace('"3"', '"3.5"'))
@@ -212,13 +320,16 @@ def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, m
         ("learning_rate=0", "learning_rate"),
         ("learning_rate=1e30", "step 1: the loss or its gradient is not finite"),
         ("precision=16-true", "expected one of 32-true, bf16-mixed, 16-mixed"),
+        ("schedule=linear", "expected cosine or constant"),
+        ("timesteps=[0.5,0.5]", "expected two shares"),
+        ("min_snr=5 likelihood=true", "weighs mean squares"),
         ("precision=64", "expected one of 32-true"),
     ],
 )
 def test_what_cannot_be_trained_is_named(train, tmp_path, argument, message):
     with pytest.raises(InputError, match=message):
-        train(argument)
-    assert not (tmp_path / "out" / "resume.ckpt").exists() and not (tmp_path / "out" / "config.json").exists()
+        train(*argument.split())
+    assert not (tmp_path / "out" / "checkpoints").exists() and not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -346,9 +457,14 @@ def test_a_control_keeps_the_periods_that_it_was_trained_with(train, write_datas
 
 
 def test_broken_checkpoint_is_named(train, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "resume.ckpt").write_bytes(b"half")
-    with pytest.raises(InputError, match="resume.ckpt"):
+    """And the remedy: the one before it, if it was kept."""
+    out_dir = train("keep_checkpoints=2")
+    first, last = sorted((out_dir / "checkpoints").iterdir())
+    last.write_bytes(b"half")
+    with pytest.raises(InputError, match="00004.ckpt: not a whole .* delete it to go on from 0*2.ckpt"):
+        train()
+    first.unlink()
+    with pytest.raises(InputError, match="delete it to start anew"):
         train()
 
 
@@ -445,6 +561,85 @@ def test_what_is_minimised(module_and_batch, monkeypatch, likelihood):
     shares = squares.grad * squares.detach()
     torch.testing.assert_close(shares, 0.1 / 4 * torch.ones(2, 2) if likelihood else squares.detach() / 4)
     assert module.loss == squares.mean()
+
+
+def test_min_snr_weights(module_and_batch):
+    """Of velocity, min(SNR, gamma) / (SNR + 1); of noise, min(SNR, gamma) / SNR."""
+    module, _ = module_and_batch(min_snr=5.0)
+    scheduler, timesteps = module.model.base.scheduler, torch.tensor([10, 500, 999])
+    alphas = scheduler.alphas_cumprod[timesteps]
+    ratio = alphas / (1 - alphas)
+    assert ratio[0] > 5 > ratio[1]
+    torch.testing.assert_close(module.snr_weights(timesteps), ratio.clamp_max(5) / (ratio + 1))
+    scheduler.register_to_config(prediction_type="epsilon")
+    torch.testing.assert_close(module.snr_weights(timesteps), torch.tensor([5 / ratio[0], 1, 1]))
+
+
+def test_noise_levels_are_those_of_the_range(module_and_batch, monkeypatch):
+    module, batch = module_and_batch(timesteps=[0.2, 0.3])
+    module.log, seen = lambda *_: None, []
+    monkeypatch.setattr(ControlTraining, "global_rank", 0)
+    original = module.squared_errors
+    monkeypatch.setattr(module, "squared_errors", lambda *args: (seen.append(args[2]), original(*args))[1])
+    for step in range(20):
+        monkeypatch.setattr(ControlTraining, "global_step", step)
+        module.training_step(batch, step)
+    assert 200 <= torch.cat(seen).min() < 230 and 280 < torch.cat(seen).max() < 300
+
+
+@pytest.mark.slow
+def test_accumulated_batches_make_one_step(train, monkeypatch, tmp_path):
+    """Two batches a step: no row or noise comes twice, checkpoints and pictures count steps, a stopped run goes on."""
+    seen, stop, step = [], set(), ControlTraining.training_step
+
+    def training_step(self, batch, index):
+        if index in stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append((self.global_step, *batch["control"][:, 0].tolist()))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(ControlTraining, "training_step", training_step)
+    settings = ["accumulate=2", "batch_size=2", "logger_freq=2", "keep_checkpoints=9", "max_steps=3"]
+    out_dir = train(*settings)
+    assert [place for place, *_ in seen] == [0, 0, 1, 1, 2, 2]
+    assert all(sorted(seen[k][1:] + seen[k + 1][1:]) == [1, 2, 3, 4] for k in (0, 2, 4))
+    assert [file.name for file in sorted((out_dir / "checkpoints").iterdir())] == ["00000002.ckpt", "00000003.ckpt"]
+    assert {path.name for path in (out_dir / "pictures").iterdir()} == {"000002.png", "000003.png"}
+    stop.add(2)  # in the first half of the second step
+    with pytest.raises(SystemExit):
+        train(*settings, f"out_dir={tmp_path / 'stopped' / 'out'}")
+    stop.clear()
+    whole, resumed = trained_state(out_dir), trained_state(train(*settings, f"out_dir={tmp_path / 'stopped' / 'out'}"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_epochs_in_place_of_steps(train):
+    assert steps_done(train("epochs=3", "max_steps=1400")) == 6  # of four rows, two at a time
+
+
+@pytest.mark.slow
+def test_the_average_of_the_weights_becomes_the_control(train, tmp_path):
+    """With ema, what is kept differs from what goes on learning, and lags behind it."""
+    plain, averaged = (train(f"ema={ema}", f"out_dir={tmp_path / ema}") for ema in ("null", "0.9"))
+    state = {out: torch.load(max((out / "checkpoints").iterdir()), weights_only=True) for out in (plain, averaged)}
+    weights = [state[out]["state_dict"] for out in (plain, averaged)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    shadow = dict(zip(weights[1], state[averaged]["average"]["shadow_params"]))
+    kept = load_model(averaged / "last").control_net.state_dict()
+    name = "controlnet_mid_block.weight"
+    torch.testing.assert_close(kept[name], shadow[f"model.control_net.{name}"], rtol=1e-3, atol=1e-5)
+    assert 0 < kept[name].norm() < load_model(plain / "last").control_net.state_dict()[name].norm()
+
+
+def test_exploding_loss_ends_training(train, monkeypatch):
+    """It is finite, and far above what predicting nothing would have."""
+    original = ControlTraining.squared_errors
+    factor = EXPLODED * 10
+    monkeypatch.setattr(ControlTraining, "squared_errors", lambda self, *args: original(self, *args) * factor)
+    with pytest.raises(
+        InputError, match=rf"step {RECENT - 1}: the loss explodes.*last checkpoint: .*/0*18.ckpt; start"
+    ):
+        train("max_steps=40", "logger_freq=40", "checkpoint_freq=9")
 
 
 def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
