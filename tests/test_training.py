@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import tutorial_train
 from cldm.conversion import fit_statistics
@@ -22,7 +23,7 @@ from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import Monitor
 from cldm.runs import SaveBestAndLast
-from cldm.training import VALIDATION_TIMESTEPS, ControlTraining
+from cldm.training import VALIDATION_TIMESTEPS, ControlTraining, FullAttention, checkpointing
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -445,6 +446,30 @@ def test_what_is_minimised(module_and_batch, monkeypatch, likelihood):
     shares = squares.grad * squares.detach()
     torch.testing.assert_close(shares, 0.1 / 4 * torch.ones(2, 2) if likelihood else squares.detach() / 4)
     assert module.loss == squares.mean()
+
+
+def test_half_precision_attends_in_full(normal):
+    query, key, value = normal(3, 2, 4, 16, 8).bfloat16()
+    exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = F.scaled_dot_product_attention(query, key, value)
+        with FullAttention():
+            assert torch.equal(F.scaled_dot_product_attention(query, key, value), exact)
+    assert not torch.equal(half, exact)
+
+
+def test_checkpointing_changes_no_gradient_in_half_precision(module_and_batch, normal):
+    module, batch = module_and_batch()
+    randomize_zero_convolutions(module.model.control_net)
+    noise, timesteps, gradients = normal(*batch["latents"].shape), torch.tensor([100, 300, 600, 900]), []
+    for enabled in (False, True):
+        with checkpointing(module.model, enabled):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module.squared_errors(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean()
+            module.backward(loss)
+        gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+        module.zero_grad()
+    assert all(map(torch.equal, *gradients))
 
 
 def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
