@@ -40,6 +40,16 @@ def take_handful(model, dataset):
     return load_batch(model, dataset, spread_out(HANDFUL, dataset))
 
 
+def read_handful(model, dataset):
+    """Read HANDFUL items of a ControlDataset as invert.py reads them.
+
+    Returns: (d,), the median absolute error of each number; their mean in units of each number's spread, a float.
+    """
+    target, control = take_handful(model, dataset)
+    errors = median_errors(model.control_net.config, read_controls(model, target), control)
+    return errors, (errors / model.control_net.spread(control)).mean().item()
+
+
 def describe_asked(config, control, reading, drawn, seen):
     """A training's last lines, on what calibrate returns.
 
@@ -151,9 +161,7 @@ class Monitor(pl.Callback):
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             self.look(trainer, module)
         net = module.model.control_net
-        target, control = take_handful(module.model, self.dataset)
-        median = median_errors(net.config, read_controls(module.model, target), control)
-        self.error = (median / net.spread(control)).mean().item()
+        median, self.error = read_handful(module.model, self.dataset)
         self.said = tell_errors(net.config, median.tolist())
         named = {f"error of {name}": own for name, own in zip(net.config.control_names, median.tolist())}
         self.note(trainer, **losses, **named, control_error=self.error)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from ldm.ddim import draw_timesteps
 from ldm.settings import InputError
@@ -28,6 +29,17 @@ def checkpointing(model, enabled):
     yield
     for network in networks:
         network.disable_gradient_checkpointing()
+
+
+class FullAttention(TorchFunctionMode):
+    """Attention in float32 on a CPU, whose fused kernel is slower backwards in bfloat16, by a tenth of a step."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
+            return function(*args, **(kwargs or {}))
+        query, key, value, *rest = args
+        with torch.autocast("cpu", enabled=False):
+            return function(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
 
 
 def half_cosine(step, steps):
@@ -109,7 +121,8 @@ class ControlTraining(pl.LightningModule):
         latents = batch["latents"]
         embeddings = torch.where(kept[:, None, None], batch["embeddings"], batch["empty"])
         noisy = self.model.base.scheduler.add_noise(latents, noise, timesteps)
-        prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"], batch.get("reference"))
+        with FullAttention():
+            prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"], batch.get("reference"))
         target = self.model.base.prediction_target(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), target, reduction="none").mean((2, 3))
 
@@ -137,6 +150,10 @@ class ControlTraining(pl.LightningModule):
         alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         ratio = (alphas / (1 - alphas)).clamp_min(SMALLEST)
         return ratio.clamp_max(self.min_snr) / (ratio + (scheduler.config.prediction_type == "v_prediction"))
+
+    def backward(self, loss, *args, **kwargs):
+        with FullAttention():  # of the activations that checkpointing computes again
+            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""

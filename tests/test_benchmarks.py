@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import base, drawn, inversion, meter, odd_cases, odd_inputs, pairs
+from benchmarks import base, drawn, inversion, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle
@@ -71,6 +71,16 @@ def test_a_hand_is_read_across_its_seam(tmp_path, monkeypatch):
     assert seam < max(3, 1.5 * elsewhere) < 15
     for result in results["seam"] + results["elsewhere"]:
         assert 0 <= result["control"] < 360 and abs(result["error"]) <= 180 and "outside_range" not in result["flags"]
+
+
+@pytest.mark.slow
+def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
+    data_root = write_dataset([-2, -1, 1, 2])
+    arguments = [f"data_root={data_root}", f"base={base_yaml}", "batch_size=2", "steps=4", "read_every=2"]
+    run_script(training.main, training.settings, arguments)
+    printed = capsys.readouterr().out
+    assert printed.count(f"| {training.OURS} |") == printed.count(f"| {training.THEIRS} |") == 2
+    assert "| ControlNet |" in printed and "GFLOP a step" in printed and "| control error" in printed
 
 
 @pytest.mark.slow

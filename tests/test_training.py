@@ -22,6 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 import cldm.report
 import tutorial_train
@@ -31,7 +32,7 @@ from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import Monitor
 from cldm.runs import SaveBestAndLast
-from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining
+from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, checkpointing
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -640,6 +641,30 @@ def test_exploding_loss_ends_training(train, monkeypatch):
         InputError, match=rf"step {RECENT - 1}: the loss explodes.*last checkpoint: .*/0*18.ckpt; start"
     ):
         train("max_steps=40", "logger_freq=40", "checkpoint_freq=9")
+
+
+def test_half_precision_attends_in_full(normal):
+    query, key, value = normal(3, 2, 4, 16, 8).bfloat16()
+    exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = F.scaled_dot_product_attention(query, key, value)
+        with FullAttention():
+            assert torch.equal(F.scaled_dot_product_attention(query, key, value), exact)
+    assert not torch.equal(half, exact)
+
+
+def test_checkpointing_changes_no_gradient_in_half_precision(module_and_batch, normal):
+    module, batch = module_and_batch()
+    randomize_zero_convolutions(module.model.control_net)
+    noise, timesteps, gradients = normal(*batch["latents"].shape), torch.tensor([100, 300, 600, 900]), []
+    for enabled in (False, True):
+        with checkpointing(module.model, enabled):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = module.squared_errors(batch, noise, timesteps, torch.ones(4, dtype=torch.bool)).mean()
+            module.backward(loss)
+        gradients.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+        module.zero_grad()
+    assert all(map(torch.equal, *gradients))
 
 
 def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
