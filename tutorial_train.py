@@ -37,8 +37,9 @@ settings = dict(
     seed=0,
     # passed on to Lightning's Trainer
     accelerator="auto",
-    devices="auto",
-    strategy="auto",
+    devices="auto",  # processes on this machine, each with a batch of batch_size
+    num_nodes=1,  # machines, on each of which the same command is started
+    strategy="auto",  # or ddp
     precision="bf16-mixed",
 )
 if __name__ == "__main__":
@@ -61,6 +62,7 @@ from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, d
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
+from cldm.processes import together
 from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows
 from cldm.training import ControlTraining, checkpointing
@@ -72,7 +74,8 @@ COUNT = 1, math.inf
 
 def check(s):
     """Raises: InputError for settings that cannot be, or that would have no effect."""
-    check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, patience=COUNT, seed=(0, 2**32 - 1))
+    check_numbers(s, int, batch_size=COUNT, max_steps=COUNT, logger_freq=COUNT, patience=COUNT)
+    check_numbers(s, int, num_nodes=COUNT, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=(1e-12, math.inf), prompt_dropout=(0, 1))
     unused = ("with pairs, which are cut while training", "data_root") if s.pairs else ("without pairs", "controls")
     check_used(s, settings, *unused)
@@ -122,7 +125,7 @@ def train(s, model, data, datasets, out_dir):
     saver = SaveBestAndLast(out_dir, s.logger_freq, monitor, s.patience)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
     trainer = make_trainer(s, out_dir, [pictures, monitor, Progress(monitor), saver])
-    run = describe_run(s, model, data, trainer.precision)
+    run = describe_run(s, model, data, trainer)
     how = {key: s[key] for key in ("learning_rate", "prompt_dropout", "likelihood", "sd_locked", "seed")}
     module = ControlTraining(model, steps=s.max_steps, run=run, **how)
     checkpoint, step = find_checkpoint(out_dir, run)
@@ -130,7 +133,7 @@ def train(s, model, data, datasets, out_dir):
     place = dict(first=step * s.batch_size, rank=trainer.global_rank, processes=trainer.world_size)
     batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(count, length, s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
-    with checkpointing(model, s.save_memory):
+    with checkpointing(model, s.save_memory), together(trainer):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
     module.zero_grad()
     if trainer.is_global_zero:

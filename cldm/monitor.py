@@ -152,7 +152,8 @@ class Monitor(pl.Callback):
         net = module.model.control_net
         target, control = take_handful(module.model, self.dataset)
         median = median_errors(net.config, read_controls(module.model, target), control)
-        self.error = (median / net.spread(control)).mean().item()
+        error = (median / net.spread(control)).mean().item()
+        self.error = trainer.strategy.broadcast(error)  # by which all processes stop at the same step
         self.said = tell_errors(net.config, median.tolist())
         named = {f"error of {name}": own for name, own in zip(net.config.control_names, median.tolist())}
         self.note(trainer, **losses, **named, control_error=self.error)

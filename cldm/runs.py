@@ -2,22 +2,19 @@
 
 import hashlib
 import json
-import logging
 import math
 import signal
 import sys
-import warnings
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cldm.model import control_folder, save_model
+from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
 from cldm.training import anywhere, half_cosine
-from ldm.files import check_writable, digest, find_path, output_folder, write_whole
+from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
 RESUME_FILE = "resume.ckpt"
@@ -30,10 +27,7 @@ def hold_folder(out_dir, overwrite, inputs):
 
     inputs: what is read, which must not lie in it. Returns: its Path. Raises: InputError if it is held or used.
     """
-    first = rank_zero_only.rank == 0
-    path = (output_folder if first else check_writable)(out_dir)
-    if not first:
-        sys.stdout = None
+    path, _ = hold_together(out_dir)
     if not (path / RESUME_FILE).exists():
         own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
         control_folder(path, overwrite, own=own, inputs=inputs)
@@ -42,34 +36,28 @@ def hold_folder(out_dir, overwrite, inputs):
 
 def make_trainer(s, out_dir, callbacks):
     """Returns: the Lightning Trainer of a run with tutorial_train's settings. Raises: InputError for its hardware."""
-    warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers, which are meant so
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    try:
-        trainer = pl.Trainer(
-            max_steps=s.max_steps,
-            val_check_interval=min(s.logger_freq, s.max_steps),
-            check_val_every_n_epoch=None,  # count steps: several processes see several epochs
-            logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            gradient_clip_val=1.0,
-            num_sanity_val_steps=0,
-            log_every_n_steps=10,
-            use_distributed_sampler=False,  # TrainingOrder knows of several processes
-            **{key: s[key] for key in ("accelerator", "devices", "strategy", "precision")},
-        )
-    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
+    trainer = start_trainer(
+        s,
+        max_steps=s.max_steps,
+        val_check_interval=min(s.logger_freq, s.max_steps),
+        check_val_every_n_epoch=None,  # count steps: several processes see several epochs
+        logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
+        callbacks=callbacks,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
     if trainer.precision not in PRECISIONS:
         raise InputError(f'setting "precision": expected one of {", ".join(PRECISIONS)}, got {s.precision}')
     return trainer
 
 
-def describe_run(s, model, data, precision):
-    """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
-    keys = "learning_rate", "prompt_dropout", "likelihood", "sd_locked", "only_mid_control", "batch_size", "seed"
+def describe_run(s, model, data, trainer):
+    """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with.
+
+    Its batch_size is that of all processes together, which may be fewer or more when it goes on.
+    """
+    keys = "learning_rate", "prompt_dropout", "likelihood", "sd_locked", "only_mid_control", "seed"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
@@ -77,7 +65,8 @@ def describe_run(s, model, data, precision):
     files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
     base = model.config | {"base": digest([find_path(model.config.base)])}
     return {key: s[key] for key in (*keys, "max_steps")} | {
-        "precision": precision,
+        "batch_size": s.batch_size * trainer.world_size,
+        "precision": trainer.precision,
         "hint": model.control_net.config.hint,
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "the pictures": digest(files),
@@ -142,7 +131,10 @@ class SaveBestAndLast(pl.Callback):
         signal.signal(number, signal.SIG_DFL)
 
     def checkpoint(self, trainer):
-        write_whole(self.out_dir / RESUME_FILE, trainer.save_checkpoint)
+        if trainer.is_global_zero:
+            write_whole(self.out_dir / RESUME_FILE, trainer.save_checkpoint)
+        else:  # takes part, and writes nothing
+            trainer.save_checkpoint(self.out_dir / RESUME_FILE)
         if anywhere(trainer, self.signal):
             if trainer.is_global_zero:
                 name = "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"
