@@ -60,11 +60,18 @@ def together(trainer):
     try:
         yield
     except BaseException as error:
-        if trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(signal.SIGKILL)
+        if launcher := trainer.strategy.launcher:
+            unwatch(launcher)
+            launcher.kill(signal.SIGKILL)
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
-            raise InputError("another process has ended, as it says itself; start again as before to go on") from None
+            raise InputError("another process has ended, perhaps with a line of its own; start again") from None
         raise
+
+
+def unwatch(launcher):
+    """Stop Lightning from killing this process, before it can say why, once one that it started has ended."""
+    watched, launcher.procs = launcher.procs, [*launcher.procs]
+    watched.clear()
 
 
 class SharedReading(pl.LightningModule):
@@ -90,12 +97,14 @@ class SharedReading(pl.LightningModule):
         return range(0, self.count - self.done, self.batch_size * trainer.world_size)
 
     def on_predict_start(self):
-        self.group = dist.new_group(backend="gloo", timeout=SLOWEST)  # which notices at once that a process is gone
+        self.group = dist.new_group(backend="gloo", timeout=SLOWEST)  # on a GPU, too: it notices when a process is gone
+        unwatch(self.trainer.strategy.launcher)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers would wait for all processes
             signal.signal(number, self.stop)
 
     def stop(self, number, _):
-        print("\nstopped; it goes on when it is started again with the same out_dir", file=sys.stderr)
+        if self.trainer.is_global_zero:
+            print("\nstopped; it goes on when it is started again with the same out_dir", file=sys.stderr)
         sys.exit(128 + number)
 
     def predict_step(self, *_):

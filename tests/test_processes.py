@@ -76,7 +76,7 @@ def start(folder, script, *arguments, **environment):
 
 def finish(*processes):
     """Returns: the exit codes of processes, all they printed, and all their errors but for progress bars."""
-    said = [process.communicate(timeout=600) for process in processes]
+    said = [process.communicate(timeout=1200) for process in processes]
     outs, errors = zip(*said)
     lines = [line for line in "".join(errors).replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     return [process.returncode for process in processes], "".join(outs), lines
@@ -111,6 +111,10 @@ def two(training, tmp_path_factory):
     return folder
 
 
+def checkpoint(folder):
+    return torch.load(folder / "out" / "resume.ckpt", weights_only=True)
+
+
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
@@ -124,11 +128,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(training, two, tmp_path
     assert epochs == [[str(number) for number in range(ROWS)]] * (STEPS // 2)
     one = [line.split() for line in (tmp_path / "seen0").read_text().splitlines()]
     assert [sorted(turn) for turn in turns] == [sorted(turn) for turn in one]
-    first, both = ({k: v for k, v in trained_state(folder / "out").items()} for folder in (tmp_path, two))
-    assert first.keys() == both.keys()
-    worst = max(((first[name] - both[name]).norm() / first[name].norm().clamp_min(1e-12)).item() for name in first)
-    print("worst", worst, worst / NOISE)
-    assert worst < 1e-3
+    one, both = (checkpoint(folder)["state_dict"] for folder in (tmp_path, two))
+    assert one.keys() == both.keys()
+    worst = max(((one[name] - both[name]).norm() / one[name].norm()).item() for name in one)
+    assert worst < 100 * NOISE, worst / NOISE
 
 
 @pytest.mark.slow
@@ -139,7 +142,7 @@ def test_a_stopped_process_stops_all_and_they_go_on_as_if_it_had_not(training, t
     assert code in (143, -signal.SIGTERM) and errors == [
         f"stopped by SIGTERM at step 3 of {STEPS}; the same command goes on from there"
     ]
-    assert torch.load(tmp_path / "out" / "resume.ckpt", weights_only=True)["global_step"] == 3
+    assert checkpoint(tmp_path)["global_step"] == 3
     codes, out, errors = finish(start(tmp_path, *arguments))
     assert (codes, errors) == ([0], []) and out.count("going on from step 3") == 1
     assert same(trained_state(tmp_path / "out"), trained_state(two / "out"))
