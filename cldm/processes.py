@@ -41,7 +41,8 @@ def start_trainer(s, **options):
     Raises: InputError if that is not there, or has no use for one process's weights.
     """
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers, which are meant so
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     if s.strategy not in STRATEGIES:
         remedy = "every process needs the whole model, so that save_memory=true is what takes less memory"
         raise InputError(f'setting "strategy": expected {" or ".join(STRATEGIES)}, got {s.strategy}; {remedy}')

@@ -115,6 +115,13 @@ def checkpoint(folder):
     return torch.load(folder / "out" / "resume.ckpt", weights_only=True)
 
 
+def learned(folder):
+    """Returns: {name: tensor} of the weights in a checkpoint, and of the gradients' moments."""
+    found = checkpoint(folder)
+    moments = found["optimizer_states"][0]["state"]
+    return found["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
+
+
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
@@ -128,10 +135,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(training, two, tmp_path
     assert epochs == [[str(number) for number in range(ROWS)]] * (STEPS // 2)
     one = [line.split() for line in (tmp_path / "seen0").read_text().splitlines()]
     assert [sorted(turn) for turn in turns] == [sorted(turn) for turn in one]
-    one, both = (checkpoint(folder)["state_dict"] for folder in (tmp_path, two))
+    one, both = learned(tmp_path), learned(two)
     assert one.keys() == both.keys()
     worst = max(((one[name] - both[name]).norm() / one[name].norm()).item() for name in one)
-    assert worst < 100 * NOISE, worst / NOISE
+    assert worst < 400 * NOISE, worst / NOISE  # 130 of a bias that began at zero, by Adam; 0.8 in the median
 
 
 @pytest.mark.slow
