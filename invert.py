@@ -8,10 +8,11 @@
 Leaves OUT/result.json and OUT/figure.png for one picture. For many: a line each in OUT/results.jsonl, where a "problem"
 says why a picture could not be read; OUT/results.csv; OUT/series.png, the numbers over rows or, if every row of a
 prompt.json has a "time" (ISO 8601), over time. A run over many that was killed goes on when it is started again with
-the same out_dir. A "source" in a prompt.json is only compared with what is read.
+the same out_dir. A "source" in a prompt.json is only compared with what is read. devices=4 shares many between four
+processes, on as many GPUs where there are any; several machines, num_nodes: docs/processes.md.
 """
 
-from ldm.settings import InputError, answer, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, check_used, run_script
 
 settings = dict(
     model_path="models/control_tiny_pair",  # the out_dir of a training
@@ -28,6 +29,9 @@ settings = dict(
     seed=0,
     save_memory=False,  # True: fewer pictures at once
     device="auto",  # a GPU where there is one
+    devices=1,  # processes on this machine that share many targets; they leave what one would
+    num_nodes=1,  # machines, on each of which the same command is started
+    strategy="auto",  # of several processes: as tutorial_train.py has it
 )
 if __name__ == "__main__":
     answer(__file__)
@@ -138,40 +142,72 @@ def read_each(model, s, known, rows, tell):
     return [results[i] | seen[i] for i in range(len(rows))], draws
 
 
-def read_many(model, s, known, rows, count, out_dir):
+def read_many(model, s, known, rows, count, out_dir, first=True):
     """Read `count` targets, batch after batch, each kept in results.jsonl before the next begins.
 
-    rows: an iterator over their Rows. Raises: InputError if the very first cannot be read: then more may be wrong.
+    rows: an iterator over their Rows. first: whether this is the only process, or the first, which keeps the results.
+    Raises: InputError if the very first cannot be read: then more may be wrong.
     """
-    config, about = model.control_net.config, dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
-    about["sha256"] = digest_model(s.model_path, model.config.base)
-    done = first = resume(out_dir, config, about, rows, count)
-    with tqdm(desc="reading", total=count, initial=done, delay=0.1, leave=False) as bar:
-        for batch in iter(lambda: list(islice(rows, s.batch_size)), []):
-            results, draws = read_each(model, s, known, batch, tell=done == first)
-            if done == 0 and "problem" in results[0]:
-                raise InputError(results[0]["problem"])
-            append_whole(out_dir / "results.jsonl", "".join(json.dumps(result) + "\n" for result in results))
-            for i, draw in draws.items() if s.figures else ():
-                save_figure(draw(), out_dir / f"{done + i + 1:05d}_{batch[i].target.stem}.png")
-            done += len(batch)
-            bar.update(len(batch))
-    save_series(out_dir, config, count)
+    config, start = model.control_net.config, 0
+    if first:
+        about = dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
+        about["sha256"] = digest_model(s.model_path, model.config.base)
+        start = resume(out_dir, config, about, rows, count)
+
+    def read_batch(batch, before):
+        results, draws = read_each(model, s, known, batch, tell=before == start)
+        if before == 0 and "problem" in results[0]:
+            raise InputError(results[0]["problem"])
+        for i, draw in draws.items() if s.figures else ():
+            save_figure(draw(), out_dir / f"{before + i + 1:05d}_{batch[i].target.stem}.png")
+        return "".join(json.dumps(result) + "\n" for result in results)
+
+    def keep(lines, number):
+        append_whole(out_dir / "results.jsonl", lines)
+        bar.update(number)
+
+    with tqdm(desc="reading", total=count, initial=start, delay=0.1, leave=False, disable=not first) as bar:
+        if is_shared(s):
+            from cldm.processes import read_together
+
+            read_together(s, model, rows, count, start, read_batch, keep)
+        else:
+            for before in range(start, count, s.batch_size):
+                batch = list(islice(rows, s.batch_size))
+                keep(read_batch(batch, before), len(batch))
+    if first:
+        save_series(out_dir, config, count)
+
+
+def is_shared(s):
+    """Returns: whether several processes read; only they need Lightning, whose import takes seconds."""
+    return s.devices * s.num_nodes > 1
 
 
 def main(s):
     check_numbers(s, int, draws=(4, 1000), batch_size=(1, math.inf), seed=(0, 2**63 - 1))
+    check_numbers(s, int, devices=(1, math.inf), num_nodes=(1, math.inf))
     expect('setting "figures": expected', s.figures, or_null(FLAG))
     if s.draws % 2:
         raise InputError(f'setting "draws": expected an even number, since noise comes in pairs, got {s.draws}')
+    if not (s.targets and is_shared(s)):
+        why = "with one process" if s.targets else "without targets"
+        check_used(s, settings, why, *(["strategy"] if s.targets else ["devices", "num_nodes", "strategy"]))
     figures = ["[0-9]*_*.png"] if s.figures else []
     many = ("settings.yaml", "sha256", "results.jsonl", "results.csv", "series.png", *figures)
-    out_dir = report_folder(s.out_dir, *(many if s.targets else ("result.json", "interval90", "figure.png")))
-    model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
+    names, first, device = many if s.targets else ("result.json", "interval90", "figure.png"), True, s.device
+    if is_shared(s):
+        from cldm.processes import hold_together
+
+        out_dir, first = hold_together(s.out_dir, lambda path: report_folder(path, *names))
+        device = "cpu"  # from where Lightning moves it to the process's own
+    else:
+        out_dir = report_folder(s.out_dir, *names)
+    model = load_model(s.model_path, device=device, save_memory=s.save_memory)
     known = parse_known(s.known, model.control_net.config.control_names)
     rows, count = find_rows(s, settings, model.control_net)
     if s.targets:
-        read_many(model, s, known, islice(rows(), count), count, out_dir)
+        read_many(model, s, known, islice(rows(), count), count, out_dir, first)
     else:
         read_one(model, s, known, next(rows()), out_dir)
 

@@ -48,8 +48,9 @@ settings = dict(
     seed=0,
     # passed on to Lightning's Trainer
     accelerator="auto",
-    devices="auto",
-    strategy="auto",
+    devices="auto",  # processes on this machine, each with a batch of batch_size
+    num_nodes=1,  # machines, on each of which the same command is started
+    strategy="auto",  # or ddp
     precision="bf16-mixed",
 )
 if __name__ == "__main__":
@@ -72,6 +73,7 @@ from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, d
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
+from cldm.processes import together
 from cldm.runs import METHOD, SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows, tell_subjects
 from cldm.training import SCHEDULES, ControlTraining, checkpointing
@@ -85,7 +87,7 @@ SHARES = Rule("two shares, [0, 1] for example", lambda v: each(number(0, 1), 2).
 def check(s):
     """Raises: InputError for settings that cannot be, or that would have no effect."""
     counts = "batch_size", "accumulate", "max_steps", "logger_freq", "patience", "checkpoint_freq", "keep_checkpoints"
-    check_numbers(s, int, **dict.fromkeys(counts, COUNT), warmup_steps=ANY, seed=(0, 2**32 - 1))
+    check_numbers(s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
     check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
     expect('setting "schedule": expected', s.schedule, one_of(*SCHEDULES))
@@ -147,7 +149,7 @@ def train(s, model, data, datasets, out_dir):
     if s.epochs:
         s.max_steps = math.ceil(s.epochs * len(rows) / (s.batch_size * s.accumulate * trainer.world_size))
         trainer.fit_loop.epoch_loop.max_steps = s.max_steps
-    run = describe_run(s, model, data, trainer.precision)
+    run = describe_run(s, model, data, trainer)
     how = {key: s[key] for key in METHOD}
     module = ControlTraining(model, steps=s.max_steps, run=run, **how)
     checkpoint, step = find_checkpoint(out_dir, run)
@@ -155,7 +157,7 @@ def train(s, model, data, datasets, out_dir):
     place |= dict(rows=None if s.pairs else len(rows), length=s.max_steps * taken, first=step * taken)
     batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(seed=s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
-    with checkpointing(model, s.save_memory):
+    with checkpointing(model, s.save_memory), together(trainer):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
     module.zero_grad()
     if trainer.is_global_zero:

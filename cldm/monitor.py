@@ -161,7 +161,8 @@ class Monitor(pl.Callback):
         if not self.history or self.history[-1]["step"] != trainer.global_step:
             self.look(trainer, module)
         net = module.model.control_net
-        median, self.error = read_handful(module.model, self.dataset)
+        median, error = read_handful(module.model, self.dataset)
+        self.error = trainer.strategy.broadcast(error)  # by which all processes stop at the same step
         self.said = tell_errors(net.config, median.tolist())
         named = {f"error of {name}": own for name, own in zip(net.config.control_names, median.tolist())}
         self.note(trainer, **losses, **named, control_error=self.error)

@@ -2,23 +2,20 @@
 
 import hashlib
 import json
-import logging
 import math
 import signal
 import sys
 import time
-import warnings
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from cldm.model import control_folder, save_model
+from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
 from cldm.training import anywhere, half_cosine, mid_step
-from ldm.files import check_writable, digest, find_path, output_folder, write_whole
+from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
 RESUME_FILE, CHECKPOINTS = "resume.ckpt", "checkpoints"
@@ -33,10 +30,7 @@ def hold_folder(out_dir, overwrite, inputs):
 
     inputs: what is read, which must not lie in it. Returns: its Path. Raises: InputError if it is held or used.
     """
-    first = rank_zero_only.rank == 0
-    path = (output_folder if first else check_writable)(out_dir)
-    if not first:
-        sys.stdout = None
+    path, _ = hold_together(out_dir)
     if not list_checkpoints(path):
         own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
         control_folder(path, overwrite, own=own, inputs=inputs)
@@ -45,35 +39,29 @@ def hold_folder(out_dir, overwrite, inputs):
 
 def make_trainer(s, out_dir, callbacks):
     """Returns: the Lightning Trainer of a run with tutorial_train's settings. Raises: InputError for its hardware."""
-    warnings.filterwarnings("ignore", module="pytorch_lightning")  # on eval mode and workers, which are meant so
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    try:
-        trainer = pl.Trainer(
-            max_steps=s.max_steps,
-            val_check_interval=min(s.logger_freq, s.max_steps) * s.accumulate,
-            accumulate_grad_batches=s.accumulate,
-            check_val_every_n_epoch=None,  # count steps: several processes see several epochs
-            logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            gradient_clip_val=s.gradient_clip,
-            num_sanity_val_steps=0,
-            log_every_n_steps=10,
-            use_distributed_sampler=False,  # TrainingOrder knows of several processes
-            **{key: s[key] for key in ("accelerator", "devices", "strategy", "precision")},
-        )
-    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        raise InputError(f"accelerator, devices, strategy or precision: {str(error).splitlines()[0]}") from None
+    trainer = start_trainer(
+        s,
+        max_steps=s.max_steps,
+        val_check_interval=min(s.logger_freq, s.max_steps) * s.accumulate,
+        accumulate_grad_batches=s.accumulate,
+        check_val_every_n_epoch=None,  # count steps: several processes see several epochs
+        logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
+        callbacks=callbacks,
+        gradient_clip_val=s.gradient_clip,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+    )
     if trainer.precision not in PRECISIONS:
         raise InputError(f'setting "precision": expected one of {", ".join(PRECISIONS)}, got {s.precision}')
     return trainer
 
 
-def describe_run(s, model, data, precision):
-    """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
-    keys = *METHOD, "gradient_clip", "only_mid_control", "batch_size"
+def describe_run(s, model, data, trainer):
+    """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with.
+
+    Its batch_size is that of all processes together, which may be fewer or more when it goes on.
+    """
+    keys = *METHOD, "gradient_clip", "only_mid_control"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
@@ -81,7 +69,8 @@ def describe_run(s, model, data, precision):
     files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
     base = model.config | {"base": digest([find_path(model.config.base)])}
     return {key: s[key] for key in (*keys, "max_steps")} | {
-        "precision": precision,
+        "batch_size": s.batch_size * trainer.world_size,
+        "precision": trainer.precision,
         "hint": model.control_net.config.hint,
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "the pictures": digest(files),
@@ -156,11 +145,13 @@ class SaveBestAndLast(pl.Callback):
 
     def checkpoint(self, trainer):
         file = self.out_dir / CHECKPOINTS / f"{trainer.global_step:08d}.ckpt"
-        write_whole(file, trainer.save_checkpoint)
-        trainer.lightning_module.saved, self.saved = file, time.monotonic()
         if trainer.is_global_zero:
-            for file in list_checkpoints(self.out_dir)[: -self.keep]:
-                file.unlink()
+            write_whole(file, trainer.save_checkpoint)
+            for old in list_checkpoints(self.out_dir)[: -self.keep]:
+                old.unlink()
+        else:  # takes part, and writes nothing
+            trainer.save_checkpoint(file)
+        trainer.lightning_module.saved, self.saved = file, time.monotonic()
         if anywhere(trainer, self.signal):
             if trainer.is_global_zero:
                 name = "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"

@@ -123,7 +123,8 @@ def rehearse(s, model, data):
     order = [i % s.batch_size if s.pairs else i % len(some) for i in range(REHEARSED * s.batch_size)]
     batches = DataLoader(some, s.batch_size, sampler=order)
     with TemporaryDirectory() as folder:
-        make_trainer(Settings(s | dict(max_steps=REHEARSED, devices=1)), folder, [Clock()]).fit(module, batches)
+        alone = Settings(s | dict(max_steps=REHEARSED, devices=1, num_nodes=1))
+        make_trainer(alone, folder, [Clock()]).fit(module, batches)
     step = (ends[-1] - ends[0]) / (REHEARSED - 1)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()

@@ -127,15 +127,20 @@ class ControlTraining(pl.LightningModule):
         return F.mse_loss(prediction.float(), target, reduction="none").mean((2, 3))
 
     def training_step(self, batch, index):
+        """Draws for the batches of all processes and takes its own, dealt as TrainingOrder deals rows.
+
+        So they train as one process does with a batch of as many rows.
+        """
         place = self.global_step * self.accumulate + index % self.accumulate  # of all batches
-        place = self.seed, place, self.global_rank  # so that a resumed run draws what it would have drawn
+        place = self.seed, place, 0  # so that a resumed run draws what it would have drawn
         generator = torch.Generator().manual_seed(hash(place) % 2**63)
-        size = len(batch["latents"])
-        noise = torch.randn(batch["latents"].shape, generator=generator).to(self.device)
+        processes, shape = self.trainer.world_size, batch["latents"].shape
+        size, own = processes * len(batch["latents"]), slice(self.trainer.global_rank, None, processes)
+        noise = torch.randn(size, *shape[1:], generator=generator)[own].to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
         low, high = (share * total for share in self.timesteps)
-        timesteps = (low + draw_timesteps(size, total, generator) * (high - low) / total).long().to(self.device)
-        kept = (torch.rand(size, generator=generator) >= self.prompt_dropout).to(self.device)
+        timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long().to(self.device)
+        kept = (torch.rand(size, generator=generator) >= self.prompt_dropout)[own].to(self.device)
         squares = self.squared_errors(batch, noise, timesteps, kept)
         self.loss, self.batch = squares.mean().detach(), batch
         self.recent.append(self.loss)

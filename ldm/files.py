@@ -130,9 +130,8 @@ def write_whole(path, write):
         with writing(path, RuntimeError):  # torch's
             path.parent.mkdir(parents=True, exist_ok=True)
             write(partial)
-            with suppress(FileNotFoundError):  # of several processes, one writes and one moves
-                _settle(partial)
-                os.replace(partial, path)
+            _settle(partial)
+            os.replace(partial, path)
     finally:
         with suppress(OSError):
             partial.unlink()

@@ -445,7 +445,9 @@ class TestTraining:
             ("controls=[zoom]", 'setting "controls": has no effect without pairs'),
             ("out_dir={}/killed data_root=nowhere", "nowhere/prompt.json: no such file"),  # before its first checkpoint
             ("pairs=train", 'setting "data_root": has no effect with pairs'),
-            ("accelerator=tpu", "accelerator, devices, strategy or precision: "),
+            ("accelerator=tpu", "accelerator, devices, num_nodes, strategy or precision: "),
+            ("strategy=fsdp", 'setting "strategy": expected auto or ddp, got fsdp'),
+            ("num_nodes=0", "num_nodes"),
             ("learning_rate=inf", "learning_rate"),
             ("batch_size=0.5", "batch_size"),
             ("hint=cnn", 'got "cnn"'),
