@@ -43,7 +43,6 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.pairs import list_pictures, open_photo
-from cldm.runs import RESUME_FILE
 from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
 from ldm.base import load_vae
@@ -57,7 +56,7 @@ from ldm.text import tokenize
 # where it is cheap, and takes the pooled prompt beside the timestep, since attention alone learns slowly. The schedule
 # ends in pure noise, so that nothing of a start picture leaks (Lin et al. 2024).
 LIKE = ROOT / "models" / "tiny_dc"
-KEPT = 200  # steps after which a training's state is written
+RESUME_FILE, KEPT = "resume.ckpt", 200  # what a stopped training goes on from; steps after which it is written
 SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
 CONSTANT = 16.0  # of four channels of the decoder, so that its normalisation begins as the identity
 

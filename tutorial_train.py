@@ -58,6 +58,7 @@ if __name__ == "__main__":
 
 import gc
 import math
+from dataclasses import fields
 from functools import partial
 
 import pytorch_lightning as pl
@@ -74,9 +75,9 @@ from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
 from cldm.processes import together
-from cldm.runs import METHOD, SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
+from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows, tell_subjects
-from cldm.training import SCHEDULES, ControlTraining, checkpointing
+from cldm.training import SCHEDULES, ControlTraining, Method, checkpointing
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import find_path, write_whole
 
@@ -150,8 +151,8 @@ def train(s, model, data, datasets, out_dir):
         s.max_steps = math.ceil(s.epochs * len(rows) / (s.batch_size * s.accumulate * trainer.world_size))
         trainer.fit_loop.epoch_loop.max_steps = s.max_steps
     run = describe_run(s, model, data, trainer)
-    how = {key: s[key] for key in METHOD}
-    module = ControlTraining(model, steps=s.max_steps, run=run, **how)
+    method = Method(**{field.name: s[field.name] for field in fields(Method)})
+    module = ControlTraining(model, method, run)
     checkpoint, step = find_checkpoint(out_dir, run)
     taken, place = s.batch_size * s.accumulate, dict(rank=trainer.global_rank, processes=trainer.world_size)
     place |= dict(rows=None if s.pairs else len(rows), length=s.max_steps * taken, first=step * taken)

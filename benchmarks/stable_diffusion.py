@@ -46,7 +46,7 @@ import tool_add_control
 import tutorial_train
 from benchmarks.common import choose, save_json, start_report
 from cldm.model import Sampling, load_model
-from cldm.training import ControlTraining, checkpointing
+from cldm.training import ControlTraining, Method, checkpointing
 from ldm.base import LatentDiffusion
 from ldm.ddim import draw_noise
 from ldm.files import ROOT, output_folder, write_whole
@@ -88,7 +88,7 @@ def train(folder, size):
 def training_steps(folder, size):
     """Returns: seconds of the second of two steps."""
     model = load_model(folder / "fresh", dtype=torch.float32)
-    module = ControlTraining(model, learning_rate=1e-5, steps=2)
+    module = ControlTraining(model, Method(1e-5, 2))
     optimizer = module.configure_optimizers()["optimizer"]
     batch = dict(latents=torch.randn(1, 4, size // 8, size // 8), control=torch.tensor([[2.0]]))
     batch |= {name: model.base.embed([text]) for name, text in dict(embeddings=PROMPT, empty="").items()}

@@ -51,7 +51,7 @@ from cldm.hints import Hint
 from cldm.model import load_base
 from cldm.monitor import read_handful
 from cldm.runs import make_trainer
-from cldm.training import ControlTraining
+from cldm.training import ControlTraining, Method
 from ldm.files import find_path
 from ldm.pictures import fit_picture, pictures_to_tensor
 from ldm.schema import Settings
@@ -268,7 +268,7 @@ def main(s):
     batches = ([rows.rows[i] for i in order[k : k + s.batch_size]] for k in range(0, len(order), s.batch_size))
     held_out = ControlDataset(data.validation, base, size) if s.read_every and data.validation else rows
     turns = InTurn(Recipe(s, rival), batches, held_out, s.read_every, s.steps)
-    module = ControlTraining(model, learning_rate=s.learning_rate, steps=s.steps, likelihood=True, seed=s.seed)
+    module = ControlTraining(model, Method(s.learning_rate, s.steps, likelihood=True, seed=s.seed))
     how = dict(max_steps=steps, logger_freq=steps, accelerator="cpu", precision=s.precision)
     with TemporaryDirectory() as folder:
         trainer = make_trainer(Settings(tutorial_train.settings | how), folder, [turns])

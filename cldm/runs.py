@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import time
+from dataclasses import fields
 
 import pytorch_lightning as pl
 import torch
@@ -14,14 +15,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from cldm.model import control_folder, save_model
 from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
-from cldm.training import anywhere, half_cosine, mid_step
+from cldm.training import Method, anywhere, half_cosine, mid_step
 from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
-RESUME_FILE, CHECKPOINTS = "resume.ckpt", "checkpoints"
+CHECKPOINTS = "checkpoints"
 HARDLY = 1.1  # times the least control error: no more than what a handful of pictures leaves to chance
-METHOD = "learning_rate", "warmup_steps", "schedule", "prompt_dropout", "timesteps", "min_snr", "likelihood", "ema"
-METHOD += "accumulate", "sd_locked", "seed"  # tutorial_train's settings that a ControlTraining takes
 PRECISIONS = "32-true", "bf16-mixed", "16-mixed"  # others would round the controls or the noise levels
 
 
@@ -61,14 +60,14 @@ def describe_run(s, model, data, trainer):
 
     Its batch_size is that of all processes together, which may be fewer or more when it goes on.
     """
-    keys = *METHOD, "gradient_clip", "only_mid_control"
+    keys = *(field.name for field in fields(Method)), "gradient_clip", "only_mid_control"
     parts = data.train, data.validation
     rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
     if any(periods := model.control_net.config.periods):
         rows = rows, periods
     files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
     base = model.config | {"base": digest([find_path(model.config.base)])}
-    return {key: s[key] for key in (*keys, "max_steps")} | {
+    return {key: s[key] for key in keys} | {
         "batch_size": s.batch_size * trainer.world_size,
         "precision": trainer.precision,
         "hint": model.control_net.config.hint,
@@ -135,7 +134,7 @@ class SaveBestAndLast(pl.Callback):
 
     def on_train_start(self, trainer, module):
         self.saved = time.monotonic()
-        *_, module.saved = ["none", *list_checkpoints(self.out_dir)]
+        *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 

@@ -21,7 +21,7 @@ from cldm.hints import wrap
 from cldm.logger import count_values
 from cldm.pairs import training_set
 from cldm.runs import make_trainer
-from cldm.training import ControlTraining
+from cldm.training import ControlTraining, Method
 from ldm.pictures import check_pictures, describe_fit, fit_picture, pictures_to_tensor
 from ldm.schema import Settings
 from ldm.settings import InputError
@@ -114,7 +114,7 @@ def rehearse(s, model, data):
     began = time.perf_counter()
     some = training_set(replace(data, train=data.train[: s.batch_size]), model.base, model.config.image_size, s.seed)
     encoding = 0 if s.pairs else (time.perf_counter() - began) / len(some)
-    module, ends = ControlTraining(model, learning_rate=0.0, steps=REHEARSED, sd_locked=s.sd_locked), []
+    module, ends = ControlTraining(model, Method(0.0, REHEARSED, sd_locked=s.sd_locked)), []
 
     class Clock(pl.Callback):
         def on_train_batch_end(self, *_):

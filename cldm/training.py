@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
@@ -57,55 +58,48 @@ def anywhere(trainer, condition):
     return trainer.strategy.reduce_boolean_decision(bool(condition), all=False)
 
 
-class ControlTraining(pl.LightningModule):
-    """Trains the control of a ControlLDM, and with sd_locked=False the decoder of the base's UNet too.
+@dataclass(frozen=True)
+class Method:
+    """How a control is trained, by the settings of tutorial_train.py that have these names."""
 
-    learning_rate: at its peak, which it reaches after warmup_steps; with the schedule "cosine" it falls to zero at
-    `steps`. prompt_dropout: share of prompts replaced by the empty one. timesteps: (low, high), the share of the noise
-    schedule that is trained. accumulate: batches that make one step. min_snr: gamma of the weights of Hang et al.
-    2023, or None. likelihood: minimise the log of every picture's and channel's mean square, which is the likelihood
-    of cldm.objective, in place of mean squares. ema: decay of an average of the weights, which is what validations
-    judge and what is kept as the control, or None. run: what describe_run returns, by which a checkpoint knows its run.
+    learning_rate: float  # at its peak
+    max_steps: int
+    warmup_steps: int = 100  # in which the rate rises to its peak
+    schedule: str = "cosine"  # it falls to zero at max_steps; "constant": it stays
+    prompt_dropout: float = 0.1  # share of prompts replaced by the empty one
+    timesteps: tuple = (0, 1)  # the share of the noise schedule that is trained
+    accumulate: int = 1  # batches that make one step
+    min_snr: float | None = None  # gamma of the weights of Hang et al. 2023
+    likelihood: bool = False  # minimise that of cldm.objective in place of mean squares
+    ema: float | None = None  # decay of an average of the weights, which is judged and kept as the control
+    sd_locked: bool = True  # False: the decoder of the base's UNet learns too
+    seed: int = 0
+
+
+class ControlTraining(pl.LightningModule):
+    """Trains the control of a ControlLDM by a Method. run: what describe_run returns, by which a checkpoint knows it.
+
+    recent: the last losses. saved: the last checkpoint's file.
     """
 
-    def __init__(
-        self,
-        model,
-        *,
-        learning_rate,
-        steps,
-        warmup_steps=100,
-        schedule="cosine",
-        prompt_dropout=0.1,
-        timesteps=(0, 1),
-        accumulate=1,
-        min_snr=None,
-        likelihood=False,
-        ema=None,
-        sd_locked=True,
-        seed=0,
-        run=None,
-    ):
+    def __init__(self, model, method, run=None):
         super().__init__()
-        self.model = model
-        self.learning_rate, self.steps, self.warmup_steps, self.schedule = learning_rate, steps, warmup_steps, schedule
-        self.prompt_dropout, self.timesteps, self.accumulate = prompt_dropout, timesteps, accumulate
-        self.min_snr, self.likelihood = min_snr, likelihood
-        self.seed, self.run, self.recent, self.saved = seed, run or {}, deque(maxlen=RECENT), "none"
-        self.sd_locked, self.base_losses = sd_locked, {}  # of validation batches; they change if the UNet does
+        self.model, self.method, self.run = model, method, run or {}
+        self.recent, self.saved = deque(maxlen=RECENT), None
+        self.base_losses = {}  # of validation batches; they change if the UNet does
         self.strict_loading = False  # checkpoints hold only what is trained
         model.control_net.requires_grad_(True)
         model.control_net.controlnet_down_blocks.requires_grad_(not model.control_net.config.only_mid_control)
-        if not sd_locked:
+        if not method.sd_locked:
             model.own_unet = True
             model.base.unet.float()  # what is trained is kept in full precision
             for part in (model.base.unet.up_blocks, model.base.unet.conv_norm_out, model.base.unet.conv_out):
                 part.requires_grad_(True)
         self.average = None
-        if ema:
+        if method.ema:
             from diffusers.training_utils import EMAModel  # which imports for seconds
 
-            self.average = EMAModel(self.trained.values(), ema, use_ema_warmup=True, power=3 / 4)
+            self.average = EMAModel(self.trained.values(), method.ema, use_ema_warmup=True, power=3 / 4)
 
     @property
     def trained(self):
@@ -131,30 +125,30 @@ class ControlTraining(pl.LightningModule):
 
         So they train as one process does with a batch of as many rows.
         """
-        place = self.global_step * self.accumulate + index % self.accumulate  # of all batches
-        place = self.seed, place, 0  # so that a resumed run draws what it would have drawn
+        place = self.global_step * self.method.accumulate + index % self.method.accumulate  # of all batches
+        place = self.method.seed, place, 0  # so that a resumed run draws what it would have drawn
         generator = torch.Generator().manual_seed(hash(place) % 2**63)
         processes, shape = self.trainer.world_size, batch["latents"].shape
         size, own = processes * len(batch["latents"]), slice(self.trainer.global_rank, None, processes)
         noise = torch.randn(size, *shape[1:], generator=generator)[own].to(self.device)
         total = self.model.base.scheduler.config.num_train_timesteps
-        low, high = (share * total for share in self.timesteps)
+        low, high = (share * total for share in self.method.timesteps)
         timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long().to(self.device)
-        kept = (torch.rand(size, generator=generator) >= self.prompt_dropout)[own].to(self.device)
+        kept = (torch.rand(size, generator=generator) >= self.method.prompt_dropout)[own].to(self.device)
         squares = self.squared_errors(batch, noise, timesteps, kept)
         self.loss, self.batch = squares.mean().detach(), batch
         self.recent.append(self.loss)
         self.log("loss", self.loss)
-        if self.likelihood:
+        if self.method.likelihood:
             return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean()
-        return (self.snr_weights(timesteps)[:, None] * squares).mean() if self.min_snr else squares.mean()
+        return (self.snr_weights(timesteps)[:, None] * squares).mean() if self.method.min_snr else squares.mean()
 
     def snr_weights(self, timesteps):
         """Returns: (B,), what the squared errors at timesteps count. Source: Hang et al. 2023, eq. 9, table 4."""
         scheduler = self.model.base.scheduler
         alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         ratio = (alphas / (1 - alphas)).clamp_min(SMALLEST)
-        return ratio.clamp_max(self.min_snr) / (ratio + (scheduler.config.prediction_type == "v_prediction"))
+        return ratio.clamp_max(self.method.min_snr) / (ratio + (scheduler.config.prediction_type == "v_prediction"))
 
     def backward(self, loss, *args, **kwargs):
         with FullAttention():  # of the activations that checkpointing computes again
@@ -163,7 +157,7 @@ class ControlTraining(pl.LightningModule):
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
         total = self.model.base.scheduler.config.num_train_timesteps
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.method.seed)
         latents, draws = batch["latents"], []
         kept = torch.ones(len(latents), dtype=torch.bool, device=self.device)
         for level in torch.linspace(0, total - 1, 2 * VALIDATION_TIMESTEPS + 1)[1::2].long().to(self.device):
@@ -173,7 +167,7 @@ class ControlTraining(pl.LightningModule):
         def mean_loss(batch):
             return torch.stack([self.squared_errors(batch, *draw) for draw in draws]).mean()
 
-        if index not in self.base_losses or not self.sd_locked:
+        if index not in self.base_losses or not self.method.sd_locked:
             self.base_losses[index] = mean_loss(batch | {"control": None})
         means = dict(val_loss=mean_loss(batch), base_loss=self.base_losses[index])
         self.log_dict(means, sync_dist=True, batch_size=len(kept))
@@ -214,14 +208,19 @@ class ControlTraining(pl.LightningModule):
         """Returns: the InputError of a loss that is not finite, or too large."""
         return InputError(
             f"step {self.global_step}: {what} ({value:g}); last checkpoint: {self.saved}; start again with a "
-            f"learning_rate below {self.learning_rate:g} and another out_dir"
+            f"learning_rate below {self.method.learning_rate:g} and another out_dir"
         )
 
     def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.learning_rate, weight_decay=0.01)
-        warmup, falls = max(1, min(self.warmup_steps, self.steps // 10 + 1)), self.schedule == "cosine"
+        method = self.method
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=method.learning_rate, weight_decay=0.01)
+        warmup = max(1, min(method.warmup_steps, method.max_steps // 10 + 1))
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda n: min(1, (n + 1) / warmup) * (half_cosine(n, self.steps) if falls else 1)
+            optimizer,
+            lambda step: (
+                min(1, (step + 1) / warmup)
+                * (half_cosine(step, method.max_steps) if method.schedule == "cosine" else 1.0)
+            ),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

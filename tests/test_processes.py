@@ -15,7 +15,7 @@ from PIL import Image
 
 from cldm.conversion import add_control
 from cldm.model import load_base, save_model
-from cldm.training import ControlTraining
+from cldm.training import ControlTraining, Method
 from ldm.files import ROOT
 from tests.conftest import randomize_zero_convolutions, trained_state
 
@@ -112,7 +112,7 @@ def two(training, tmp_path_factory):
 
 
 def checkpoint(folder):
-    return torch.load(folder / "out" / "resume.ckpt", weights_only=True)
+    return torch.load(max((folder / "out" / "checkpoints").iterdir()), weights_only=True)
 
 
 def learned(folder):
@@ -186,7 +186,7 @@ def test_processes_share_the_draws_of_one(monkeypatch):
         model.control_net.controlnet_down_blocks, model.control_net.config = torch.nn.Module(), Mock()
         model.control_net.config.only_mid_control = False
         model.base.scheduler.config.num_train_timesteps = 1000
-        module, taken = ControlTraining(model, learning_rate=1.0, steps=9, prompt_dropout=0.5), []
+        module, taken = ControlTraining(model, Method(1.0, 9, prompt_dropout=0.5)), []
         module.trainer, module.log = Mock(world_size=processes, global_rank=rank), lambda *_: None
         module.squared_errors = lambda batch, *drawn: taken.extend(drawn) or torch.zeros(1)
         module.training_step({"latents": torch.zeros(size, 4, 2, 2)}, 0)

@@ -32,7 +32,7 @@ from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import Monitor
 from cldm.runs import SaveBestAndLast
-from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, checkpointing
+from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -484,14 +484,14 @@ def module_and_batch(make_model, write_dataset):
         model, (rows, _) = make_model(fresh=True), split_rows(write_dataset([-2, -1, 1, 2], size=32))
         fit_statistics(model.control_net, [row.control for row in rows], ["a"], [""])
         model.control_net.register_to_config(only_mid_control=only_mid_control)
-        module = ControlTraining(model, **{**dict(learning_rate=1e-2, steps=30), **options})
+        module = ControlTraining(model, Method(**dict(learning_rate=1e-2, max_steps=30) | options))
         return module, torch.utils.data.default_collate(list(ControlDataset(rows, model.base, 32)))
 
     return make
 
 
 def test_loss_falls_and_only_the_control_learns(module_and_batch, normal):
-    module, batch = module_and_batch(steps=40)
+    module, batch = module_and_batch(max_steps=40)
     before, control_before = weights(module.model.base), weights(module.model.control_net)
     optimizer = module.configure_optimizers()["optimizer"]
     noise, timesteps = normal(*batch["latents"].shape), torch.tensor([100, 300, 600, 900])
@@ -552,8 +552,8 @@ def test_loss_is_of_velocity_or_of_noise_as_the_base_says(module_and_batch, norm
 @pytest.mark.parametrize("likelihood", [True, False])
 def test_what_is_minimised(module_and_batch, monkeypatch, likelihood):
     """With likelihood, a channel counts by how much its error changes, not by how large it is."""
-    module, batch = module_and_batch()
-    module.likelihood, module.log = likelihood, lambda *_: None
+    module, batch = module_and_batch(likelihood=likelihood)
+    module.log = lambda *_: None
     monkeypatch.setattr(ControlTraining, "global_step", 3)
     module.trainer = Mock(world_size=1, global_rank=0)
     squares = torch.tensor([[1.0, 100.0], [4.0, 100.0]], requires_grad=True)
@@ -579,7 +579,7 @@ def test_min_snr_weights(module_and_batch):
 def test_noise_levels_are_those_of_the_range(module_and_batch, monkeypatch):
     module, batch = module_and_batch(timesteps=[0.2, 0.3])
     module.log, seen = lambda *_: None, []
-    monkeypatch.setattr(ControlTraining, "global_rank", 0)
+    module.trainer = Mock(world_size=1, global_rank=0)
     original = module.squared_errors
     monkeypatch.setattr(module, "squared_errors", lambda *args: (seen.append(args[2]), original(*args))[1])
     for step in range(20):
@@ -683,7 +683,7 @@ def test_dropped_prompts_are_the_empty_prompt(module_and_batch, normal):
 
 @pytest.mark.parametrize("steps", [1, 2, 500])
 def test_learning_rate_warms_up_and_falls_to_zero(module_and_batch, steps):
-    module, _ = module_and_batch(steps=steps, learning_rate=1.0)
+    module, _ = module_and_batch(max_steps=steps, learning_rate=1.0)
     schedule = module.configure_optimizers()["lr_scheduler"]["scheduler"]
     rates = []
     for _ in range(steps + 1):
