@@ -18,6 +18,7 @@ settings = dict(
     pairs="",  # folders of pictures, or "train,FOLDER": pairs are cut from them, and data_root is not read
     controls=None,  # of pairs: some of ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"]; None: all
     base="models/tiny.yaml",  # the frozen base
+    latents_cache="runs/latents",  # where its latents of more than 512 pictures are kept; "": in memory, made anew
     resume_path="",  # a control to start from, of tool_add_control.py or an earlier run; "": a fresh one
     hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
     out_dir="runs/control_tiny",
@@ -56,7 +57,7 @@ from torch.utils.data import DataLoader
 from cldm.calibration import calibrate
 from cldm.changes import choose_changes
 from cldm.conversion import add_control, fit_statistics
-from cldm.dataset import TrainingOrder, read_data
+from cldm.dataset import Ahead, TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
@@ -128,7 +129,7 @@ def train(s, model, data, datasets, out_dir):
     checkpoint, step = find_checkpoint(out_dir, run)
     count, length = None if s.pairs else len(rows), s.max_steps * s.batch_size
     place = dict(first=step * s.batch_size, rank=trainer.global_rank, processes=trainer.world_size)
-    batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(count, length, s.seed, **place))
+    batches = Ahead(rows, s.batch_size, sampler=TrainingOrder(count, length, s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
@@ -172,7 +173,7 @@ def main(s):
     s.likelihood = not data.has_references if s.likelihood is None else s.likelihood
     model = make_model(s, data)
     print(*describe_data(data, model.control_net.config), f"results go to {out_dir}", sep="\n")
-    given = data, model.base, model.config.image_size, s.seed
+    given = data, model.base, model.config.image_size, s.seed, s.latents_cache
     rows, validation = training_set(*given), validation_set(*given)
     print(*train(s, model, data, (rows, validation), out_dir), sep="\n")
     gc.collect()  # the optimizer's memory

@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+from cldm.dataset import are_many
 from cldm.model import control_folder, save_model
 from cldm.results import digest_model
 from cldm.training import anywhere, half_cosine
@@ -71,16 +72,17 @@ def describe_run(s, model, data, precision):
     """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with."""
     keys = "learning_rate", "prompt_dropout", "likelihood", "sd_locked", "only_mid_control", "batch_size", "seed"
     parts = data.train, data.validation
-    rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
+    rows = data.ranges or [part.digest() for part in parts]
     if any(periods := model.control_net.config.periods):
         rows = rows, periods
-    files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
+    pictures = digest([*data.train, *data.validation]) if data.ranges else [part.digest_pictures() for part in parts]
     base = model.config | {"base": digest([find_path(model.config.base)])}
     return {key: s[key] for key in (*keys, "max_steps")} | {
         "precision": precision,
         "hint": model.control_net.config.hint,
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
-        "the pictures": digest(files),
+        "the pictures": pictures,
+        "latents": "float16" if s.latents_cache and not data.ranges and are_many(data.train) else None,
         "the base": json.dumps(base, sort_keys=True),
         "the control of resume_path": digest_model(s.resume_path, model.config.base) if s.resume_path else "",
     }

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import base, drawn, inversion, meter, odd_cases, odd_inputs, pairs
+from benchmarks import base, drawn, inversion, large_data, meter, odd_cases, odd_inputs, pairs
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle
@@ -19,6 +19,7 @@ from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
 from dataForTrain.make_dataset import TRAIN
 from dataForTrain.make_meter import shortest
+from ldm.schema import Settings
 from ldm.settings import InputError, run_script
 
 
@@ -54,6 +55,17 @@ def test_a_killed_run_starts_again(tmp_path):
         (folder / "1.5").mkdir(exist_ok=True)
     with pytest.raises(InputError, match="not of this script"):
         start_report(tmp_path, "report.json", "method", "1.5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows, seconds, room", [(20_000, 15, 200), (1_000_000, 15, 200)])
+def test_many_rows_start_soon_in_little_memory(base_yaml, tmp_path, rows, seconds, room):
+    """Seconds of the processor, since others may use it too; room: MiB beyond what imports and model take."""
+    s = Settings(large_data.settings | dict(rows=rows, base=base_yaml))
+    large_data.write_data(s, tmp_path)
+    measured = large_data.measure(s, tmp_path)
+    assert sum(processor for _, processor, _ in measured.values()) < seconds
+    assert max(peak for *_, peak in measured.values()) - measured["imports"][2] < room
 
 
 def test_an_unknown_method_is_named():
