@@ -87,9 +87,9 @@ class Line(NamedTuple):
     control: tuple[float, ...] | None
     target: str
     prompt: str
-    reference: str | None
-    time: str | None
     number: int
+    reference: str | None = None
+    time: str | None = None
 
 
 class Texts:
@@ -127,9 +127,8 @@ class Rows(Sequence):
             return replace(self, **parts)
         place = self.places[i]
         own = {name: texts[place] for name, texts in self.columns.items()}
-        control, prompt = tuple(self.controls[i].tolist()), self.texts[self.prompt_index[i]]
-        pictures = own["target"], prompt, own.get("reference")
-        return make_row(self.file, Line(control, *pictures, own.get("time"), self.numbers[place]))
+        own |= dict(prompt=self.texts[self.prompt_index[i]], number=self.numbers[place])
+        return make_row(self.file, Line(tuple(self.controls[i].tolist()), **own))
 
     @property
     def prompts(self):
@@ -275,7 +274,7 @@ def _read_line(text, file, number, known):
         control = parse_control(row["source"]) if "source" in row else None
     except ValueError as error:
         raise InputError(f'{where}: "source" {error}, got {json.dumps(row["source"])[:80]}') from None
-    return Line(control, row["target"], row["prompt"], row.get("reference"), row.get("time"), number)
+    return Line(control, row["target"], row["prompt"], number, row.get("reference"), row.get("time"))
 
 
 def _check_alike(file, line, first):
