@@ -58,14 +58,12 @@ def test_a_killed_run_starts_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows, seconds, room", [(20_000, 15, 200), (1_000_000, 15, 200)])
-def test_many_rows_start_soon_in_little_memory(base_yaml, tmp_path, rows, seconds, room):
-    """Seconds of the processor, since others may use it too; room: MiB beyond what imports and model take."""
-    s = Settings(large_data.settings | dict(rows=rows, base=base_yaml))
+def test_a_million_rows_start_soon_in_little_memory(base_yaml, tmp_path):
+    """Seconds of the processor, since others may use it too, and MiB; both beyond what imports take."""
+    s = Settings(large_data.settings | dict(base=base_yaml))
     large_data.write_data(s, tmp_path)
-    measured = large_data.measure(s, tmp_path)
-    assert sum(processor for _, processor, _ in measured.values()) < seconds
-    assert max(peak for *_, peak in measured.values()) - measured["imports"][2] < room
+    (_, _, imports), *stages = large_data.measure(s, tmp_path).values()
+    assert sum(processor for _, processor, _ in stages) < 15 and stages[-1][2] - imports < 200
 
 
 def test_an_unknown_method_is_named():
