@@ -18,6 +18,7 @@ settings = dict(
     pairs="",  # folders of pictures, or "train,FOLDER": pairs are cut from them, and data_root is not read
     controls=None,  # of pairs: some of ["rotation", "zoom", "shift x", "shift y", "exposure", "blur"]; None: all
     base="models/tiny.yaml",  # the frozen base
+    latents_cache="runs/latents",  # where its latents of more than 512 pictures are kept; "": in memory, made anew
     resume_path="",  # a control to start from, of tool_add_control.py or an earlier run; "": a fresh one
     hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
     out_dir="runs/control_tiny",
@@ -69,7 +70,7 @@ from torch.utils.data import DataLoader
 from cldm.calibration import calibrate
 from cldm.changes import choose_changes
 from cldm.conversion import add_control, fit_statistics
-from cldm.dataset import TrainingOrder, read_data
+from cldm.dataset import Ahead, TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
@@ -156,7 +157,7 @@ def train(s, model, data, datasets, out_dir):
     checkpoint, step = find_checkpoint(out_dir, run)
     taken, place = s.batch_size * s.accumulate, dict(rank=trainer.global_rank, processes=trainer.world_size)
     place |= dict(rows=None if s.pairs else len(rows), length=s.max_steps * taken, first=step * taken)
-    batches = DataLoader(rows, s.batch_size, sampler=TrainingOrder(seed=s.seed, **place))
+    batches = Ahead(rows, s.batch_size, sampler=TrainingOrder(seed=s.seed, **place))
     validations = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory), together(trainer):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
@@ -201,7 +202,7 @@ def main(s):
         s.likelihood = not (data.has_references or s.min_snr)
     model = make_model(s, data)
     print(*describe_data(data, model.control_net.config), *tell_subjects(data), f"results go to {out_dir}", sep="\n")
-    given = data, model.base, model.config.image_size, s.seed
+    given = data, model.base, model.config.image_size, s.seed, s.latents_cache
     rows, validation = training_set(*given), validation_set(*given)
     print(*train(s, model, data, (rows, validation), out_dir), sep="\n")
     gc.collect()  # the optimizer's memory

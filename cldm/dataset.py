@@ -1,21 +1,30 @@
 """From prompt.json to checked rows, and from rows to latents and text embeddings, computed once."""
 
 import difflib
+import hashlib
 import json
 import math
+import os
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain, islice, zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from cldm.hints import circle_middle, wrap
+from cldm.latents import CachedLatents, identify
+from ldm.files import digest
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
 from ldm.schema import POSITIVE, TEXT, Rule, check, each, or_null, read_config
 from ldm.settings import InputError
@@ -23,7 +32,18 @@ from ldm.settings import InputError
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
-JSON_TEXT = Rule("a text", lambda value: isinstance(value, str) and value.encode(errors="ignore").decode() == value)
+FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
+EMBEDDED = 512  # prompts whose embeddings are kept in memory
+HASHED = 10_000  # rows whose pictures are told apart by content; beyond, by size and time of last change
+FITTED = 64  # pictures whose sizes are told where not all are looked at
+
+
+def is_text(value):
+    """Returns: whether a value is a text that UTF-8 can write."""
+    return isinstance(value, str) and (value.isascii() or value.encode(errors="ignore").decode() == value)
+
+
+JSON_TEXT = Rule("a text", is_text)
 
 
 def parse_time(text):
@@ -61,13 +81,95 @@ class Row:
         return loaded
 
 
+class Line(NamedTuple):
+    """A Row as it stands in its file: pictures are texts, relative to the file's folder."""
+
+    control: tuple[float, ...] | None
+    target: str
+    prompt: str
+    number: int
+    reference: str | None = None
+    time: str | None = None
+
+
+class Texts:
+    """Many texts in one block of memory; each takes its bytes and eight more."""
+
+    def __init__(self):
+        self.block, self.ends = bytearray(), array("q", [0])
+
+    def append(self, text):
+        self.block += text.encode()
+        self.ends.append(len(self.block))
+
+    def __getitem__(self, i):
+        return self.block[self.ends[i] : self.ends[i + 1]].decode()
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Sequence):
+    """The Rows of a file in arrays, of which a million fit 100 MB. rows[i] is a Row; a slice or a mask gives Rows."""
+
+    file: Path
+    controls: np.ndarray  # (N, d) float64
+    texts: list  # the different prompts, in the order in which they come first
+    prompt_index: np.ndarray  # (N,), of each row's prompt among them
+    places: np.ndarray  # (N,), of each row among all of the file, whose columns follow
+    columns: dict  # {"target", and if rows have them "reference" and "time": Texts}
+    numbers: array  # of lines in the file
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, i):
+        if not isinstance(i, (int, np.integer)):
+            parts = {name: getattr(self, name)[i] for name in ("controls", "prompt_index", "places")}
+            return replace(self, **parts)
+        place = self.places[i]
+        own = {name: texts[place] for name, texts in self.columns.items()}
+        own |= dict(prompt=self.texts[self.prompt_index[i]], number=self.numbers[place])
+        return make_row(self.file, Line(tuple(self.controls[i].tolist()), **own))
+
+    @property
+    def prompts(self):
+        return [self.texts[i] for i in self.prompt_index]
+
+    def digest(self):
+        """Returns: a sha256, as text, of controls and prompts."""
+        total = hashlib.sha256(self.controls.tobytes() + self.prompt_index.tobytes())
+        for text in self.texts:
+            total.update(f"{len(text)} {text}".encode())
+        return total.hexdigest()
+
+    def digest_pictures(self):
+        """Returns: a sha256, as text, that changes with the pictures. Raises: InputError for one that is not there."""
+        if len(self) <= HASHED:
+            for row in self:
+                identify(row)
+            return digest([file for row in self for file in row.pictures])
+        total, folder = hashlib.sha256(), os.open(self.file.parent, os.O_RDONLY)
+        try:
+            for name, texts in self.columns.items():
+                for i, place in enumerate(self.places) if name != "time" else ():
+                    text = texts[place]
+                    try:
+                        seen = os.stat(text, dir_fd=folder)
+                    except (OSError, ValueError):
+                        self[i].load()  # says what is wrong
+                        raise
+                    total.update(f"{text}\n{seen.st_size} {seen.st_mtime_ns}\n".encode())
+        finally:
+            os.close(folder)
+        return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What a control is trained on: rows, or photographs that pairs are cut from."""
 
-    train: list  # of Rows, or of paths of photographs
-    validation: list  # likewise; may be empty
-    controls: list  # of d numbers each: every row's, or a sample of the changes that are drawn
+    train: Rows | list  # or paths of photographs
+    validation: Rows | list  # likewise; may be empty
+    controls: np.ndarray  # (N, d): every row's, or a sample of the changes that are drawn
     names: list | None  # d texts; None where nobody named the numbers
     units: list | None
     periods: list | None = None  # d numbers, None where a number does not go round
@@ -75,7 +177,7 @@ class TrainingData:
 
     @property
     def prompts(self):
-        return [""] if self.ranges else [row.prompt for row in self.train]
+        return [""] if self.ranges else self.train.prompts
 
     @property
     def has_references(self):
@@ -100,9 +202,18 @@ def parse_control(source):
     return control
 
 
-def read_rows(file):
-    """Returns: a list of all Rows that iterate_rows finds; every row needs a source."""
-    return list(iterate_rows(file))
+def read_rows(file, like=None):
+    """Returns: the Rows that iterate_rows finds; every row needs a source."""
+    controls, index, numbers, prompts, columns = array("d"), array("i"), array("i"), {}, {}
+    for line in _scan(file, like=like):
+        controls.extend(line.control)
+        index.append(prompts.setdefault(line.prompt, len(prompts)))
+        numbers.append(line.number)
+        for name in ("target", "reference", "time"):
+            if (text := getattr(line, name)) is not None:
+                columns.setdefault(name, Texts()).append(text)
+    controls, places = np.frombuffer(controls).reshape(len(index), -1), np.arange(len(index), dtype=np.int32)
+    return Rows(Path(file), controls, [*prompts], np.frombuffer(index, np.int32), places, columns, numbers)
 
 
 def iterate_rows(file, known=True, like=None, problems=None):
@@ -114,22 +225,34 @@ def iterate_rows(file, known=True, like=None, problems=None):
     problems: a list that takes the InputErrors of lines, which are then left out; None: the first is raised.
     Yields: Rows, all controls of one length. Raises: InputError naming the file and the line.
     """
+    return (make_row(Path(file), line) for line in _scan(file, known, like, problems))
+
+
+def make_row(file, line):
+    """Returns: the Row of a Line of a file."""
+    reference = None if line.reference is None else file.parent / line.reference
+    where = f"{file} line {line.number}"
+    return Row(line.control, file.parent / line.target, line.prompt, reference, line.time, where)
+
+
+def _scan(file, known=True, like=None, problems=None):
+    """As iterate_rows. Yields: Lines."""
     file, first = Path(file), None
     try:
         with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
+            for number, text in enumerate(lines, 1):
+                if text.strip():
                     try:
-                        row = _read_row(line, file.parent, f"{file} line {number}", known)
-                        _check_alike(row, like or first or row)
-                        _check_times(row, first or row)
+                        line = _read_line(text, file, number, known)
+                        _check_alike(file, line, like or first or line)
+                        _check_times(file, line, first or line)
                     except InputError as error:
                         if problems is None:
                             raise
                         problems.append(error)
                         continue
-                    first = first if first and first.control else row
-                    yield row
+                    first = first if first and first.control else line
+                    yield line
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; expected one JSON object a line") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -138,95 +261,101 @@ def iterate_rows(file, known=True, like=None, problems=None):
         raise InputError(f"{file}: no rows; expected one JSON object a line")
 
 
-def _read_row(line, folder, where, known):
+def _read_line(text, file, number, known):
+    where = f"{file} line {number}"
     try:
-        row = json.loads(line)
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, lists within lists
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
-        raise InputError(f"{where}: expected a JSON object, got {line.strip()[:40]}")
+        raise InputError(f"{where}: expected a JSON object, got {text.strip()[:40]}")
     check(where, row, ROW, ["source", "target", "prompt"] if known else ["target", "prompt"], complete=False)
     try:
         control = parse_control(row["source"]) if "source" in row else None
     except ValueError as error:
         raise InputError(f'{where}: "source" {error}, got {json.dumps(row["source"])[:80]}') from None
-    reference = folder / row["reference"] if "reference" in row else None
-    return Row(control, folder / row["target"], row["prompt"], reference, row.get("time"), where)
+    return Line(control, row["target"], row["prompt"], number, row.get("reference"), row.get("time"))
 
 
-def _check_alike(row, first):
-    """Raises: InputError if two rows have unlike numbers of numbers, or only one has a reference."""
-    where = row.place
-    if row.control and len(row.control) != len(first.control):
-        found = f'"source" has {len(row.control)} numbers, the first row has {len(first.control)}'
-        raise InputError(f"{where}: {found}; every row needs as many")
-    if (row.reference is None) != (first.reference is None):
-        has = "no" if row.reference is None else "a"
+def _check_alike(file, line, first):
+    """Raises: InputError if two Lines have unlike numbers of numbers, or only one has a reference."""
+    if line.control and len(line.control) != len(first.control):
+        found = f'"source" has {len(line.control)} numbers, the first row has {len(first.control)}'
+        raise InputError(f"{file} line {line.number}: {found}; every row needs as many")
+    if (line.reference is None) != (first.reference is None):
+        has = "no" if line.reference is None else "a"
+        where = f"{file} line {line.number}"
         raise InputError(f'{where}: has {has} "reference", unlike the first row; all rows need one, or none')
 
 
-def _check_times(row, first):
-    """Raises: InputError if only one of two rows has a time, or only one of two times an offset from UTC."""
-    if (row.time is None) != (first.time is None):
-        has = "no" if row.time is None else "a"
-        raise InputError(f'{row.place}: has {has} "time", unlike the first row; all rows need one, or none')
-    if row.time and (parse_time(row.time).tzinfo is None) != (parse_time(first.time).tzinfo is None):
-        found = f'"time" {row.time}, the first row has {first.time}'
-        raise InputError(f"{row.place}: {found}; all need an offset from UTC (+02:00, Z), or none")
+def _check_times(file, line, first):
+    """Raises: InputError if only one of two Lines has a time, or only one of two times an offset from UTC."""
+    if line.time is None and first.time is None:
+        return
+    where = f"{file} line {line.number}"
+    if (line.time is None) != (first.time is None):
+        has = "no" if line.time is None else "a"
+        raise InputError(f'{where}: has {has} "time", unlike the first row; all rows need one, or none')
+    if (parse_time(line.time).tzinfo is None) != (parse_time(first.time).tzinfo is None):
+        found = f'"time" {line.time}, the first row has {first.time}'
+        raise InputError(f"{where}: {found}; all need an offset from UTC (+02:00, Z), or none")
 
 
 def split_rows(data_root):
-    """Returns: a dataset's training rows; the rows of its validation.json if there is one, else what is held out.
+    """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
     Periodic numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
-    periods = read_control_names(data_root, len(rows[0].control))[2] or ()
-    middle = circle_middle([row.control for row in rows], periods)
+    periods = read_control_names(data_root, rows.controls.shape[1])[2] or ()
+    middle = circle_middle(rows.controls, periods)
     if other.exists():
-        validation = list(iterate_rows(other, like=rows[0]))
+        validation = read_rows(other, like=rows[0])
         return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
     rows = wrap_rows(rows, periods, middle)
-    held_out = hold_out([(row.prompt, row.control) for row in rows], periods)
-    return tuple([r for r in rows if ((r.prompt, r.control) in held_out) == out] for out in (False, True))
+    held_out = hold_out(rows.controls, rows.prompt_index, periods)
+    return rows[~held_out], rows[held_out]
 
 
 def wrap_rows(rows, periods, middle):
     """Returns: Rows with their controls as hints.wrap brings them into one turn; tells how many that changed."""
-    controls = wrap(torch.tensor([row.control for row in rows], dtype=torch.float64), periods, middle).tolist()
-    wrapped = [replace(row, control=tuple(control)) for row, control in zip(rows, controls)]
-    if moved := sum(row != own for row, own in zip(rows, wrapped)):
+    controls = wrap(torch.from_numpy(rows.controls), periods, middle).numpy()
+    if moved := (controls != rows.controls).any(1).sum():
         print(f"{moved} of {len(rows)} rows have periodic numbers beyond one turn, which are taken back into it")
-    return wrapped
+    return replace(rows, controls=controls)
 
 
-def hold_out(pairs, periods=()):
+def hold_out(controls, prompts, periods=()):
     """Choose one in ten of every prompt's distinct controls, spread over the range, never one with an extreme value.
 
     Prompts with fewer than five controls are left whole; if all are such, they count as one prompt.
-    pairs: (prompt, control) of every row. periods: as in hints.wrap; what goes round has no extremes.
-    Returns: a set of such pairs.
+    controls: (N, d). prompts: (N,), the number of each row's. periods: as in hints.wrap; what goes round has no
+    extremes. Returns: (N,) bool, the rows that are held out.
     """
-    groups = {}
-    for prompt, control in pairs:
-        groups.setdefault(prompt, set()).add(control)
-    merged = all(len(controls) < SMALLEST_SPLIT for controls in groups.values())
-    groups, chosen = {None: set().union(*groups.values())} if merged else groups, set()
-    groups = {prompt: controls for prompt, controls in groups.items() if len(controls) >= SMALLEST_SPLIT}
-    for k, (prompt, controls) in enumerate(groups.items()):
-        ends = [{min(column), max(column)} for column in zip(*controls)]
-        ends = [set() if period else end for end, period in zip_longest(ends, periods)]
-        inner = sorted(c for c in controls if not any(value in end for value, end in zip(c, ends)))
-        count, phase = min(len(inner), max(1, round(len(controls) / 10))), (0.5 + GOLDEN * k) % 1  # others for each
-        chosen |= {(prompt, inner[int((i + phase) * len(inner) / count)]) for i in range(count)}
-    return {pair for pair in pairs if (None if merged else pair[0], pair[1]) in chosen}
+    order = np.lexsort([*controls.T[::-1], prompts])
+    keys = np.column_stack([prompts, controls])[order]
+    new = np.append(True, (keys[1:] != keys[:-1]).any(1))  # the first of equal rows
+    keys, which = keys[new], np.empty(len(order), np.int64)
+    which[order] = new.cumsum() - 1  # of each row, its key
+    starts = np.append(True, keys[1:, 0] != keys[:-1, 0]).nonzero()[0]
+    ends = np.append(starts[1:], len(keys))
+    if prompts.any() and (ends - starts).max() < SMALLEST_SPLIT:
+        return hold_out(controls, np.zeros_like(prompts), periods)
+    chosen, circles = np.zeros(len(keys), bool), [bool(p) for _, p in zip_longest(controls.T, periods)]
+    large = ends - starts >= SMALLEST_SPLIT
+    for k, (start, end) in enumerate(zip(starts[large], ends[large])):
+        own = keys[start:end, 1:]
+        extreme = ((own == own.min(0)) | (own == own.max(0))) & ~np.array(circles)
+        inner = start + (~extreme.any(1)).nonzero()[0]
+        count, phase = min(len(inner), max(1, round(len(own) / 10))), (0.5 + GOLDEN * k) % 1  # others for each
+        chosen[[inner[int((i + phase) * len(inner) / count)] for i in range(count)]] = True
+    return chosen[which]
 
 
 def read_data(data_root):
     """Returns: the TrainingData in a folder: prompt.json, perhaps validation.json and controls.yaml."""
     train, validation = split_rows(data_root)
-    controls = [row.control for row in train]
-    return TrainingData(train, validation, controls, *read_control_names(data_root, len(controls[0])))
+    return TrainingData(train, validation, train.controls, *read_control_names(data_root, train.controls.shape[1]))
 
 
 def read_control_names(data_root, control_dim):
@@ -267,34 +396,88 @@ def recognize_prompt(prompt, known):
 class ControlDataset(Dataset):
     """Latents, text embeddings and controls of rows, computed once by a LatentDiffusion.
 
-    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; the empty prompt's), control (d,), and
-    reference (C, h, w) if the rows have one. Pictures of another size than image_size are resized.
+    An item is a dict of latents (C, h, w), embeddings (77, D), empty (77, D; the empty prompt's), control (d,), the
+    row's index, and reference (C, h, w) if rows have one. Pictures of another size than image_size are resized.
+    rows: Rows, or a list of Rows. cache: a folder; latents of more than FEW pictures are then encoded when they are
+    asked for, and kept there. "": all are encoded now.
     """
 
-    @torch.no_grad()
-    def __init__(self, rows, base, image_size, batch_size=16):
+    def __init__(self, rows, base, image_size, cache="", batch_size=16):
         self.rows = rows
-        self.controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
-        prompts = sorted({row.prompt for row in rows})
-        self.prompt_index = [prompts.index(row.prompt) for row in rows]
-        self.embeddings = torch.cat([base.embed([prompt]) for prompt in prompts]).float().cpu()
-        self.empty = base.embed([""])[0].float().cpu()
-        count, latents, sizes = sum(len(row.pictures) for row in rows), [], set()
-        pictures = chain.from_iterable(row.load() for row in rows)
-        for _ in tqdm(range(0, count, batch_size), desc="encoding", delay=2, leave=False):
-            loaded = list(islice(pictures, batch_size))
-            sizes |= {picture.size for picture in loaded}
-            fitted = pictures_to_tensor([fit_picture(picture, image_size) for picture in loaded])
-            latents.append(base.encode(fitted.to(base.device)).float().cpu())
-        self.latents = rearrange(torch.cat(latents), "(n k) c h w -> n k c h w", n=len(rows))  # k: target, reference
+        if isinstance(rows, Rows):
+            self.controls = torch.from_numpy(rows.controls)
+            self.texts, self.prompt_index = rows.texts, rows.prompt_index
+        else:
+            self.controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
+            self.texts = list(dict.fromkeys(row.prompt for row in rows))
+            self.prompt_index = np.array([self.texts.index(row.prompt) for row in rows])
+
+        @lru_cache(EMBEDDED)
+        @torch.no_grad()
+        def embed(prompt):
+            return base.embed([prompt])[0].float().cpu()
+
+        self.base, self.embed, self.empty = base, embed, embed("")
+        for text in self.texts if len(self.texts) < EMBEDDED else ():
+            embed(text)
+        if cache and are_many(rows):
+            self.latents = CachedLatents(rows, base, image_size, cache)
+            some = [rows[i] for i in np.linspace(0, len(rows) - 1, FITTED).astype(int)]
+            sizes = {picture.size for row in some for picture in row.load()}
+        else:
+            self.latents, sizes = encode_rows(rows, base, image_size, batch_size)
         tell_fit([[size] for size in sizes], image_size)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        words = dict(embeddings=self.embeddings[self.prompt_index[i]], empty=self.empty)
-        return dict(zip(("latents", "reference"), self.latents[i])) | words | dict(control=self.controls[i])
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, which):
+        """Returns: a list of items; what a DataLoader asks for."""
+        with torch.autocast(self.base.device.type, enabled=False):  # whoever asks
+            words = [self.embed(self.texts[self.prompt_index[i]]) for i in which]
+        return [
+            dict(
+                zip(("latents", "reference"), latents),
+                embeddings=own,
+                empty=self.empty,
+                control=self.controls[i],
+                row=i,
+            )
+            for i, latents, own in zip(which, self.latents[which], words)
+        ]
+
+
+def are_many(rows):
+    """Returns: whether rows have more pictures than are encoded at every start."""
+    return len(rows) * len(rows[0].pictures) > FEW
+
+
+@torch.no_grad()
+def encode_rows(rows, base, image_size, batch_size):
+    """Returns: (N, 1, C, h, w) latents, or (N, 2, C, h, w) with references; the pictures' different sizes."""
+    count, latents, sizes = sum(len(row.pictures) for row in rows), [], set()
+    pictures = chain.from_iterable(row.load() for row in rows)
+    for _ in tqdm(range(0, count, batch_size), desc="encoding", delay=2, leave=False):
+        loaded = list(islice(pictures, batch_size))
+        sizes |= {picture.size for picture in loaded}
+        fitted = pictures_to_tensor([fit_picture(picture, image_size) for picture in loaded])
+        latents.append(base.encode(fitted.to(base.device)).float().cpu())
+    return rearrange(torch.cat(latents), "(n k) c h w -> n k c h w", n=len(rows)), sizes  # k: target, reference
+
+
+class Ahead(DataLoader):
+    """A DataLoader that makes the next batch in a thread, while the last one is trained on."""
+
+    def __iter__(self):
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = thread.submit(next, batches, None)
+                yield batch
 
 
 class TrainingOrder(Sampler):

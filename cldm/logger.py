@@ -28,7 +28,7 @@ FLAT = 0.02  # val_loss has not changed if it changed by less than this share
 
 def count_values(values):
     """Returns: how many different ones there are, in words."""
-    count = len({*values})
+    count = len(np.unique(values))
     return f"{count} values" + "; two values only: what lies between them is never seen" * (count == 2)
 
 
@@ -36,11 +36,11 @@ def describe_data(data, config):
     """Returns: lines on the TrainingData of a control; config: the control's."""
     kind = "photographs" if data.ranges else "pictures"
     lines = [f"{len(data.train)} training and {len(data.validation)} validation {kind}"]
-    numbers = zip(config.control_names, config.control_units, config.periods, zip(*data.controls))
+    numbers = zip(config.control_names, config.control_units, config.periods, data.controls.T)
     for name, unit, period, values in numbers:
         count = "drawn at random" if data.ranges else count_values(values)
         goes_round = f", which goes round every {period:.10g}" if period else ""
-        lines.append(f"{f'{name}: {min(values):.10g} to {max(values):.10g} {unit}'.rstrip()}, {count}{goes_round}")
+        lines.append(f"{f'{name}: {values.min():.10g} to {values.max():.10g} {unit}'.rstrip()}, {count}{goes_round}")
     if texts := sorted({*data.prompts} - {""}):
         shown = ", ".join(f'"{text}"' for text in texts[:GRID_SUBJECTS])
         lines.append(f"{len(texts)} prompt(s): {shown}{', …' if len(texts) > GRID_SUBJECTS else ''}")
@@ -50,7 +50,7 @@ def describe_data(data, config):
 def describe_bars(dataset, seen):
     """Returns: a line on what error bars were learned from. seen: whether the control was trained on it."""
     count = min(PICTURES, len(dataset))
-    values = min(count, len(set(map(tuple, dataset.controls.tolist()))))
+    values = min(count, len(dataset.controls.unique(dim=0)))
     kind = "training" if seen else "validation"
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"
     if seen:
@@ -88,13 +88,13 @@ class PictureLogger(pl.Callback):
 
     def __init__(self, dataset, folder, every, batch):
         self.folder, self.every, self.batch = folder, every, batch
-        subjects = sorted(set(dataset.prompt_index))[:GRID_SUBJECTS]
+        subjects = sorted(np.unique(dataset.prompt_index), key=dataset.texts.__getitem__)[:GRID_SUBJECTS]
         most = min(GRID_CONTROLS, max(2, GRID_PICTURES // len(subjects)))
         picked = []
         for subject in subjects:
-            own = [i for i, prompt in enumerate(dataset.prompt_index) if prompt == subject]
-            own.sort(key=lambda i: dataset.rows[i].control)
-            picked += [own[int(i)] for i in np.linspace(0, len(own) - 1, min(most, len(own))).round()]
+            own = (dataset.prompt_index == subject).nonzero()[0]
+            own = own[np.lexsort(dataset.controls[own].numpy().T[::-1])]
+            picked += [own[int(i)].item() for i in np.linspace(0, len(own) - 1, min(most, len(own))).round()]
         self.rows = [dataset.rows[i] for i in picked]
         self.items = default_collate([dataset[i] for i in picked])
         self.columns = math.ceil(len(picked) / len(subjects))

@@ -23,7 +23,7 @@ LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled d
 PHOTOS = 256  # kept in memory, each as it is and scaled down
 CORNERS = [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]  # of the square that a frame cuts
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
-VALIDATION_PAIRS = 144
+VALIDATION_PAIRS, VALIDATION_ROWS = 144, 1000  # at most
 STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -43,22 +43,29 @@ def read_photos(train, validation, ranges, seed):
     rng = random.Random(seed)
     drawn = [draw_change(rng, ranges) for _ in range(STATISTICS)]
     controls = [[change[name] for name in ranges] for change in drawn] + [*zip(*ranges.values())]
+    controls = np.array(controls)
     return TrainingData(train, validation, controls, list(ranges), [CHANGES[name][0] for name in ranges], ranges=ranges)
 
 
-def training_set(data, base, image_size, seed):
-    """Returns: the dataset of a TrainingData's training rows, or pairs."""
+def training_set(data, base, image_size, seed, cache=""):
+    """Returns: the dataset of a TrainingData's training rows, or pairs. cache: as ControlDataset has it."""
     if data.ranges:
         return FreshPairs(data.train, data.ranges, base, image_size, seed)
-    return ControlDataset(data.train, base, image_size)
+    return ControlDataset(data.train, base, image_size, cache)
 
 
-def validation_set(data, base, image_size, seed):
-    """Returns: a ControlDataset of validation rows, or pairs, of training photographs if need be; None without rows."""
+def validation_set(data, base, image_size, seed, cache=""):
+    """Returns: a ControlDataset of validation rows, or pairs, of training photographs if need be; None without rows.
+
+    Of many rows, VALIDATION_ROWS are taken, from the first to the last.
+    """
     if data.ranges:
         pairs = FreshPairs(data.validation or data.train, data.ranges, base, image_size, seed + 1)
         return pairs.draw(VALIDATION_PAIRS, 0)
-    return ControlDataset(data.validation, base, image_size) if data.validation else None
+    rows = data.validation
+    if len(rows) > VALIDATION_ROWS:
+        rows = rows[np.linspace(0, len(rows) - 1, VALIDATION_ROWS).astype(int)]
+    return ControlDataset(rows, base, image_size, cache) if rows else None
 
 
 def draw_pair(rng, files, size, ranges):

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from cldm.dataset import are_many
 from cldm.model import control_folder, save_model
 from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
@@ -62,17 +63,18 @@ def describe_run(s, model, data, trainer):
     """
     keys = *(field.name for field in fields(Method)), "gradient_clip", "only_mid_control"
     parts = data.train, data.validation
-    rows = data.ranges or [[(row.control, row.prompt) for row in part] for part in parts]
+    rows = data.ranges or [part.digest() for part in parts]
     if any(periods := model.control_net.config.periods):
         rows = rows, periods
-    files = [file for part in parts for row in part for file in ([row] if data.ranges else row.pictures)]
+    pictures = digest([*data.train, *data.validation]) if data.ranges else [part.digest_pictures() for part in parts]
     base = model.config | {"base": digest([find_path(model.config.base)])}
     return {key: s[key] for key in keys} | {
         "batch_size": s.batch_size * trainer.world_size,
         "precision": trainer.precision,
         "hint": model.control_net.config.hint,
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
-        "the pictures": digest(files),
+        "the pictures": pictures,
+        "latents": "float16" if s.latents_cache and not data.ranges and are_many(data.train) else None,
         "the base": json.dumps(base, sort_keys=True),
         "the control of resume_path": digest_model(s.resume_path, model.config.base) if s.resume_path else "",
     }

@@ -130,7 +130,8 @@ def rehearse(s, model, data):
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    minutes = (encoding * (len(data.train) + len(data.validation)) + step * s.max_steps) / 60
+    pictures = min(len(data.train), s.max_steps * s.batch_size) + len(data.validation)
+    minutes = (encoding * pictures + step * s.max_steps) / 60
     return (
         f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {s.batch_size} pictures and "
         f"{encoding:.2f} s to encode one, and {memory / 2**30:.1f} GiB; validations and error bars come on top"

@@ -18,6 +18,7 @@ SMALLEST = 1e-8  # mean square of a channel that counts
 EXPLODED = 5.0  # mean loss, of 1 that a network has which predicts nothing
 RECENT = 20  # steps that it is the mean of
 SCHEDULES = "cosine", "constant"  # of the learning rate, after the warm-up
+NAMED = 8  # pictures, in an error
 VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged, always the same
 
 
@@ -205,10 +206,13 @@ class ControlTraining(pl.LightningModule):
             raise self.diverged(f"the loss explodes, over the last {RECENT} batches it is far above 1", mean)
 
     def diverged(self, what, value):
-        """Returns: the InputError of a loss that is not finite, or too large."""
+        """Returns: the InputError of a loss that is not finite, or too large, in the last batch."""
+        data = self.trainer.train_dataloader.dataset
+        names = [data.rows[i].target.name for i in self.batch.get("row", [])]
+        seen = f" (of {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})" if names else ""
         return InputError(
-            f"step {self.global_step}: {what} ({value:g}); last checkpoint: {self.saved}; start again with a "
-            f"learning_rate below {self.method.learning_rate:g} and another out_dir"
+            f"step {self.global_step}: {what}{seen}: {value:g}; last checkpoint: {self.saved or 'none'}; start again "
+            f"with a learning_rate below {self.method.learning_rate:g} and another out_dir"
         )
 
     def configure_optimizers(self):

@@ -91,7 +91,8 @@ def check(where, config, schema, required=(), complete=True):
             raise InputError(f'{where}: no "{key}" in it, expected {schema[key].expected}')
     for key, value in config.items():
         if key in schema:
-            expect(f'{where}: "{key}" must be', value, schema[key])
+            if not schema[key].holds(value):
+                expect(f'{where}: "{key}" must be', value, schema[key])
         elif complete:
             raise InputError(f'{where}: unknown key "{key}"{nearest(str(key), list(schema))}')
 

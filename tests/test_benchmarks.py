@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import base, drawn, inversion, meter, odd_cases, odd_inputs, pairs, training
+from benchmarks import base, drawn, inversion, large_data, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle
@@ -19,6 +19,7 @@ from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
 from dataForTrain.make_dataset import TRAIN
 from dataForTrain.make_meter import shortest
+from ldm.schema import Settings
 from ldm.settings import InputError, run_script
 
 
@@ -54,6 +55,15 @@ def test_a_killed_run_starts_again(tmp_path):
         (folder / "1.5").mkdir(exist_ok=True)
     with pytest.raises(InputError, match="not of this script"):
         start_report(tmp_path, "report.json", "method", "1.5")
+
+
+@pytest.mark.slow
+def test_a_million_rows_start_soon_in_little_memory(base_yaml, tmp_path):
+    """Seconds of the processor, since others may use it too, and MiB; both beyond what imports take."""
+    s = Settings(large_data.settings | dict(base=base_yaml))
+    large_data.write_data(s, tmp_path)
+    (_, _, imports), *stages = large_data.measure(s, tmp_path).values()
+    assert sum(processor for _, processor, _ in stages) < 15 and stages[-1][2] - imports < 200
 
 
 def test_an_unknown_method_is_named():

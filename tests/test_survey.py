@@ -2,13 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import tutorial_train
-from cldm.dataset import Row, TrainingData
+from cldm.dataset import Row
 from cldm.survey import describe_numbers, describe_prompts, tell_subjects
 from ldm.settings import InputError, override
 
@@ -89,7 +90,8 @@ def test_prompts_that_do_not_separate_subjects_are_named(periods):
             for colour, prompt in subjects
             for angle in np.linspace(0, 315, 8)
         ]
-        return tell_subjects(TrainingData(rows, [], [row.control for row in rows], ["a"], [""], periods))
+        prompts = [row.prompt for row in rows]
+        return tell_subjects(SimpleNamespace(train=rows, prompts=prompts, periods=periods, has_references=False))
 
     red, blue = (200, 40, 40), (40, 40, 200)
     (line,) = told([(red, "a box"), (blue, "a box")])

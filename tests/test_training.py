@@ -237,6 +237,23 @@ def test_full_disk_loses_nothing(train, small_disk, tmp_path, monkeypatch, disk)
             subprocess.run(["umount", "--lazy", out_dir], check=True)
 
 
+@pytest.mark.slow
+def test_stopped_training_goes_on_with_latents_on_disk(train, monkeypatch, tmp_path):
+    """Bitwise as a run that was left alone, whatever was encoded before it was stopped."""
+    monkeypatch.setattr("cldm.dataset.FEW", 0)
+    whole = trained_state(train("max_steps=3", f"latents_cache={tmp_path / 'latents'}"))
+    out = tmp_path / "stopped" / "out"
+    arguments = "max_steps=3", f"out_dir={out}", f"latents_cache={tmp_path / 'others'}"
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        send(signal.SIGTERM, 1, patched)
+        train(*arguments)
+    train(*arguments)
+    resumed = trained_state(out)
+    assert resumed.keys() == whole.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    with pytest.raises(InputError, match=r"latents=float16 \(now None\)"):
+        train(*arguments[:2], "latents_cache=")
+
+
 def test_longer_training_goes_on_from_its_checkpoint(train, monkeypatch, capsys):
     trained = []
     step = ControlTraining.training_step
