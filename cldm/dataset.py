@@ -444,7 +444,7 @@ class ControlDataset(Dataset):
                 embeddings=own,
                 empty=self.empty,
                 control=self.controls[i],
-                row=i,
+                row=torch.tensor(i),
             )
             for i, latents, own in zip(which, self.latents[which], words)
         ]

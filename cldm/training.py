@@ -200,16 +200,18 @@ class ControlTraining(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         rescaled = self.trainer.precision == "16-mixed"  # its scaler skips steps with infinite gradients
         if anywhere(self.trainer, not (rescaled or norm.isfinite()) or not self.loss.isfinite()):
-            raise self.diverged("the loss or its gradient is not finite", self.loss)
+            raise self.diverged("the loss or its gradient is not finite", self.loss, self.batch)
         mean = torch.stack([*self.recent]).mean()
         if anywhere(self.trainer, len(self.recent) == RECENT and mean > EXPLODED):
-            raise self.diverged(f"the loss explodes, over the last {RECENT} batches it is far above 1", mean)
+            raise self.diverged(
+                f"the loss explodes, over the last {RECENT} batches it is far above 1", mean, self.batch
+            )
 
-    def diverged(self, what, value):
-        """Returns: the InputError of a loss that is not finite, or too large, in the last batch."""
-        data = self.trainer.train_dataloader.dataset
-        names = [data.rows[i].target.name for i in self.batch.get("row", [])]
-        seen = f" (of {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})" if names else ""
+    def diverged(self, what, value, batch=None):
+        """Returns: the InputError of a loss that is not finite, or too large, perhaps in a batch."""
+        places, data = (batch or {}).get("row", torch.empty(0)).tolist(), self.trainer.train_dataloader.dataset
+        names = [data.rows[i].target.name for i in places[:NAMED]] + ["…"] * (len(places) > NAMED)
+        seen = f" (of {', '.join(names)})" if names else ""
         return InputError(
             f"step {self.global_step}: {what}{seen}: {value:g}; last checkpoint: {self.saved or 'none'}; start again "
             f"with a learning_rate below {self.method.learning_rate:g} and another out_dir"

@@ -237,7 +237,8 @@ def dataset(write_dataset, base):
 
 def test_items_are_what_the_base_makes_of_the_row(dataset, base, capsys):
     assert len(dataset) == 5
-    for row, item in zip(dataset.rows, dataset):
+    for i, (row, item) in enumerate(zip(dataset.rows, dataset)):
+        assert item["row"] == i
         picture = pictures_to_tensor([load_picture(row.target)])
         torch.testing.assert_close(item["latents"], base.encode(picture)[0])
         torch.testing.assert_close(item["embeddings"], base.embed([row.prompt])[0])
