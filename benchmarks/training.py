@@ -1,6 +1,6 @@
 """How fast a control is trained: tutorial_train.py against the recipe of diffusers' train_controlnet.py, in turn.
 
-    python benchmarks/training.py                            # speed alone, about 3 minutes on two cores
+    python benchmarks/training.py                            # speed alone, a few minutes on two cores
     python benchmarks/training.py steps=1400 read_every=100  # also the steps to the same control error, about an hour
 
 Both train on the same pictures and base at the same batch, precision and highest learning rate, a step of one after a

@@ -19,7 +19,7 @@ VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged
 
 
 class FullAttention(TorchFunctionMode):
-    """Attention in float32 on a CPU, whose fused kernel is slower in bfloat16, by an eighth of a step."""
+    """Attention in float32 on a CPU, whose fused kernel is slower in bfloat16, most of all backwards."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
