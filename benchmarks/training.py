@@ -1,7 +1,7 @@
 """How fast a control is trained: tutorial_train.py against the recipe of diffusers' train_controlnet.py, in turn.
 
-    python benchmarks/training.py                            # speed alone, about 3 minutes on two cores
-    python benchmarks/training.py steps=1400 read_every=100  # also the steps to the same control error, about an hour
+    python benchmarks/training.py                            # speed alone, a few minutes on two cores
+    python benchmarks/training.py steps=1400 read_every=100  # also the steps to the same control error
 
 Both train on the same pictures and base at the same batch, precision and highest learning rate, a step of one after a
 step of the other. The recipe, in short form, with its defaults: every step reads pictures, encodes them by the VAE and
@@ -54,7 +54,7 @@ from cldm.runs import make_trainer
 from cldm.training import ControlTraining, Method
 from ldm.files import find_path
 from ldm.pictures import fit_picture, pictures_to_tensor
-from ldm.schema import Settings
+from ldm.schema import Settings, expect, one_of
 
 WARM, PROFILED = 2, 3  # steps before those that are timed, and after them
 OURS, THEIRS = "tutorial_train.py", "the recipe of diffusers"
@@ -127,7 +127,7 @@ class InTurn(pl.Callback):
     def __init__(self, recipe, batches, dataset, every, steps):
         self.recipe, self.batches, self.dataset, self.every, self.steps = recipe, batches, dataset, every, steps
         self.seconds, self.errors, self.parts = defaultdict(list), defaultdict(list), defaultdict(list)
-        self.kinds, self.counter = Counter(), None
+        self.kinds = Counter()
 
     def mark(self, part):
         """A part of our step ends here; outside of one, nothing does."""
@@ -256,6 +256,7 @@ def make_model(s, data):
 
 def main(s):
     check_numbers(s, int, batch_size=(1, 10**6), steps=(WARM + 1, 10**6), read_every=(1, s.steps), seed=(0, 2**32 - 1))
+    expect('setting "precision": expected', s.precision, one_of("bf16-mixed", "32-true"))
     data = read_data(find_path(s.data_root))
     if len(data.controls[0]) != 1 or data.has_references or any(data.periods or ()):
         raise InputError(f"data_root {s.data_root}: expected one number that does not go round, without references")

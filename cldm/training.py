@@ -4,11 +4,13 @@ import math
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from ldm.ddim import draw_timesteps
 from ldm.settings import InputError
@@ -22,19 +24,8 @@ NAMED = 8  # pictures, in an error
 VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged, always the same
 
 
-@contextmanager
-def checkpointing(model, enabled):
-    """While open, and if enabled, gradients through a ControlLDM recompute activations block by block."""
-    networks = (model.base.unet, model.control_net) if enabled else ()
-    for network in networks:
-        network.enable_gradient_checkpointing()
-    yield
-    for network in networks:
-        network.disable_gradient_checkpointing()
-
-
 class FullAttention(TorchFunctionMode):
-    """Attention in float32 on a CPU, whose fused kernel is slower backwards in bfloat16, by a tenth of a step."""
+    """Attention in float32 on a CPU, whose fused kernel is slower in bfloat16, most of all backwards."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
@@ -42,6 +33,18 @@ class FullAttention(TorchFunctionMode):
         query, key, value, *rest = args
         with torch.autocast("cpu", enabled=False):
             return function(query.float(), key.float(), value.float(), *rest, **(kwargs or {})).to(query.dtype)
+
+
+@contextmanager
+def checkpointing(model, enabled):
+    """While open, and if enabled, gradients through a ControlLDM recompute activations block by block."""
+    networks = (model.base.unet, model.control_net) if enabled else ()
+    alike = partial(checkpoint, use_reentrant=False, context_fn=lambda: (FullAttention(), FullAttention()))
+    for network in networks:
+        network.enable_gradient_checkpointing(alike)
+    yield
+    for network in networks:
+        network.disable_gradient_checkpointing()
 
 
 def half_cosine(step, steps):
@@ -150,10 +153,6 @@ class ControlTraining(pl.LightningModule):
         alphas = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         ratio = (alphas / (1 - alphas)).clamp_min(SMALLEST)
         return ratio.clamp_max(self.method.min_snr) / (ratio + (scheduler.config.prediction_type == "v_prediction"))
-
-    def backward(self, loss, *args, **kwargs):
-        with FullAttention():  # of the activations that checkpointing computes again
-            super().backward(loss, *args, **kwargs)
 
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
