@@ -189,6 +189,8 @@ def parse_control(source):
 
     Raises: ValueError if it is none of these, not finite, or a whole number with more digits than a float holds.
     """
+    if type(source) is float and math.isfinite(source):  # so are most of a million
+        return (source,)
     values = source if isinstance(source, (list, tuple)) else [source]
     try:
         control = tuple(math.nan if isinstance(value, bool) else float(value) for value in values)
