@@ -1,5 +1,6 @@
 """Learn, at the end of training, how far to trust readings: error bars, limits of the losses, number of probes."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -64,7 +65,9 @@ def calibrate(model, folder, dataset):
     )
     learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
     register(**dict(zip(CALIBRATED, learned)))
-    text = model.control_net.to_json_string()
+    config = json.loads(model.control_net.to_json_string())
+    config.pop("_name_or_path", None)  # where it was read from
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
     learned = dict(zip(("error_scale", "error_floor"), map(errors.new_tensor, learned[:2])))
     return dataset.controls[chosen], *(replace(own, **learned) for own in (reading, drawn))
