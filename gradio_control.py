@@ -163,11 +163,10 @@ def build(s, model, examples, worker):
             with gr.Row():
                 reference, target = make_reference(), make_picture("B" if uses_reference else "picture")
             prompt = make_prompt()
-            fold = gr.Accordion("Numbers that are known, and need not be found", open=False, visible=len(sliders) > 1)
-            with fold, gr.Row():
-                known = [gr.Number(None, label=slider.label, min_width=120) for slider in sliders]
+            several = dict(placeholder=f"{config.control_names[-1]}=0", visible=len(sliders) > 1)
+            known = gr.Textbox(label="numbers that are known, and need not be found", **several)
             button, reading = gr.Button("Read", variant="primary"), gr.HTML(min_height=80, render=False)
-            wanted, read = [reference, target, prompt, *known], handle(page.read_picture)
+            wanted, read = [reference, target, prompt, known], handle(page.read_picture)
             if examples:
                 rows = [[row.reference and str(row.reference), str(row.target), row.prompt] for row in examples]
                 shown = dict(visible_columns=[0, 1] if uses_reference else [1, 2], label="Click one to read it")
@@ -182,10 +181,7 @@ def build(s, model, examples, worker):
             with gr.Row():
                 button, stop = gr.Button("Read all", variant="primary"), gr.Button("Stop")
             table = gr.HTML(min_height=80)
-            read_all = handle(
-                lambda files, folder, *how: page.read_many(model, s, [*(files or []), *(folder or [])], *how)
-            )
-            reading = button.click(read_all, [files, folder, reference, prompt], table, api_name="many")
+            reading = button.click(handle(page.read_many), [files, folder, reference, prompt], table, api_name="many")
             stop.click(None, cancels=reading)
     return blocks.queue(max_size=64), css
 

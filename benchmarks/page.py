@@ -87,8 +87,7 @@ def main(s):
         print("| | seconds | of all cores |\n| --- | --- | --- |")
         tell("from the start to the first drawing", spent(process) - [began, 0])
         tell("a drawing", timed(process, lambda: draw(1.0), s.repeats)[1])
-        none = [None] * len(ROW.control)
-        ask = lambda: client.submit(a, b, "", *none, api_name="/read").result()  # noqa: E731
+        ask = lambda: client.submit(a, b, "", "", api_name="/read").result()  # noqa: E731
         ask()
         tell("a reading, with its figure", timed(process, ask, s.repeats)[1])
         here, model, own = psutil.Process(), load_model("models/control_tiny_pair"), override(invert.settings, [])

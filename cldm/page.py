@@ -122,10 +122,9 @@ def draw_range(model, s, prompt, reference, seed, name, *numbers):
     yield show(png) + offer("strip.png", "image/png", png)
 
 
-def read_picture(model, s, reference, target, prompt, *known):
-    """Yields: HTML of what is read from one picture, or of the change from A to B. known: d numbers, None if sought."""
+def read_picture(model, s, reference, target, prompt, known):
+    """Yields: HTML of what is read from one picture, or of the change from A to B. known: as invert.py takes it."""
     config = model.control_net.config
-    known = ",".join(f"{name}={value}" for name, value in zip(config.control_names, known) if value is not None)
     known = parse_known(known, config.control_names)
     reference = named(model, reference, "A") if model.control_net.uses_reference else None
     row = Row(None, named(model, target, "B" if reference else "to read"), prompt, reference)
@@ -181,8 +180,9 @@ def gather(model, s, files, reference, prompt, folder):
     return rows
 
 
-def read_many(model, s, files, reference, prompt):
+def read_many(model, s, files, folder, reference, prompt):
     """Yields: progress, then HTML of all that was read from many pictures, and of its curve."""
+    files = [*(files or []), *(folder or [])]
     if not files:
         raise InputError("pictures: none are there; drop some, or a zip of them")
     config, results, how = model.control_net.config, [], Settings(s | {"figures": False})

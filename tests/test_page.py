@@ -76,7 +76,7 @@ def test_a_strip_over_a_circle_has_no_number_twice(make_model, s, monkeypatch):
 
 
 def test_a_reading_is_that_of_invert(s, folder, picture, tmp_path):
-    html = last(page.read_picture(load_model(folder), s, None, str(picture), "a cup", None))
+    html = last(page.read_picture(load_model(folder), s, None, str(picture), "a cup", ""))
     given = [f"model_path={folder}", f"out_dir={tmp_path / 'out'}", "prompt=a cup", "draws=4", "device=cpu"]
     run_script(invert.main, invert.settings, [*given, f"target_image_path={picture}"])
     ours, theirs = json.loads(offered(html, "result.json")), json.loads((tmp_path / "out" / "result.json").read_text())
@@ -89,10 +89,10 @@ def test_a_reading_is_that_of_invert(s, folder, picture, tmp_path):
 def test_a_known_number_stays(make_model, s, picture):
     model = make_model(2, "reference")
     model.control_net.register_to_config(control_low=[-1.0, -1.0], control_high=[1.0, 1.0])
-    html = last(page.read_picture(model, s, str(picture), str(picture), "", None, 0.25))
+    html = last(page.read_picture(model, s, str(picture), str(picture), "", "control 2=0.25"))
     assert json.loads(offered(html, "result.json"))["control"][1] == 0.25 and "<td>given</td>" in html
     with pytest.raises(InputError, match="picture A: none"):
-        last(page.read_picture(model, s, None, str(picture), "", None, None))
+        last(page.read_picture(model, s, None, str(picture), "", ""))
 
 
 def make_zip(file, **members):
@@ -108,7 +108,7 @@ def test_many_are_read_as_invert_reads_them(s, folder, picture, tmp_path):
     members = {"d/p/0.png": picture.read_bytes(), "d/p/1.png": b"no picture", "d/p/2.png": picture.read_bytes()}
     index = "\n".join(map(json.dumps, rows))
     packed = make_zip(tmp_path / "many.zip", **members, **{"d/prompt.json": index})
-    steps = [*page.read_many(load_model(folder), s, [str(packed)], None, "ignored")]
+    steps = [*page.read_many(load_model(folder), s, [str(packed)], None, None, "ignored")]
     assert "0 of 3 read" in steps[0] and "3 of 3 read" in steps[-1] and os.listdir(s.uploads) == []
     zipfile.ZipFile(packed).extractall(tmp_path)
     given = [f"model_path={folder}", f"out_dir={tmp_path / 'out'}", "draws=4", "device=cpu"]
@@ -125,7 +125,9 @@ def test_loose_files_of_one_name_are_all_read(s, folder, picture, tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()
         shutil.copy(picture, tmp_path / name / "x.png")
-    steps = page.read_many(load_model(folder), s, [str(tmp_path / name / "x.png") for name in "ab"], None, "a cup")
+    steps = page.read_many(
+        load_model(folder), s, [str(tmp_path / name / "x.png") for name in "ab"], None, None, "a cup"
+    )
     assert {row[0] for row in csv.reader(io.StringIO(offered(last(steps), "results.csv").decode()))} >= {
         "x.png",
         "b/x.png",
@@ -160,13 +162,13 @@ def test_rows_cannot_name_files_of_the_machine(s, folder, tmp_path, outside):
     row = {"target": outside, "prompt": "a cup"}
     packed = make_zip(tmp_path / "many.zip", **{"prompt.json": json.dumps(row)})
     with pytest.raises(InputError, match="lies outside of what was uploaded"):
-        last(page.read_many(load_model(folder), s, [str(packed)], None, ""))
+        last(page.read_many(load_model(folder), s, [str(packed)], None, None, ""))
 
 
 def test_more_than_max_pictures_are_refused(s, folder, picture, tmp_path):
     packed = make_zip(tmp_path / "many.zip", **{f"{i}.png": picture.read_bytes() for i in range(7)})
     with pytest.raises(InputError, match="7 pictures, at most 6"):
-        last(page.read_many(load_model(folder), s, [str(packed)], None, ""))
+        last(page.read_many(load_model(folder), s, [str(packed)], None, None, ""))
 
 
 def test_what_visitors_name_is_no_html():
@@ -259,8 +261,7 @@ def test_a_visit(pair_page, visitor, picture, tmp_path):
     tab.get_by_role("tab", name="Read").click()
     files.nth(1).set_input_files(picture)
     files.nth(2).set_input_files(picture)
-    tab.get_by_text("Numbers that are known").click()
-    tab.get_by_label("hour (h)").last.fill("2.5")
+    tab.get_by_label("numbers that are known").fill("hour=2.5")
     tab.get_by_role("button", name="Read", exact=True).click()
     result = json.loads(download(tab, "result.json"))
     assert result["control"][1] == 2.5 and (result["reference"], result["target"]) == (picture.name, picture.name)
