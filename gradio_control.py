@@ -55,7 +55,8 @@ main {width: 100%; max-width: 1200px !important; margin: auto !important}
 figure {margin: 12px 0; text-align: center} figure img {margin: auto; max-width: 100%}
 .drawing figure img {width: 384px; border-radius: 4px} figcaption {margin-top: 6px; font-size: 14px}
 .scroll {overflow: auto; max-height: 480px} .scroll table {width: 100%; border-collapse: collapse}
-.scroll th, .scroll td {padding: 4px 12px; text-align: left; border-bottom: 1px solid #8884; white-space: nowrap}
+.scroll tr {border-bottom: 1px solid #8884}
+.scroll th, .scroll td {padding: 4px 12px; text-align: left; border: 0 !important; white-space: nowrap}
 .flag, .wrong {border-left: 4px solid #D55E00; padding: 4px 12px; margin: 8px 0} .wrong {font-weight: bold}
 .fine {border-left: 4px solid #0072B2; padding: 4px 12px; margin: 8px 0} progress {width: 240px}
 .offer {display: inline-block; margin: 8px 8px 0 0; padding: 4px 12px; border: 1px solid #8888; border-radius: 4px}
@@ -168,9 +169,9 @@ def build(s, model, examples, worker):
             button, reading = gr.Button("Read", variant="primary"), gr.HTML(min_height=80, render=False)
             wanted, read = [reference, target, prompt, known], handle(page.read_picture)
             if examples:
-                rows = [[row.reference and str(row.reference), str(row.target), row.prompt] for row in examples]
+                rows = [[row.reference and str(row.reference), str(row.target), row.prompt, ""] for row in examples]
                 shown = dict(visible_columns=[0, 1] if uses_reference else [1, 2], label="Click one to read it")
-                gr.Examples(rows, wanted[:3], reading, read, run_on_click=True, cache_examples=False, **shown)
+                gr.Examples(rows, wanted, reading, read, run_on_click=True, cache_examples=False, **shown)
             reading.render()
             button.click(read, wanted, reading, api_name="read")
         with gr.Tab("Many"):

@@ -209,10 +209,10 @@ def tell_progress(done, count):
 
 def tabulate_results(config, results):
     """Returns: HTML of the table of many results."""
-    rows = []
+    timed, rows = any("time" in result for result in results), []
     for result in results:
         numbers = [f"{value} {bar}" if value else "" for _, value, bar, _ in tell_numbers(result)]
-        rows.append([result["target"], result.get("time", ""), *numbers])
-        rows[-1].append(result.get("problem", ", ".join(result["flags"])))
+        said = result.get("problem", ", ".join(result["flags"]))
+        rows.append([result["target"], *[result.get("time", "")] * timed, *numbers, said])
     names = [f"{name} ({unit})" if unit else name for name, unit in zip(config.control_names, config.control_units)]
-    return tabulate(["file", "time", *names, "flags"], rows)
+    return tabulate(["file", *["time"] * timed, *names, "flags"], rows)
