@@ -254,7 +254,7 @@ def download(tab, name):
 def test_a_visit(pair_page, visitor, picture, tmp_path):
     (address, process, where), (tab, elsewhere) = pair_page, visitor
     tab.goto(address)
-    drawing = tab.locator(".drawing img")
+    files, drawing = tab.locator("input[type=file]"), tab.locator(".drawing img")
     first = drawing.get_attribute("src")
     tab.get_by_role("slider").first.press("ArrowRight")
     tab.wait_for_function("first => document.querySelector('.drawing img').src != first", arg=first)
