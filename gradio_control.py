@@ -170,7 +170,11 @@ def build(s, model, examples, worker):
             wanted, read = [reference, target, prompt, known], handle(page.read_picture)
             if examples:
                 rows = [[row.reference and str(row.reference), str(row.target), row.prompt, ""] for row in examples]
-                shown = dict(visible_columns=[0, 1] if uses_reference else [1, 2], label="Click one to read it")
+                shown = dict(
+                    visible_columns=[0, 1] if uses_reference else [1, 2],
+                    label="Click one to read it",
+                    examples_per_page=4,
+                )
                 gr.Examples(rows, wanted, reading, read, run_on_click=True, cache_examples=False, **shown)
             reading.render()
             button.click(read, wanted, reading, api_name="read")
