@@ -34,13 +34,12 @@ import math
 from functools import partial
 
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from cldm.confidence import is_outside
 from cldm.dataset import parse_control
 from cldm.model import Sampling, load_model
-from cldm.report import describe_control, draw_pictures, show_panels
+from cldm.report import describe_control, draw_pictures, draw_strip
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import load_picture
 
@@ -90,9 +89,7 @@ def main(s):
         (picture,) = draw_pictures(model, target, control[None], s.seed, sampling)
         write_whole(out_dir / file, partial(picture.save, format="png"))
         pictures[f"{describe_control(config, control.tolist())}\n{file}"] = picture
-    strip = Figure(figsize=(2.2 * len(pictures), 2.6), layout="constrained")
-    show_panels(strip, pictures)
-    write_whole(out_dir / "strip.png", partial(strip.savefig, format="png", dpi=100))
+    write_whole(out_dir / "strip.png", partial(draw_strip(pictures).savefig, format="png", dpi=100))
     print(f"{len(pictures)} picture(s); {out_dir}/strip.png shows them")
 
 

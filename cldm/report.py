@@ -54,6 +54,13 @@ def show_panels(figure, panels):
     return image, axes
 
 
+def draw_strip(panels):
+    """Returns: a matplotlib Figure of {title: PIL picture} side by side."""
+    figure = Figure(figsize=(2.2 * len(panels), 2.6), layout="constrained")
+    show_panels(figure, panels)
+    return figure
+
+
 def difference(first, second):
     """Returns: the mean absolute difference of two PIL pictures over their channels, (H, W)."""
     return np.abs(np.asarray(first, float) - np.asarray(second, float)).mean(2)

@@ -105,19 +105,24 @@ def tabulate(result):
     return [result["target"], result.get("time"), *chain.from_iterable(numbers), " ".join(result["flags"])]
 
 
+def write_table(file, results, series):
+    """Write results.csv to an open file, and gather its numbers in a Series. results: dicts of results.jsonl."""
+    table = csv.writer(file)
+    names = [f"{name}{what}" for name in series.config.control_names for what in ("", " std", " low", " high")]
+    table.writerow(["file", "time", *names, "flags"])
+    for result in results:
+        table.writerow(tabulate(result))
+        series.add(result)
+
+
 def save_series(out_dir, config, count):
     """Make results.csv and series.png of results.jsonl, which has `count` lines, and print what they come to."""
     series = Series(config)
-    names = [f"{name}{what}" for name in config.control_names for what in ("", " std", " low", " high")]
 
     def write(partial):
         with open(partial, "w", newline="", encoding="utf-8") as file, open(out_dir / "results.jsonl", "rb") as lines:
-            table = csv.writer(file)
-            table.writerow(["file", "time", *names, "flags"])
-            for line in tqdm(lines, "making results.csv", count, delay=2, leave=False):
-                result = json.loads(line)
-                table.writerow(tabulate(result))
-                series.add(result)
+            lines = tqdm(lines, "making results.csv", count, delay=2, leave=False)
+            write_table(file, map(json.loads, lines), series)
 
     write_whole(out_dir / "results.csv", write)
     figure = draw_series(series)

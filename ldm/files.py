@@ -2,8 +2,11 @@
 
 import fcntl
 import hashlib
+import lzma
 import os
 import tempfile
+import zipfile
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -188,6 +191,27 @@ def _swap(path, new, old, removes):
             if os.path.lexists(target) and not os.path.lexists(source):
                 os.replace(target, source)
         raise
+
+
+def unpack(archive, folder, most_files, most_bytes):
+    """Unpack a zip that may come from anybody into a folder. Raises: InputError, before anything is written, if it is
+    none, if it would write elsewhere, or if its files are more or larger than that."""
+    archive = Path(archive)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            files = [info for info in opened.infolist() if not info.is_dir()]
+            for path in (Path(info.filename) for info in files):
+                if path.is_absolute() or ".." in path.parts:
+                    raise InputError(f"{archive}: has {path} in it, which lies outside; expected names below a folder")
+            size = sum(info.file_size for info in files)  # no more is unpacked of a file, whatever it holds
+            if len(files) > most_files or size > most_bytes:
+                found = f"{len(files)} files of {size / 1e6:.0f} MB in all"
+                raise InputError(f"{archive}: {found}, at most {most_files} of {most_bytes / 1e6:.0f} MB are unpacked")
+            opened.extractall(folder)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{archive}: cannot be unpacked ({reason(error)}); expected a zip without a password"
+        ) from None
 
 
 def digest(paths):

@@ -177,15 +177,22 @@ def run_script(main, settings, arguments=None, *, paths=(), resume=""):
     try:
         given, overrides = split_arguments(sys.argv[1:] if arguments is None else arguments, settings, paths)
         main(override(settings, overrides), *([given] if paths else []))
-    except InputError as error:
-        _fail(error)
     except KeyboardInterrupt:
         print(f"\nstopped; {resume}" if resume else "\nstopped", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        _fail(f"{error.filename or 'a file'}: cannot be read or written ({reason(error)})")
-    except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error))):
+    except Exception as error:
+        if not (line := explain(error, settings)):
             raise
+        _fail(line)
+
+
+def explain(error, settings):
+    """Returns: the line that tells an InputError, a full disk or a lack of memory; "" for an error of the program."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: cannot be read or written ({reason(error)})"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
         less = [f"{key}={least}" for key, least in LEAST_MEMORY.items() if key in settings]
-        _fail(f"out of memory; the least is needed with {' '.join(less) or 'smaller pictures'}")
+        return f"out of memory; the least is needed with {' '.join(less) or 'smaller pictures'}"
+    return ""

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import invert
+from cldm import readers
 from cldm import reading as reading_module
 from cldm.confidence import Reading
 from cldm.dataset import Row
@@ -251,14 +252,14 @@ def half_readable(picture, tmp_path):
 
 
 def test_what_cannot_be_read_does_not_stop_the_others(arguments, half_readable, tmp_path, monkeypatch, capsys):
-    read = invert.read
+    read = readers.read
 
     def read_or_not(model, s, known, rows, *how):
         if any(row.target.name == "odd.png" for row in rows):
             raise InputError("what was read is not finite")
         return read(model, s, known, rows, *how)
 
-    monkeypatch.setattr(invert, "read", read_or_not)
+    monkeypatch.setattr(readers, "read", read_or_not)
     given = [*arguments, f"targets={tmp_path / 'targets.json'}"]
     run(*given)
     results = read_results(tmp_path)
