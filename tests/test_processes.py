@@ -71,7 +71,8 @@ def start(folder, script, *arguments, **environment):
     folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(script)
     command, pipe = [sys.executable, "script.py", "out_dir=out", *map(str, arguments)], subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=os.environ | environment, text=True, stdout=pipe, stderr=pipe)
+    own = os.environ | {"OMP_NUM_THREADS": "1"} | environment  # sums depend on the number of threads
+    return subprocess.Popen(command, cwd=folder, env=own, text=True, stdout=pipe, stderr=pipe)
 
 
 def finish(*processes):
@@ -240,7 +241,8 @@ def test_two_processes_read_what_one_reads(reading, alone, tmp_path):
 @pytest.mark.parametrize("stop, left", [("1 cup6", 4), ("0 cup4", 4)])
 def test_a_killed_process_ends_all_and_they_go_on(reading, alone, tmp_path, stop, left):
     (code,), _, errors = finish(start(tmp_path, *reading, "devices=2", STOP=stop))
-    assert code and len(errors) == 1 and "another process has ended" in errors[0]
+    assert code and all("another process has ended" in line for line in errors) and len(errors) <= 1
+    assert errors or stop.startswith("0")  # the other may have sent its lines, and ended well
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == left
     codes, out, _ = finish(start(tmp_path, *reading, "devices=2"))
     assert codes == [0] and f"going on after {left} of 7 targets" in out
