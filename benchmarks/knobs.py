@@ -27,10 +27,12 @@ import json
 import time
 from unittest.mock import patch
 
+import numpy as np
 from tqdm import tqdm
 
 import tutorial_train
 from benchmarks.common import choose, quantiles, read_targets, save_json
+from cldm.series import listed
 from ldm.files import ROOT, output_folder
 from ldm.settings import override
 
@@ -63,7 +65,7 @@ def measure(s, variant, seed, folder):
             tutorial_train.main(override(tutorial_train.settings, [*common, *VARIANTS[variant].split()]))
         seconds = time.perf_counter() - began
         results = read_targets(folder / "control", VALIDATION, folder / "readings")
-        errors = [abs(result["control"][0] - result["source"][0]) for result in results]
+        errors = np.abs([listed(result["error"], 1)[0] for result in results]).tolist()
         save_json(file, {"errors": errors, "seconds": seconds})
     found = json.loads(file.read_text())
     return found["errors"], found["seconds"]

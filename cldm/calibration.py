@@ -19,9 +19,9 @@ from ldm.files import find_path, write_whole
 
 PICTURES = 36  # read to calibrate
 BATCH = 12  # read together
-# A target is unexplained at this many times the loss that 95% of validation pictures stay below, without and with a
-# reference. The second is lower: any reference can be moved and scaled to look a little like any target.
-UNEXPLAINED = 3.0, 1.5
+# A target is unexplained at this many times the loss that 95% of validation pictures stay below; by drawings, without
+# and with a reference. The second is lower: any reference can be moved and scaled to look a little like any target.
+UNEXPLAINED, UNDRAWN = 1.5, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
@@ -59,10 +59,8 @@ def calibrate(model, folder, dataset):
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
     rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
     error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
-    limits = (
-        UNEXPLAINED[model.control_net.uses_reference] * losses.quantile(0.95).item()
-        for losses in (reading.loss, torch.cat(losses).cpu())
-    )
+    read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
+    limits = UNEXPLAINED * read, UNDRAWN[model.control_net.uses_reference] * undrawn
     learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
     register(**dict(zip(CALIBRATED, learned)))
     config = json.loads(model.control_net.to_json_string())
