@@ -215,7 +215,7 @@ def test_a_result_is_kept_when_its_figure_cannot_be_drawn(one, tmp_path, monkeyp
     def fail(*_):
         raise InputError("figure.png: cannot be written")
 
-    monkeypatch.setattr(invert, "draw_reading", fail)
+    monkeypatch.setattr(readers, "draw_reading", fail)
     with pytest.raises(SystemExit):
         run(*one)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["names"] == ["control"]
@@ -235,7 +235,7 @@ def test_what_is_not_finite_is_an_error_and_leaves_nothing(one, tmp_path, monkey
         reading.control[:] = math.nan
         return reading
 
-    monkeypatch.setattr(invert, "read_controls", read)
+    monkeypatch.setattr(readers, "read_controls", read)
     line = fails_in_one_line(invert.main, invert.settings, [*one, "figures=false"])
     assert "not finite" in line and not any((tmp_path / "out").iterdir())
 
@@ -316,7 +316,7 @@ def stub(monkeypatch):
         zeros = torch.zeros(count, 1, 1)
         return Reading(5 * ones, zeros + 1, zeros + 1, ones[:, 0], ones[:, 0].int(), [[]] * count, flags, **bars), print
 
-    monkeypatch.setattr(invert, "read", read)
+    monkeypatch.setattr(readers, "read", read)
 
 
 def test_memory_does_not_grow_with_the_rows(arguments, picture, tmp_path, monkeypatch, stub):

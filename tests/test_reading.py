@@ -229,7 +229,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     monkeypatch.setattr(calibration, "draw_latents", lambda model, target, control: target.latents + 0.5**0.5)
     truth, *both = calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
     config = load_model(tmp_path / "control").control_net.config
-    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(6.0), pytest.approx(1.5, rel=1e-4))
+    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(3.0), pytest.approx(1.5, rel=1e-4))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
     final = Reading(controls + error, *covariances, *[None] * 4, *calibrated)
