@@ -20,6 +20,7 @@ settings = dict(
     pairs=8000,  # of things to train on
     validation=400,  # pairs of other things, for error bars
     test=400,  # pairs of things that are held out
+    only="",  # things with this in their names, such as blendswap-cc-0, all of which are CC0
     turn=30.0,  # degrees, the largest change; 180: anywhere
     photos="train",  # on tables and behind them in training, as make_dataset.py has it
     seed=0,
@@ -74,13 +75,17 @@ PLAIN = 0.3  # of tables and backgrounds are of one colour
 SURFACE, SMALLEST = 256, 0.3  # pixels of one that is cut from a photograph; its side over the photograph's, at least
 
 
-def choose_things(things, group):
+def choose_things(things, group, only=""):
     """Returns: the Things of "training", "validation" or "test", without those that are flat or broken.
 
-    things: all, sorted by name; the index modulo 8 decides: 7 is the test's, 6 the validation's.
+    things: all, sorted by name; the index modulo 8 decides: 7 is the test's, 6 the validation's. only: what names have.
+    Raises: InputError if there are none.
     """
     own = {"test": {7}, "validation": {6}}.get(group, set(range(6)))
-    return [thing for i, thing in enumerate(things) if i % 8 in own and is_solid(thing)]
+    chosen = [thing for i, thing in enumerate(things) if i % 8 in own and is_solid(thing) and only in thing.name]
+    if not chosen:
+        raise InputError(f'setting "only": expected a part of names, got "{only}", which is in none of {group}')
+    return chosen
 
 
 def is_solid(thing):
@@ -131,9 +136,9 @@ def draw_surface(rng, files):
 
 
 @lru_cache(1)
-def order_things(folder, seed, group):
+def order_things(folder, seed, group, only):
     """Returns: the Things of a group in the order in which scenes take them, again and again."""
-    things = choose_things(read_things(folder), group)
+    things = choose_things(read_things(folder), group, only)
     random.Random(f"{seed} {group}").shuffle(things)
     return things
 
@@ -144,7 +149,7 @@ def render_scene(s, out, group, count, number):
     out: the folder of the group's rows, which holds PICTURES. count: pairs, the first of the scene's.
     Returns: the rows of its pairs.
     """
-    things = order_things(s.folder, s.seed, group)
+    things = order_things(s.folder, s.seed, group, s.only)
     thing, (studio, views) = things[number % len(things)], draw_scene(s.seed, group, number, s.turn)
     files = [f"{PICTURES}/{group}_{number:05d}_{i}.png" for i in range(len(views))]
     pairs = list_pairs(group, views)[:count]
@@ -179,7 +184,7 @@ def make_rows(s, out, group, count):
 
 def hold_folder(s):
     """Hold out_dir for this run, new or going on. Returns: its Path. Raises: InputError if another run made it."""
-    kept = {key: s[key] for key in ("turn", "photos", "seed", "samples", "image_size")}
+    kept = {key: s[key] for key in ("only", "turn", "photos", "seed", "samples", "image_size")}
     out = report_folder(s.out_dir, SETTINGS_FILE, "samples", PICTURES, CONTROLS_FILE, *FILES.values())
     file = out / SETTINGS_FILE
     if file.exists():
@@ -196,10 +201,12 @@ def main(s):
     check_numbers(s, int, samples=(1, 10**4), image_size=(8, 4096))
     check_numbers(s, turn=(0, 180))
     s.folder = find_path(s.folder)
-    found = len(read_things(s.folder))
-    if found != MODELS:
+    things = read_things(s.folder)
+    if len(things) != MODELS:
         remedy = f"expected the {MODELS} of Debian's {PACKAGE}, as docs/things.md unpacks it"
-        raise InputError(f'setting "folder": {found} models in {s.folder}; {remedy}')
+        raise InputError(f'setting "folder": {len(things)} models in {s.folder}; {remedy}')
+    for group in FILES:
+        choose_things(things, group, s.only)
     check_pictures(find_pictures(s.photos))
     load_mitsuba()
     out = hold_folder(s)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
+from scipy.sparse import csr_array
 
 from ldm.settings import InputError
 
@@ -89,7 +90,7 @@ def read_thing(archive, entry):
 
 
 def read_obj(text):
-    """Read the triangles of a Wavefront OBJ file; polygons become fans.
+    """Read the triangles of a Wavefront OBJ file, without those of no area; polygons become fans.
 
     Returns: {material: (positions (3N, 3), normals (3N, 3), texture coordinates (3N, 2))}, three rows a triangle.
     """
@@ -106,11 +107,8 @@ def read_obj(text):
             for second, third in zip(polygon[1:], polygon[2:]):
                 faces.append(material)
                 corners += [polygon[0], second, third]
-    index = np.array(corners, dtype=object).reshape(-1, 3)
-    index[index == ""] = "0"
-    index = index.astype(np.int64)
+    index = np.array([[int(number or 0) for number in corner] for corner in corners]) - 1  # -1: none is given
     v, vt, vn = (np.array(own or np.zeros((0, 2 if key == "vt" else 3)), float) for key, own in columns.items())
-    index = np.where(index < 0, index + [len(v), len(vt), len(vn)], index - 1)  # -1: none is given
     positions = v[index[:, 0]].reshape(-1, 3, 3)
     across = np.cross(positions[:, 1] - positions[:, 0], positions[:, 2] - positions[:, 0])
     normals = find_normals(across, index[:, 0], np.vstack([vn, np.zeros(3)])[index[:, 2]])
@@ -134,10 +132,14 @@ def find_normals(across, vertices, given):
     def unit(vectors):
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(1e-30)
 
-    around = np.zeros((vertices.max() + 1, 3))
-    np.add.at(around, vertices, across.repeat(3, 0))
-    flat, smooth, given = unit(across)[:, None], unit(around)[vertices].reshape(-1, 3, 3), unit(given).reshape(-1, 3, 3)
-    smooth = np.where((smooth * flat).sum(-1, keepdims=True) > CREASE, smooth, flat)
+    flat, given = unit(across), unit(given).reshape(-1, 3, 3)
+    at = csr_array((np.ones(len(vertices)), (np.arange(len(vertices)), vertices)))
+    corner, other = (at @ at.T).nonzero()  # of one vertex
+    alike = (flat[corner // 3] * flat[other // 3]).sum(-1)
+    near = np.abs(alike) > CREASE
+    smooth = np.zeros((len(vertices), 3))
+    np.add.at(smooth, corner[near], across[other[near] // 3] * np.sign(alike[near])[:, None])
+    smooth, flat = unit(smooth).reshape(-1, 3, 3), flat[:, None]
     side = (given * flat).sum(-1, keepdims=True)
     return np.where(np.abs(side) > 0.1, given * np.sign(side), smooth)
 

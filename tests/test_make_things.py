@@ -1,6 +1,5 @@
 """Rendered things: which are held out, what is drawn, which side is lit, what the rows say, what is refused."""
 
-import json
 import math
 import re
 import zipfile
@@ -10,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cldm.dataset import read_data, read_rows
 from dataForTrain import make_things, solids
 from dataForTrain.make_things import choose_things, describe_change, draw_scene, draw_surface, list_pairs
 from dataForTrain.solids import Solid, Studio, View, read_obj, read_things
 from ldm.files import ROOT
-from ldm.schema import read_config
 from ldm.settings import InputError, override
 
 CORNERS = [(x, y, z) for x in (0, 2) for y in (0, 1) for z in (0, 1)]
 SIDES = ["1 3 4 2", "5 7 8 6", "1 2 6 5", "3 4 8 7", "1 3 7 5"]  # wound either way
 BOX = "mtllib box.mtl\n" + "".join(f"v {x} {y} {z}\n" for x, y, z in CORNERS) + "usemtl grey\n"
-BOX += "".join(f"f {side}\n" for side in SIDES) + "usemtl red\nf -7 -5 -1 -3\n"  # the side at z = 1
+BOX += "".join(f"f {side}\n" for side in SIDES) + "usemtl red\nf 2 4 8 6\n"  # the side at z = 1
 MTL = "newmtl grey\nKd 0.5 0.5 0.5\nnewmtl red\nKd 0.9 0.1 0.1\n"
 rendered = pytest.mark.skipif(find_spec("mitsuba") is None, reason="needs mitsuba")
 
@@ -58,6 +57,7 @@ def test_every_eighth_thing_is_held_out_and_flat_ones_are_left_out(folder):
     things = read_things(folder)
     groups = {group: [thing.name[-2:] for thing in choose_things(things, group)] for group in make_things.FILES}
     assert groups["test"] == ["08", "16"] and groups["validation"] == ["07"]
+    assert [thing.name for thing in choose_things(things, "test", "box08")] == ["boxes/box08"]
     assert groups["training"] == [f"{i:02d}" for i in range(1, 15) if i not in (7, 8)]
 
 
@@ -132,6 +132,7 @@ def test_triangles_without_area_are_left_out():
         (["turn=181"], 'setting "turn": expected a finite number from 0 to 180, got 181'),
         (["pairs=0"], 'setting "pairs": expected a whole number from 1'),
         (["folder=no/where"], 'setting "folder": 0 models in no/where; expected the 16 of Debian'),
+        (["only=ball"], 'setting "only": expected a part of names, got "ball", which is in none of training'),
         (["photos=no/where"], "no/where: no such folder"),
     ],
 )
@@ -181,11 +182,7 @@ def box(folder):
 
 def see(solid, view, size=48):
     grey, studio = Image.new("RGB", (8, 8), (150, 150, 150)), Studio(4, 0, 0.2, (1, 1, 1), (0.2, 0.2, 0.2))
-    return np.asarray(render_things(solid, studio, view, grey, size), float)
-
-
-def render_things(solid, studio, view, plain, size):
-    return solids.render_view(solid, studio, view, plain, plain, size, 16, 0)
+    return np.asarray(solids.render_view(solid, studio, view, grey, grey, size, 16, 0), float)
 
 
 @rendered
@@ -226,8 +223,9 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     files = {file.relative_to(tmp_path / "one") for file in tmp_path.glob("one/**/*.*")}
     assert files == {file.relative_to(tmp_path / "two") for file in tmp_path.glob("two/**/*.*")}
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
-    rows = [json.loads(line) for line in (tmp_path / "one" / "prompt.json").read_text().splitlines()]
-    assert len(rows) == 9 and rows[0]["target"] == rows[1]["reference"] and rows[0]["reference"] == rows[1]["target"]
-    controls = read_config(tmp_path / "one" / "controls.yaml")
-    assert controls.names == ["turn", "height", "distance", "light", "light height"]
-    assert controls.periods == [None, None, None, 360, None]
+    data = read_data(tmp_path / "one")
+    first, second = data.train[:2]
+    assert len(data.train) == 9 and (first.target, first.reference) == (second.reference, second.target)
+    assert data.names == ["turn", "height", "distance", "light", "light height"]
+    assert data.periods == [None, None, None, 360, None]
+    assert read_rows(tmp_path / "one" / "test" / "targets.json")[0].load()[0].size == (16, 16)
