@@ -207,7 +207,10 @@ def main(s):
         raise InputError(f'setting "folder": {len(things)} models in {s.folder}; {remedy}')
     for group in FILES:
         choose_things(things, group, s.only)
-    check_pictures(find_pictures(s.photos))
+    photos = find_pictures(s.photos)
+    if kept := {*photos} & {file for group in PHOTOS.values() for file in find_pictures(group)}:
+        raise InputError(f'setting "photos": {min(kept)} is held out of training; leave it out')
+    check_pictures(photos)
     load_mitsuba()
     out = hold_folder(s)
     for group, file in FILES.items():

@@ -133,6 +133,7 @@ def test_triangles_without_area_are_left_out():
         (["pairs=0"], 'setting "pairs": expected a whole number from 1'),
         (["folder=no/where"], 'setting "folder": 0 models in no/where; expected the 16 of Debian'),
         (["only=ball"], 'setting "only": expected a part of names, got "ball", which is in none of training'),
+        (["photos=train,gravel"], 'setting "photos": .*gravel.png is held out of training'),
         (["photos=no/where"], "no/where: no such folder"),
     ],
 )
