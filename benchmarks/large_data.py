@@ -28,6 +28,7 @@ BEGAN = time.perf_counter(), time.process_time()
 import json
 import resource
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -77,7 +78,7 @@ def measure(s, folder):
     given = data, model.base, model.config.image_size, own.seed, own.latents_cache
     rows, _ = training_set(*given), validation_set(*given)
     note("datasets")
-    describe_run(own, model, data, own.precision)
+    describe_run(own, model, data, SimpleNamespace(precision=own.precision, world_size=1))
     note("a look at every picture file")
     next(iter(Ahead(rows, own.batch_size, sampler=TrainingOrder(len(rows), own.batch_size, own.seed))))
     note("first batch, encoded")
