@@ -161,6 +161,7 @@ def train(s, model, data, datasets, out_dir):
     validations = DataLoader(validation, s.batch_size) if validation else None
     with checkpointing(model, s.save_memory), together(trainer):
         trainer.fit(module, batches, validations, ckpt_path=checkpoint, weights_only=True)
+    module.take_average()
     module.zero_grad()
     if trainer.is_global_zero:
         for folder in [out_dir / "last"] + [out_dir] * (not saver.history):

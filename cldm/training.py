@@ -190,7 +190,8 @@ class ControlTraining(pl.LightningModule):
         if self.average:
             self.average.restore(self.trained.values())
 
-    def on_train_end(self):
+    def take_average(self):
+        """After the training, which may have ended before it was started again, make the average the control."""
         if self.average:
             self.average.copy_to(self.trained.values())
 

@@ -357,11 +357,13 @@ def test_number_that_never_changes_is_named(train, write_dataset, sources, named
         train()
 
 
-def test_finished_training_started_again_keeps_its_control(train):
-    out_dir = train()
-    before = load_model(out_dir).control_net
-    train()
-    assert not changed(before, load_model(out_dir).control_net) and steps_done(out_dir) == 4
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_finished_training_started_again_keeps_its_control(train, ema):
+    out_dir = train(f"ema={ema}")
+    before = [load_model(folder).control_net for folder in (out_dir, out_dir / "last")]
+    train(f"ema={ema}")
+    assert not any(map(changed, before, [load_model(folder).control_net for folder in (out_dir, out_dir / "last")]))
+    assert steps_done(out_dir) == 4
 
 
 def test_same_seed_trains_the_same_control(train, tmp_path):
