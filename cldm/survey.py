@@ -30,6 +30,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 BINS = 24  # of a histogram
 SHOWN = 12  # prompts
 SUBJECTS, LOOKED_AT = 3, 200  # prompts, the commonest, and pictures of each that are compared with one another
+FEWEST = 6  # pictures of a prompt, below which nothing is said
 THUMBNAIL = 16  # pixels
 UNLIKE, ALIKE = 0.7, 2.0  # times the distance of any two pictures, and that to the likest one
 REHEARSED = 3  # steps, of which the first is left out
@@ -59,11 +60,12 @@ def tell_subjects(data):
     There, pictures whose numbers are nearest look as unlike as any two, though each has others that it is like. With
     references, which show the subject, there is nothing to tell.
     """
-    lines = []
-    for prompt, _ in () if data.has_references else Counter(data.prompts).most_common(SUBJECTS):
-        rows = list(islice((row for row in data.train if row.prompt == prompt), LOOKED_AT))
-        if len(rows) < 6:
+    lines, prompts = [], [] if data.has_references else data.prompts
+    for prompt, count in Counter(prompts).most_common(SUBJECTS):
+        if count < FEWEST:
             continue
+        places = (i for i, own in enumerate(prompts) if own == prompt)  # of a million rows, most are never made
+        rows = [data.train[i] for i in islice(places, LOOKED_AT)]
         looks = pictures_to_tensor([fit_picture(row.load()[0], THUMBNAIL) for row in rows]).flatten(1)
         controls = torch.tensor([row.control for row in rows], dtype=torch.float64)
         gaps = wrap(controls - controls[:, None], data.periods or ()) / controls.std(0).clamp_min(1e-9)
