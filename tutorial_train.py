@@ -21,6 +21,9 @@ settings = dict(
     latents_cache="runs/latents",  # where its latents of more than 512 pictures are kept; "": in memory, made anew
     resume_path="",  # a control to start from, of tool_add_control.py or an earlier run; "": a fresh one
     hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
+    fusion="affine",  # of a fresh control with references: affine (they move), attention (they turn), or both
+    modulated=False,  # of a fresh control: whether the numbers act in every block of the ControlNet
+    proposals=0,  # of a fresh control: numbers that a small network suggests to start from; 0: none
     out_dir="runs/control_tiny",
     overwrite=False,  # True: replace a control in out_dir that belongs to no unfinished run
     check=False,  # True: train nothing; look at all of the data, tell every problem and what training will take
@@ -127,6 +130,7 @@ def make_model(s, data):
         if references:
             check_used(s, settings, "with references, which have a hint of their own", "hint")
         how = dict(control_dim=numbers, periods=data.periods, hint="reference" if references else s.hint)
+        how |= {key: s[key] for key in ("fusion", "modulated", "proposals")}
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods or own[2]

@@ -3,9 +3,11 @@
 import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import nn
 
-from cldm.hints import HINTS, CoordinateHint, DenseHint, encode, wrap
-from cldm.reference import ReferenceHint
+from cldm.hints import HINTS, CoordinateHint, DenseHint, decode, encode, wrap
+from cldm.proposal import Proposal
+from cldm.reference import FUSIONS, ReferenceHint
 from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_config
 from ldm.settings import InputError
 
@@ -34,6 +36,8 @@ def check_control(file):
         "hint_hidden": or_null(each(number(1, whole=True), 2)),
         "hint_octaves": number(0, whole=True),
         "latent_size": or_null(number(1, whole=True)),
+        "fusion": one_of(*FUSIONS),
+        "proposals": number(0, whole=True),
         "periods": or_null(each(or_null(POSITIVE), control_dim)),
         "control_low": or_null(each(number(), control_dim)),
         "control_high": or_null(each(number(), control_dim)),
@@ -66,7 +70,9 @@ class NumericControlNet(ControlNetModel):
 
     hint: one of HINTS; with "reference", the control is a change from a reference picture, whose latents go in too.
     hint_hidden: widths of the MLP's hidden layers; None: as in HINTS. hint_octaves: of "coordinate" alone.
-    latent_size: side of the latents, needed by "dense" and "original" alone.
+    latent_size: side of the latents, needed by "dense" and "original" alone. fusion: of "reference", one of FUSIONS.
+    proposals: components of a Proposal that is trained beside; 0: none. class_embed_type: "projection": the numbers
+    modulate every block, too, by way of the time embedding (Perez et al. 2018, FiLM).
     control_names, control_units: d texts. periods: d numbers, None where one does not go round; None: none does.
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
@@ -85,6 +91,8 @@ class NumericControlNet(ControlNetModel):
         hint_hidden: tuple[int, int] | None = None,
         hint_octaves: int = 4,
         latent_size: int | None = None,
+        fusion: str = "affine",
+        proposals: int = 0,
         control_names: tuple[str, ...] = ("control",),
         control_units: tuple[str, ...] = ("",),
         control_mean: tuple[float, ...] = (0.0,),
@@ -113,9 +121,11 @@ class NumericControlNet(ControlNetModel):
         if hint == "coordinate":
             self.controlnet_cond_embedding = CoordinateHint(*size, hint_octaves)
         elif hint == "reference":
-            self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels, goes_round)
+            self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels, goes_round, fusion)
         else:
             self.controlnet_cond_embedding = DenseHint(*size, latent_size, original=hint == "original")
+        pictures = 1 + self.uses_reference
+        self.proposal = Proposal(inputs, pictures * self.config.in_channels, proposals) if proposals else None
 
     @staticmethod
     def _get_init_keys(input_class):
@@ -132,6 +142,9 @@ class NumericControlNet(ControlNetModel):
         control_net = cls(**{**cls.extract_init_dict(backbone.config)[0], **control_config})
         weights = {k: v for k, v in backbone.state_dict().items() if not k.startswith("controlnet_cond_embedding.")}
         control_net.load_state_dict(weights, strict=False)
+        if control_net.class_embedding is not None:  # which starts without effect, too
+            nn.init.zeros_(control_net.class_embedding.linear_2.weight)
+            nn.init.zeros_(control_net.class_embedding.linear_2.bias)
         return control_net
 
     @property
@@ -167,8 +180,9 @@ class NumericControlNet(ControlNetModel):
     def forward(self, sample, timestep, encoder_hidden_states, controlnet_cond, *args, **kwargs):
         """ControlNetModel.forward with a control for its picture.
 
-        sample: (B, C, h, w). controlnet_cond: (B, d), or (B, d, H, W) constant over H and W as diffusers' pipeline
-        makes it; with a reference (B, d + C, H, W), as `condition` makes it, or enlarged by whole numbers.
+        sample: (B r, C, h, w), r of every control, one after the other. controlnet_cond: (B, d), or (B, d, H, W)
+        constant over H and W as diffusers' pipeline makes it; with a reference (B, d + C, H, W), as `condition` makes
+        it, or enlarged by whole numbers.
         """
         maps = controlnet_cond if controlnet_cond.ndim == 4 else controlnet_cond[..., None, None]
         expected = self.control_dim + (sample.shape[1] if self.uses_reference else 0)
@@ -177,11 +191,21 @@ class NumericControlNet(ControlNetModel):
             what += " and the latents of a reference" if self.uses_reference else ""
             raise InputError(f"control: expected {what}, got shape {tuple(controlnet_cond.shape)}")
         control, reference = maps.tensor_split([self.control_dim], 1)
-        control = self.normalize(control[:, :, 0, 0])[:, :, None, None].expand(-1, -1, *sample.shape[2:])
+        control, repeats = self.normalize(control[:, :, 0, 0]), len(sample) // len(control)
+        self.controlnet_cond_embedding.repeats = repeats
+        if self.class_embedding is not None:
+            kwargs["class_labels"] = control.to(sample.dtype).repeat_interleave(repeats, 0)
+        control = control[:, :, None, None].expand(-1, -1, *sample.shape[2:])
         if self.uses_reference:
             down, right = (have // need for have, need in zip(maps.shape[2:], sample.shape[2:]))
             control = torch.cat([control, reference[:, :, ::down, ::right].to(control.dtype)], 1)
         return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
+
+    def propose(self, latents, reference=None):
+        """latents, reference: (B, C, h, w). Returns: log weights (B, K) and controls (B, K, d) of the Proposal."""
+        pictures = [latents] if reference is None else [reference, latents]
+        weights, mean, _ = self.proposal(torch.cat(pictures, 1).to(self.dtype))
+        return weights, decode(mean.double(), self.config)
 
     @property
     def uses_reference(self):

@@ -18,11 +18,14 @@ from ldm.settings import InputError, Settings
 MOST_PROMPTS = 1000  # kept in a control's config
 
 
-def add_control(base, config, *, control_dim=1, periods=None, hint="dense", hint_hidden=None, encoder=""):
+def add_control(
+    base, config, *, control_dim=1, periods=None, hint="dense", hint_hidden=None, encoder="", modulated=False, **others
+):
     """Give a base a fresh control: the UNet's encoder copied, zero convolutions, a new MLP on control_dim numbers.
 
     periods, hint, hint_hidden: as NumericControlNet has them. encoder: a file with a ControlNet in the original
-    layout, whose encoder is copied instead of the UNet's.
+    layout, whose encoder is copied instead of the UNet's. modulated: whether the numbers act in every block.
+    others: fusion and proposals of NumericControlNet.
     Returns: ControlLDM whose output equals the base's exactly until it is trained.
     """
     control_net = NumericControlNet.from_unet(
@@ -35,6 +38,9 @@ def add_control(base, config, *, control_dim=1, periods=None, hint="dense", hint
         control_mean=[0.0] * control_dim,
         control_std=[1.0] * control_dim,
         periods=periods,
+        class_embed_type="projection" if modulated else None,
+        projection_class_embeddings_input_dim=control_dim + sum(map(bool, periods or ())) if modulated else None,
+        **others,
     )
     if encoder:
         weights = read_weights(find_path(encoder))

@@ -52,8 +52,8 @@ class DenoisingObjective(Objective):
             self.noisy[picture],
             self.timesteps[picture],
             encoded.embeddings,
-            rearrange(control, "p k d -> (p k) d"),
-            None if reference is None else reference[picture // self.draws],
+            control[:, 0],  # the same for every draw
+            None if reference is None else reference[index],
             encoded=encoded,
         )
         return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k c (h w)", k=len(draw_index))

@@ -51,6 +51,32 @@ def encode(normal, control, periods):
     return torch.stack(columns, -1)
 
 
+def decode(encoded, config):
+    """Undo NumericControlNet.normalize. encoded: (..., d + p). config: the control's. Returns: (..., d)."""
+    columns, rest = [], [*encoded.unbind(-1)]
+    for period, mean, std in zip(config.periods, config.control_mean, config.control_std):
+        if period:
+            columns.append(torch.atan2(rest.pop(0), rest.pop(0)) * period / (2 * math.pi))
+        else:
+            columns.append(mean + std * rest.pop(0))
+    control = torch.stack(columns, -1)
+    return wrap(control, config.periods, control.new_tensor(config.control_mean))
+
+
+def fourier_positions(height, width, octaves, device):
+    """Positions from -1 to 1 between the outermost of the longer side, with sines and cosines at `octaves` frequencies.
+
+    Without these an MLP is slow to learn detail.
+    Returns: (2 + 4 octaves, height, width). Source: Tancik et al. 2020, Fourier features.
+    """
+    longer = max(height, width, 2) - 1
+    y, x = torch.meshgrid(
+        *((2 * torch.arange(n, device=device) - n + 1) / longer for n in (height, width)), indexing="ij"
+    )
+    phases = [2**k * math.pi * axis for k in range(octaves) for axis in (x, y)]
+    return torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])
+
+
 def make_mlp(layer, inputs, hidden, outputs, activation=nn.SiLU):
     """Returns: three layers with activations between them, initialised to keep the variance of the control.
 
@@ -72,19 +98,19 @@ class Hint(nn.Module):
     """
 
     output_dtype = None  # of the features: that of the ControlNet's other weights; None: that of the hint's own
+    repeats = 1  # noisy pictures to every control, one after the other
 
     def forward(self, condition):
-        """condition: (B, inputs, h, w), the encoded control, constant over h and w. Returns: (B, channels, h, w)."""
-        return self.features(condition).to(self.output_dtype or self.mlp[0].weight.dtype)
+        """condition: (B, inputs, h, w), the encoded control, constant over h and w.
+
+        Returns: (B repeats, channels, h, w).
+        """
+        features = self.features(condition).to(self.output_dtype or self.mlp[0].weight.dtype)
+        return features.repeat_interleave(self.repeats, 0) if self.repeats > 1 else features
 
 
 class CoordinateHint(Hint):
-    """An MLP evaluated at every latent position on (control, x, y): any resolution, few weights.
-
-    x and y run from -1 to 1 between the outermost positions of the longer side. They come with their sines and cosines
-    at `octaves` frequencies, without which an MLP is slow to learn detail.
-    Source: Tancik et al. 2020, Fourier features.
-    """
+    """An MLP evaluated at every latent position on (control, x, y): any resolution, few weights."""
 
     def __init__(self, inputs, channels, hidden, octaves):
         super().__init__()
@@ -92,15 +118,7 @@ class CoordinateHint(Hint):
         self.mlp = make_mlp(lambda i, o: nn.Conv2d(i, o, 1), inputs + 2 + 4 * octaves, hidden, channels)
 
     def features(self, condition):
-        height, width = condition.shape[2:]
-        longer = max(height, width, 2) - 1
-        y, x = torch.meshgrid(
-            (2 * torch.arange(height, device=condition.device) - height + 1) / longer,
-            (2 * torch.arange(width, device=condition.device) - width + 1) / longer,
-            indexing="ij",
-        )
-        phases = [2**k * math.pi * axis for k in range(self.octaves) for axis in (x, y)]
-        positions = torch.stack([x, y, *map(torch.sin, phases), *map(torch.cos, phases)])  # (2 + 4 octaves, h, w)
+        positions = fourier_positions(*condition.shape[2:], self.octaves, condition.device)
         first, *rest = self.mlp
         weights = first.weight.split([condition.shape[1], len(positions)], 1)
         with torch.autocast(condition.device.type, enabled=False):

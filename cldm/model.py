@@ -86,8 +86,9 @@ class ControlLDM(nn.Module):
         """One call of ControlNet and UNet.
 
         latents: (B, C, h, w), noisy. timesteps: (B,) or a number. embeddings: (B, 77, D).
-        control: (B, d), in the dataset's units; None: the base alone. reference: (B, C, h, w), latents of the picture
-        that the control is a change from, for a control that takes one. strength: factor on what the ControlNet adds.
+        control: (B, d), in the dataset's units, or (B / r, d), one for r latents one after the other; None: the base
+        alone. reference: likewise (B, C, h, w), latents of the picture that the control is a change from, for a control
+        that takes one. strength: factor on what the ControlNet adds.
         encoded: ldm.unet.encode_unet's result for the same latents, timesteps and embeddings, where it is known.
         guess_mode: scale the ControlNet's outputs from 0.1 at the outermost block to 1 in the middle.
         Returns: (B, C, h, w), noise or velocity, whichever the base was trained to predict.

@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
-from cldm.reference import MATCHES, find_moving, match_reference
+from cldm.reference import MATCHES, RIVALS, Drafts, find_moving, match_reference
 from cldm.solvers import SAME, distinct_solutions, keep_rivals, levenberg_marquardt
 from ldm.settings import InputError
 
@@ -156,10 +156,20 @@ def probe(objective, bounds):
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
     count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
-    moving = free
-    if target.reference is not None:
+    moving, proposal = free, model.control_net.proposal is not None
+    if target.reference is not None and not proposal:
         moving = free & find_moving(model.control_net, target.latents.shape[2:])
-    if target.reference is not None and moving.any():
+    if proposal:
+        control = model.control_net.propose(target.latents, target.reference)[1].to(bounds)
+        control = torch.where(free, control, low).clamp(low, high)
+        control, index = rearrange(control, "b k d -> (b k) d"), torch.arange(count, device=bounds.device)
+        index = index.repeat_interleave(len(control) // count)
+        if model.control_net.config.fusion != "affine":
+            drafts = Drafts(model, target, free)
+            found = levenberg_marquardt(drafts, control, index, bounds)
+            kept = keep_rivals(found, index, drafts, bounds, most=RIVALS)
+            control, index = found.control[kept], index[kept]
+    elif target.reference is not None and moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
         draw_index = draw_index[:1]

@@ -1,15 +1,19 @@
 """Picture A: how a control moves and changes a reference picture, and how a reference is matched to a target."""
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from einops import einsum, rearrange
 from torch import nn
 from torch.nn import functional as F
 
-from cldm.hints import Hint, make_mlp
+from cldm.hints import Hint, fourier_positions, make_mlp
 from cldm.objective import Objective
 from cldm.solvers import keep_rivals, levenberg_marquardt
 
+FUSIONS = "affine", "attention", "both"  # how a reference's features come to where the target shows them
 FEATURES = 64  # channels of a reference's features
+WIDTH, HEADS = 128, 4  # of a ViewTransformer, and its blocks, on the tokens of the reference and of the target
+REFERENCE_BLOCKS, TARGET_BLOCKS, OCTAVES = 2, 4, 4
 STILL = 0.25  # latents: a number that moves the reference less, over half its range, does not move it
 MATCHES = 64  # places tried; the best REFINED are refined
 REFINED = 8
@@ -24,13 +28,16 @@ class ReferenceHint(Hint):
     2x3 generators of the affine group. Where a number goes round it is 1 + sum_i c_i G_i + MLP(c): the exponent of a
     whole turn would have to leap from half a turn to minus half a turn. The MLP's other outputs scale and shift the
     features before each of two convolutions.
+    fusion: one of FUSIONS; "both": a ViewTransformer's features beside those that were moved; "attention": alone.
+    draft: (B, C, h, w), the target's latents as the ViewTransformer saw them in the last call of a training.
     Source: Jaderberg et al. 2015, spatial transformers; Perez et al. 2018, FiLM.
     """
 
-    def __init__(self, inputs, channels, hidden, latent_channels, goes_round=False):
+    def __init__(self, inputs, channels, hidden, latent_channels, goes_round=False, fusion="affine"):
         super().__init__()
-        self.inputs, self.goes_round = inputs, goes_round
-        self.widths = (6, *2 * [FEATURES + 1], *2 * [2 * FEATURES])
+        self.inputs, self.goes_round, self.fusion, self.draft = inputs, goes_round, fusion, None
+        width = (FEATURES + 1) * (fusion != "attention") + FEATURES * (fusion != "affine")
+        self.widths = (6, *2 * [width], *2 * [2 * FEATURES])
         self.mlp = make_mlp(nn.Linear, inputs, hidden, sum(self.widths))
         nn.init.normal_(self.mlp[-1].weight, std=1e-3)  # hardly any change at first
         self.generators = nn.Linear(inputs, 6, bias=False)
@@ -41,15 +48,23 @@ class ReferenceHint(Hint):
             nn.Conv2d(2 * FEATURES, 4 * FEATURES, 3, padding=1),
             nn.PixelShuffle(2),
         )
-        self.mix = nn.Conv2d(FEATURES + 1, 2 * FEATURES, 3, padding=1)
+        self.mix = nn.Conv2d(width, 2 * FEATURES, 3, padding=1)
         self.out = nn.Conv2d(2 * FEATURES, channels, 3, padding=1)
+        if fusion != "affine":
+            self.view = ViewTransformer(inputs, hidden, latent_channels)
+            self.sketch = nn.Conv2d(FEATURES, latent_channels, 1)
 
     def features(self, condition):
         control, reference = condition[:, : self.inputs, 0, 0], condition[:, self.inputs :]
         positions, inside, modulation = self.motion(control, *reference.shape[2:])
         scale, shift, scale2, shift2 = (rearrange(part, "b c -> b c 1 1") for part in modulation)
-        moved = sample_bilinear(self.extract(reference), 2 * positions + 0.5)
-        moved = torch.cat([moved, inside], 1) * (1 + scale) + shift
+        parts = []
+        if self.fusion != "attention":
+            parts += [sample_bilinear(self.extract(reference), 2 * positions + 0.5), inside]
+        if self.fusion != "affine":
+            parts.append(self.view(control, reference))
+            self.draft = self.sketch(parts[-1]) if self.training else None
+        moved = torch.cat(parts, 1) * (1 + scale) + shift
         mixed = self.mix(F.silu(moved)) * (1 + scale2) + shift2
         return self.out(F.silu(mixed))
 
@@ -79,6 +94,44 @@ class ReferenceHint(Hint):
         here = (torch.stack([x, y]) - half[:, None, None]) / half.max()  # (2, h, w)
         there = einsum(affine[:, :2, :2], here, "b i j, j h w -> b i h w") + affine[:, :2, 2, None, None]
         return there * half.max() + half[:, None, None] - 0.5
+
+
+class ViewTransformer(nn.Module):
+    """A reference as it looks after a change: tokens of the target, which know the numbers, ask those of the reference.
+
+    A token is a square of two latents a side.
+    Source: Sajjadi et al. 2022, scene representation transformer.
+    """
+
+    def __init__(self, inputs, hidden, latent_channels):
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Conv2d(latent_channels, WIDTH, 3, padding=1), nn.SiLU(), nn.Conv2d(WIDTH, WIDTH, 2, stride=2)
+        )
+        self.place = nn.Linear(2 + 4 * OCTAVES, WIDTH)
+        self.numbers = make_mlp(nn.Linear, inputs, hidden, WIDTH)
+        size = dict(dim=WIDTH, num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, ff_inner_dim=2 * WIDTH)
+        self.reference = nn.ModuleList(BasicTransformerBlock(**size) for _ in range(REFERENCE_BLOCKS))
+        self.target = nn.ModuleList(
+            BasicTransformerBlock(**size, cross_attention_dim=WIDTH) for _ in range(TARGET_BLOCKS)
+        )
+        self.out = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * FEATURES))
+
+    def forward(self, control, reference):
+        """control: (B, inputs), encoded. reference: (B, C, h, w), latents. Returns: (B, FEATURES, h, w)."""
+        height, width = reference.shape[2:]
+        seen = self.embed(F.pad(reference, (0, width % 2, 0, height % 2)))
+        places = fourier_positions(*seen.shape[2:], OCTAVES, seen.device)
+        places = self.place(rearrange(places, "c h w -> (h w) c"))
+        tokens = rearrange(seen, "b c h w -> b (h w) c") + places
+        for block in self.reference:
+            tokens = block(tokens)
+        with torch.autocast(control.device.type, enabled=False):
+            hidden = places.float() + self.numbers(control)[:, None]
+        for block in self.target:
+            hidden = block(hidden, encoder_hidden_states=tokens)
+        squares = rearrange(self.out(hidden), "b (h w) (c i j) -> b c (h i) (w j)", h=seen.shape[2], i=2, j=2)
+        return squares[:, :, :height, :width]
 
 
 def sample_bilinear(features, positions):
@@ -127,6 +180,25 @@ class Registration(Objective):
         moved = standardize(sample_bilinear(target.reference, positions))
         residuals = (moved - standardize(target.latents)) * (weights + 1e-6).sqrt()
         return rearrange(residuals, "p c h w -> p 1 1 (c h w)")
+
+
+class Drafts(Objective):
+    """Residual between the target and the hint's own draft of it: without noise, for a fraction of a model call.
+
+    target: Target of B pictures with references. free: (d,) bool.
+    """
+
+    alike = 1, 2, 3
+
+    def __init__(self, model, target, free):
+        super().__init__(model, free, draws=1)
+        self.target = target
+
+    def residuals(self, control, index, draw_index):
+        control_net, target = self.model.control_net, self.target.select(index)
+        hint = control_net.controlnet_cond_embedding
+        draft = hint.sketch(hint.view(control_net.normalize(control[:, 0]), target.reference))
+        return rearrange(draft - target.latents, "p c h w -> p 1 c (h w)")
 
 
 def find_moving(control_net, size):

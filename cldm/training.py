@@ -21,6 +21,7 @@ EXPLODED = 5.0  # mean loss, of 1 that a network has which predicts nothing
 RECENT = 20  # steps that it is the mean of
 SCHEDULES = "cosine", "constant"  # of the learning rate, after the warm-up
 NAMED = 8  # pictures, in an error
+DRAFT, PROPOSAL = 1.0, 0.1  # of the loss: mean square of a hint's draft, nats of a Proposal
 VALIDATION_TIMESTEPS = 4  # noise levels at which validation pictures are judged, always the same
 
 
@@ -143,9 +144,23 @@ class ControlTraining(pl.LightningModule):
         self.loss, self.batch = squares.mean().detach(), batch
         self.recent.append(self.loss)
         self.log("loss", self.loss)
+        others = self.other_losses(batch, noise)
         if self.method.likelihood:
-            return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean()
-        return (self.snr_weights(timesteps)[:, None] * squares).mean() if self.method.min_snr else squares.mean()
+            return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean() + others
+        weights = self.snr_weights(timesteps)[:, None] if self.method.min_snr else 1
+        return (weights * squares).mean() + others
+
+    def other_losses(self, batch, noise):
+        """Returns: of what is trained beside the denoising, a hint's draft and a Proposal; 0 without them."""
+        net, latents, losses = self.model.control_net, batch["latents"], 0
+        if net.config.fusion != "affine":
+            hint = net.controlnet_cond_embedding
+            losses, hint.draft = DRAFT * F.mse_loss(hint.draft.float(), latents), None
+        if net.proposal is not None:
+            pictures = torch.cat([batch["reference"], latents], 1) if net.uses_reference else latents
+            noise = torch.cat([noise.flip(0), noise], 1) if net.uses_reference else noise
+            losses = losses + PROPOSAL * net.proposal.loss(pictures, noise, net.normalize(batch["control"])).mean()
+        return losses
 
     def snr_weights(self, timesteps):
         """Returns: (B,), what the squared errors at timesteps count. Source: Hang et al. 2023, eq. 9, table 4."""

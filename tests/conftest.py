@@ -127,11 +127,14 @@ def randomize_zero_convolutions(control_net, std=0.1):
 
 @pytest.fixture
 def make_model(loaded_base):
-    """make_model(control_dim=1, hint="coordinate", fresh=False, periods=None) -> a frozen ControlLDM, a test's own."""
+    """make_model(control_dim=1, hint="coordinate", fresh=False, **others) -> a frozen ControlLDM, a test's own.
 
-    def make(control_dim=1, hint="coordinate", fresh=False, periods=None):
+    others: as add_control has them.
+    """
+
+    def make(control_dim=1, hint="coordinate", fresh=False, **others):
         torch.manual_seed(1)
-        model = add_control(*copy.deepcopy(loaded_base), control_dim=control_dim, hint=hint, periods=periods)
+        model = add_control(*copy.deepcopy(loaded_base), control_dim=control_dim, hint=hint, **others)
         if not fresh:
             randomize_zero_convolutions(model.control_net)
             model.control_net.register_to_config(control_mean=[0.5] * control_dim, control_std=[2.0] * control_dim)

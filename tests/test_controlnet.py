@@ -7,8 +7,9 @@ from conftest import CHANNELS, LATENT_SIZE, randomize_zero_convolutions
 import tool_add_control
 from cldm.controlnet import HINTS, NumericControlNet
 from cldm.conversion import fit_statistics
-from cldm.hints import wrap
+from cldm.hints import decode, wrap
 from cldm.model import load_base, load_model, save_model
+from cldm.reference import FEATURES, FUSIONS
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
 from ldm.unet import decode_unet, encode_unet
@@ -52,6 +53,57 @@ class TestFreshControl:
         copied = make_model(control_dim, hint, fresh=True).control_net.down_blocks.state_dict()
         assert copied.keys() == base.unet.down_blocks.state_dict().keys()
         assert all(torch.equal(copied[k], v) for k, v in base.unet.down_blocks.state_dict().items())
+
+
+WAYS = dict(proposals=2), dict(modulated=True), *(dict(fusion=own) for own in FUSIONS[1:])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, *way.items())))
+class TestWaysOfAControl:
+    def test_a_fresh_one_adds_exactly_nothing(self, make_model, base, inputs, way):
+        model = make_model(2, "reference", fresh=True, **way)
+        control = [[3.0, 1.0], [-3.0, 1.0]]
+        assert torch.equal(predict(model, inputs, control), base.unet(*inputs, return_dict=False)[0])
+
+    def test_it_is_kept_on_disk(self, make_model, inputs, way, tmp_path):
+        model = make_model(2, "reference", periods=[None, 360.0], **way)
+        model.control_net.half().float()  # as weights are kept
+        save_model(model, tmp_path / "control")
+        loaded = load_model(tmp_path / "control", base=model.base)
+        control = [[3.0, 1.0], [-3.0, 1.0]]
+        assert torch.equal(predict(loaded, inputs, control), predict(model, inputs, control))
+        assert (loaded.control_net.proposal is None) == ("proposals" not in way)
+
+    def test_one_control_serves_several_latents(self, make_model, inputs, way):
+        model, twice = make_model(2, "reference", **way), [part.repeat_interleave(3, 0) for part in inputs]
+        control = torch.tensor([[3.0, 1.0], [-3.0, 1.0]])
+        with torch.no_grad():
+            shared = model.predict(*twice, control, inputs[0])
+            own = model.predict(*twice, control.repeat_interleave(3, 0), twice[0])
+        torch.testing.assert_close(shared, own)
+
+
+def test_numbers_act_in_every_block(make_model, inputs):
+    """With the hint silent, they still move what the ControlNet adds."""
+    model = make_model(hint="reference", modulated=True)
+    torch.nn.init.zeros_(model.control_net.controlnet_cond_embedding.out.weight)
+    torch.nn.init.zeros_(model.control_net.controlnet_cond_embedding.out.bias)
+    assert (predict(model, inputs, [[3.0], [3.0]]) - predict(model, inputs, [[-3.0], [-3.0]])).abs().max() > 1e-3
+
+
+def test_a_view_is_of_any_size(make_model):
+    view = make_model(hint="reference", fusion="attention").control_net.controlnet_cond_embedding.view
+    for size in ((5, 8), (7, 7)):
+        seen = view(torch.ones(2, 1), torch.randn(2, CHANNELS, *size))
+        assert seen.shape == (2, FEATURES, *size) and seen.isfinite().all()
+
+
+def test_a_number_is_decoded_as_it_was_encoded(make_model):
+    model = make_model(3, periods=[None, 24.0, None])
+    model.control_net.register_to_config(control_mean=[5.0, 12.0, -1.0], control_std=[2.0, 7.0, 0.1])
+    control = torch.tensor([[4.0, 23.5, -1.2], [6.5, 0.25, -0.9], [5.0, 12.0, -1.0]], dtype=torch.float64)
+    decoded = decode(model.control_net.normalize(control).double(), model.control_net.config)
+    torch.testing.assert_close(decoded, control, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("hint", HINTS)
