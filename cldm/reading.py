@@ -160,15 +160,7 @@ def probe(objective, bounds):
     if target.reference is not None and not proposal:
         moving = free & find_moving(model.control_net, target.latents.shape[2:])
     if proposal:
-        control = model.control_net.propose(target.latents, target.reference)[1].to(bounds)
-        control = torch.where(free, control, low).clamp(low, high)
-        control, index = rearrange(control, "b k d -> (b k) d"), torch.arange(count, device=bounds.device)
-        index = index.repeat_interleave(len(control) // count)
-        if model.control_net.config.fusion != "affine":
-            drafts = Drafts(model, target, free)
-            found = levenberg_marquardt(drafts, control, index, bounds)
-            kept = keep_rivals(found, index, drafts, bounds, most=RIVALS)
-            control, index = found.control[kept], index[kept]
+        control, index = start_from_proposals(objective, bounds)
     elif target.reference is not None and moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
@@ -184,6 +176,29 @@ def probe(objective, bounds):
             return control, index
     found = levenberg_marquardt(objective, control, index, bounds, draw_index)
     kept = keep_rivals(found, index, objective, bounds)
+    return found.control[kept], index[kept]
+
+
+def start_from_proposals(objective, bounds):
+    """Choose among what the Proposal says by the loss of the hint's drafts, and refine by them, where it makes them.
+
+    objective: a DenoisingObjective of B targets. bounds: (2, d). Returns: places (P, d); the index (P,) of the target
+    that each is for.
+    """
+    model, target, free = objective.model, objective.target, objective.free
+    control = model.control_net.propose(target.latents, target.reference)[1].to(bounds)
+    control = torch.where(free, control, bounds[0]).clamp(*bounds)
+    count, components = control.shape[:2]
+    control, index = rearrange(control, "b k d -> (b k) d"), torch.arange(count, device=bounds.device)
+    drafts = Drafts(model, target, free) if model.control_net.config.fusion != "affine" else None
+    each, draw_index = index.repeat_interleave(components), None if drafts else objective.middle_draws[:1]
+    losses = (drafts or objective).losses(control, each, draw_index)
+    best = losses.view(count, components).topk(min(RIVALS, components), largest=False).indices
+    best, index = (best + components * index[:, None]).flatten(), index.repeat_interleave(best.shape[1])
+    if not drafts:
+        return control[best], index
+    found = levenberg_marquardt(drafts, control[best], index, bounds)
+    kept = keep_rivals(found, index, drafts, bounds)
     return found.control[kept], index[kept]
 
 
