@@ -165,9 +165,8 @@ class NumericControlNet(ControlNetModel):
         Returns: (B, inputs), what the hint takes: each number with the training set's mean 0 and spread 1, or its sine
         and cosine; in the precision of the hint's weights.
         """
-        control = control.double()
-        normal = (control - control.new_tensor(self.config.control_mean)) / self.spread(control)
-        return encode(normal, control, self.config.periods).to(self.controlnet_cond_embedding.mlp[0].weight.dtype)
+        encoded = encode(control.double(), self.config.control_mean, self.config.control_std, self.config.periods)
+        return encoded.to(self.controlnet_cond_embedding.mlp[0].weight.dtype)
 
     def spread(self, control):
         """Returns: (d,) the training set's standard deviations, on the control's device and in its precision."""

@@ -39,15 +39,15 @@ def circle_middle(controls, periods):
     return torch.where(around_zero, 0, half)
 
 
-def encode(normal, control, periods):
+def encode(control, mean, std, periods):
     """Returns: (..., d + p) what an MLP is given: normalised numbers, of periodic ones sine and cosine of spread 1.
 
-    normal, control: (..., d), normalised and as they are. periods: as in wrap.
+    control: (..., d). mean, std: d numbers, not tensors, which a GPU would have to wait for. periods: as in wrap.
     """
     columns = []
-    for k, period in enumerate(periods):
-        phase = 2 * math.pi * control[..., k] / (period or 1.0)
-        columns += [2**0.5 * phase.sin(), 2**0.5 * phase.cos()] if period else [normal[..., k]]
+    for number, middle, spread, period in zip(control.unbind(-1), mean, std, periods):
+        phase = 2 * math.pi * number / (period or 1.0)
+        columns += [2**0.5 * phase.sin(), 2**0.5 * phase.cos()] if period else [(number - middle) / spread]
     return torch.stack(columns, -1)
 
 

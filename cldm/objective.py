@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
 NUMBERS = 3  # the most numbers whose Jacobian fits a full chunk; with more the chunk shrinks in proportion
-ATTENTION = 2**24  # attention weights held at once in forward mode
+ATTENTION = 2**24, 2**26  # attention weights held at once in forward mode: on a CPU; on a GPU, which small slices slow
 STEP = 5.0  # of finite differences, in units of a number's spread and the square root of the precision
 
 
@@ -24,7 +24,7 @@ class SlicedAttention(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, *rest = args
-        rows = max(1, ATTENTION // (query.shape[:-2].numel() * key.shape[-2]))
+        rows = max(1, ATTENTION[query.device.type != "cpu"] // (query.shape[:-2].numel() * key.shape[-2]))
         with sdpa_kernel(SDPBackend.MATH):
             return torch.cat([function(q, key, *rest, **(kwargs or {})) for q in query.split(rows, -2)], -2)
 
@@ -86,6 +86,7 @@ class Objective(ABC):
     def _in_chunks(self, function, control, index, draw_index, chunk):
         """Returns: what function(control (P, k, d), index, draw_index) makes of everything: tensors (P, k, ...)."""
         draw_index = torch.arange(self.draws) if draw_index is None else draw_index
+        draw_index = draw_index.to(index.device)
         control = control[:, None].repeat(1, len(draw_index), 1)
         rows = []
         for some, which in zip(*(part.split(max(1, chunk // len(draw_index))) for part in (control, index))):

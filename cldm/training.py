@@ -135,11 +135,12 @@ class ControlTraining(pl.LightningModule):
         generator = torch.Generator().manual_seed(hash(place) % 2**63)
         processes, shape = self.trainer.world_size, batch["latents"].shape
         size, own = processes * len(batch["latents"]), slice(self.trainer.global_rank, None, processes)
-        noise = torch.randn(size, *shape[1:], generator=generator)[own].to(self.device)
+        noise = torch.randn(size, *shape[1:], generator=generator)[own]
         total = self.model.base.scheduler.config.num_train_timesteps
         low, high = (share * total for share in self.method.timesteps)
-        timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long().to(self.device)
-        kept = (torch.rand(size, generator=generator) >= self.method.prompt_dropout)[own].to(self.device)
+        timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long()
+        kept = (torch.rand(size, generator=generator) >= self.method.prompt_dropout)[own]
+        noise, timesteps, kept = (drawn.to(self.device, non_blocking=True) for drawn in (noise, timesteps, kept))
         squares = self.squared_errors(batch, noise, timesteps, kept)
         self.loss, self.batch = squares.mean().detach(), batch
         self.recent.append(self.loss)

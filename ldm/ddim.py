@@ -51,7 +51,8 @@ def ddim_sample(scheduler, timesteps, predict, latents, eta=0.0, noise=None):
     Returns: (B, C, h, w) latents. Gradients pass, unless the caller forbids them.
     """
     eta = min(eta, 1 - 1e-12)  # at exactly 1, rounding can make the variance left for the model's noise negative
-    for i, t in enumerate(timesteps):
+    # the networks take a timestep from their device, the schedule from the CPU: otherwise every call waits for a GPU
+    for i, (t, there) in enumerate(zip(timesteps, timesteps.to(latents.device))):
         step_noise = noise[i].expand_as(latents) if eta > 0 else None
-        latents = scheduler.step(predict(latents, t), t, latents, eta=eta, variance_noise=step_noise).prev_sample
+        latents = scheduler.step(predict(latents, there), t, latents, eta=eta, variance_noise=step_noise).prev_sample
     return latents

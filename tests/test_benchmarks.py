@@ -1,6 +1,7 @@
 """Benchmarks at their smallest: the methods that take seconds, one target each."""
 
 import io
+import itertools
 import json
 import math
 import random
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import base, drawn, inversion, large_data, meter, odd_cases, odd_inputs, pairs, training
+from benchmarks import base, drawn, gpu, inversion, large_data, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle
@@ -19,7 +20,8 @@ from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
 from dataForTrain.make_dataset import TRAIN
 from dataForTrain.make_meter import shortest
-from ldm.schema import Settings
+from ldm.files import ROOT
+from ldm.schema import Settings, read_config, write_yaml
 from ldm.settings import InputError, run_script
 
 
@@ -64,6 +66,40 @@ def test_a_million_rows_start_soon_in_little_memory(base_yaml, tmp_path):
     large_data.write_data(s, tmp_path)
     (_, _, imports), *stages = large_data.measure(s, tmp_path).values()
     assert sum(processor for _, processor, _ in stages) < 15 and stages[-1][2] - imports < 200
+
+
+@pytest.mark.slow
+def test_a_gpus_rows_are_tabled_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "TARGETS", 2)
+    write_yaml(read_config(ROOT / "models" / "cldm_v15.yaml") | {"architecture": str(folder)}, tmp_path / "base.yaml")
+    arguments = [f"base={tmp_path / 'base.yaml'}", "image_sizes=[64,32]", "batches=[1,2]", "device=cpu", "seconds=1e6"]
+    run_script(gpu.main, gpu.settings, [*arguments, f"out_dir={tmp_path / 'out'}"])
+    report = json.loads((tmp_path / "out" / "measured.json").read_text())
+    names = [gpu.TRAINING, *gpu.ROWS]
+    assert sorted((row["row"], row["image_size"], row["batch"]) for row in report["rows"]) == sorted(
+        itertools.product(names, (32, 64), (1, 2))
+    )
+    seconds = {(row["row"], row["batch"]): row["seconds"] for row in report["rows"]}
+    assert min(seconds.values()) > 0 and seconds[names[3], 1] > 1.5 * seconds[names[2], 1]  # 32 steps and 10
+    assert capsys.readouterr().out.count("\n| bfloat16 less float32, ") == len(report["precisions"]) == 2
+    shipped = report["precisions"][gpu.SHIPPED]
+    assert 0 < np.abs(shipped["difference"]).max() < np.max(shipped["std"])
+
+
+def test_what_does_not_fit_is_said(monkeypatch):
+    def step():
+        raise torch.OutOfMemoryError
+
+    assert gpu.measure(step, torch.device("cpu")) is None
+
+
+def test_busy_is_what_kernels_cover_together():
+    assert gpu.covered([(5, 6), (0, 2), (1, 4), (1, 2)]) == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so(fails_in_one_line, tmp_path):
+    assert '"device": cuda' in fails_in_one_line(gpu.main, gpu.settings, [f"out_dir={tmp_path / 'out'}"])
 
 
 def test_an_unknown_method_is_named():

@@ -106,7 +106,7 @@ def test_a_full_turn_of_a_reference_has_no_seam():
         hint.mlp[-1].bias[:6] = torch.tensor([-1.0, 0, 0, 0, -1, 0])
         hint.generators.weight[:] = half * torch.tensor([[0, 1], [-1, 0], [0, 0], [1, 0], [0, 1], [0, 0]])
         degrees = torch.tensor([[30.0], [179.999], [180.001], [300.0]])
-        positions, *_ = hint.motion(encode(degrees, degrees, [360.0]), 9, 9)
+        positions, *_ = hint.motion(encode(degrees, [0.0], [1.0], [360.0]), 9, 9)
     sin, cos = degrees.deg2rad().sin()[:, 0], degrees.deg2rad().cos()[:, 0]
     torch.testing.assert_close(positions[:, :, 4, 8], torch.stack([4 + 4 * cos, 4 + 4 * sin], 1))
 
