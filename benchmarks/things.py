@@ -101,8 +101,7 @@ def siamese(s, statistics, out):
     if not file.exists():
         rows = load_rows(find_path(s.data_root) / TRAINING_FILE)
         pictures, control = load(rows), torch.tensor([row["source"] for row in rows])
-        normal = (control - control.new_tensor(statistics.control_mean)) / control.new_tensor(statistics.control_std)
-        wanted = encode(normal, control, periods)
+        wanted = encode(control, statistics.control_mean, statistics.control_std, periods)
 
         def draw_batch(step):
             chosen = torch.randint(len(rows), (64,))
