@@ -1,6 +1,6 @@
 """Render pairs of pictures of things in the round, between which the thing turns, and camera and lamp move.
 
-    python dataForTrain/make_things.py folder=FOLDER                              # 8000 pairs, into runs/things
+    python dataForTrain/make_things.py folder=FOLDER                              # 12800 pairs, into runs/things
     python dataForTrain/make_things.py folder=FOLDER turn=180 out_dir=runs/around # turned by any angle
 
 FOLDER holds Debian's package sweethome3d-furniture, unpacked; mitsuba renders: docs/things.md says how to get both and
@@ -17,7 +17,7 @@ from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     folder="outputs/furniture",  # with the archives *.sh3f in it or below it
-    pairs=8000,  # of things to train on
+    pairs=12800,  # of things to train on, about 13 from five pictures of a thing
     validation=400,  # pairs of other things, for error bars
     test=400,  # pairs of things that are held out
     only="",  # things with this in their names, such as blendswap-cc-0, all of which are CC0
@@ -38,7 +38,9 @@ import random
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
+from itertools import permutations
 from multiprocessing import get_context
+from operator import le
 
 from PIL import Image
 from tqdm import tqdm
@@ -57,7 +59,7 @@ BROKEN = {"scopia/kids_shelves"}  # its materials are missing
 FLAT = 0.05  # of a thing's largest extent: what is thinner shows too little when it turns
 FILES = {"training": TRAINING_FILE, "validation": VALIDATION_FILE, "test": "test/targets.json"}
 PHOTOS = {"validation": "validation", "test": "held_out"}  # others than training's
-TARGETS = 4  # pictures beside the reference of every scene in training, whose pairs are also taken backwards
+TARGETS = 4  # pictures beside the reference of every scene in training, each of which may be the reference of others
 CONTROLS = {  # unit and period
     "turn": ("degrees", None),
     "height": ("degrees", None),
@@ -113,14 +115,22 @@ def draw_scene(seed, group, number, turn):
 
 def describe_change(reference, target):
     """Returns: the numbers of CONTROLS between two Views; the lamp's are the target's own."""
-    change = target.turn - reference.turn, target.height - reference.height, target.distance / reference.distance
+    turn = (target.turn - reference.turn + 180) % 360 - 180
+    change = turn, target.height - reference.height, target.distance / reference.distance
     return [round(value, 4) for value in (*change, target.light, target.light_height)]
 
 
-def list_pairs(group, views):
-    """Returns: the pairs of a scene, each the indices of reference and target."""
-    there = [(0, i) for i in range(1, len(views))]
-    return [pair for i, j in there for pair in ([(i, j), (j, i)] if group == "training" else [(i, j)])]
+def list_pairs(group, views, turn):
+    """Returns: the pairs of a scene, each the indices of reference and target: in training, all within the ranges."""
+    if group != "training":
+        return [(0, 1)]
+    most, far = (turn, HEIGHT_CHANGE), math.log(DISTANCE_CHANGE)
+
+    def fits(i, j):
+        *moved, distance = describe_change(views[i], views[j])[:3]
+        return all(map(le, map(abs, moved), most)) and abs(math.log(distance)) <= far
+
+    return sorted((pair for pair in permutations(range(len(views)), 2) if fits(*pair)), key=max)
 
 
 def draw_surface(rng, files):
@@ -152,7 +162,7 @@ def render_scene(s, out, group, count, number):
     things = order_things(s.folder, s.seed, group, s.only)
     thing, (studio, views) = things[number % len(things)], draw_scene(s.seed, group, number, s.turn)
     files = [f"{PICTURES}/{group}_{number:05d}_{i}.png" for i in range(len(views))]
-    pairs = list_pairs(group, views)[:count]
+    pairs = list_pairs(group, views, s.turn)[:count]
     missing = [i for i in sorted({i for pair in pairs for i in pair}) if not (out / files[i]).exists()]
     if missing:
         rng, photos = random.Random(f"{s.seed} {group} {number} surfaces"), find_pictures(PHOTOS.get(group, s.photos))
@@ -170,8 +180,10 @@ def render_scene(s, out, group, count, number):
 
 def make_rows(s, out, group, count):
     """Render `count` pairs of a group, s.processes scenes at a time. Returns: their rows."""
-    each = len(list_pairs(group, draw_scene(s.seed, group, 0, s.turn)[1]))
-    counts = [min(each, count - start) for start in range(0, count, each)]
+    counts = []
+    while (missing := count - sum(counts)) > 0:
+        own = list_pairs(group, draw_scene(s.seed, group, len(counts), s.turn)[1], s.turn)
+        counts.append(min(len(own), missing))
     render, scenes, rows = partial(render_scene, s, out, group), range(len(counts)), []
     ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
     pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))

@@ -75,7 +75,7 @@ def test_numbers_fill_their_ranges(turn):
     changes = []
     for number in range(300):
         _, views = draw_scene(0, "training", number, turn)
-        changes += [describe_change(views[i], views[j]) for i, j in list_pairs("training", views)]
+        changes += [describe_change(views[i], views[j]) for i, j in list_pairs("training", views, turn)]
     low, high = np.min(changes, 0), np.max(changes, 0)
     ranges = [(-turn, turn), (-12, 12), (0.8, 1.25), (0, 360), (25, 65)]
     for least, most, (start, end) in zip(low, high, ranges):
@@ -86,7 +86,9 @@ def test_turn_height_and_distance_are_changes_and_the_light_is_where_it_is():
     a, b = View(350, 20, 1.0, 300, 40), View(370, 15, 1.25, 10, 60)
     assert describe_change(a, b) == [20, -5, 1.25, 10, 60]
     assert describe_change(b, a) == [-20, 5, 0.8, 300, 40]
-    assert list_pairs("training", [a, b]) == [(0, 1), (1, 0)] and list_pairs("test", [a, b]) == [(0, 1)]
+    far = View(381, 15, 1.25, 10, 60)  # from the first, not from the second
+    assert list_pairs("training", [a, b, far], 30) == [(0, 1), (1, 0), (1, 2), (2, 1)]
+    assert list_pairs("test", [a, b], 30) == [(0, 1)]
 
 
 def test_surfaces_are_plain_or_cut_from_photographs(tmp_path):
