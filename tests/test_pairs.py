@@ -18,10 +18,11 @@ import tutorial_train
 from benchmarks.common import compose, inverse
 from cldm.changes import NO_CHANGE, choose_changes
 from cldm.dataset import read_rows, split_rows
+from cldm.denoising import DenoisingObjective
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
-from cldm.reading import fill_range
+from cldm.reading import fill_range, start_from_proposals
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from dataForTrain import make_dataset
 from ldm.files import find_path
@@ -215,6 +216,26 @@ def test_the_reference_is_moved_onto_the_target_without_a_start(make_model, norm
     assert index.unique().tolist() == [0, 1, 2] and not places[:, 1].any()
     for i in range(3):
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.05)
+
+
+def test_a_reading_starts_from_what_is_proposed_and_draws_best(make_model, normal, monkeypatch):
+    """Targets are the hint's own drafts; one of three proposals is near the truth, and the second number is known."""
+    model = make_model(2, "reference", fusion="both", proposals=3)
+    low, high = [-10.0, -1.0], [10.0, 1.0]
+    names = dict(control_mean=[0.0, 0.0], control_std=[5.0, 0.5])
+    model.control_net.register_to_config(control_low=low, control_high=high, **names)
+    hint, reference = model.control_net.controlnet_cond_embedding, normal(2, CHANNELS, 8, 8)
+    truth = torch.tensor([[7.0, 0.3], [-4.0, 0.3]], dtype=torch.float64)
+    drawn = hint.sketch(hint.view(model.control_net.normalize(truth), reference))
+    proposed = torch.stack([truth + 3, truth - 30, truth + 1], 1)
+    monkeypatch.setattr(model.control_net, "propose", lambda *_: (torch.zeros(2, 3), proposed))
+    bounds = torch.tensor([low, high]).double()
+    bounds[:, 1] = 0.3
+    objective = DenoisingObjective(model, Target(torch.zeros(2, 77, 16), drawn, reference), bounds[0] < bounds[1])
+    places, index = start_from_proposals(objective, bounds)
+    assert index.unique().tolist() == [0, 1] and (places[:, 1] == 0.3).all()
+    for i in range(2):
+        assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.1)
 
 
 def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):
