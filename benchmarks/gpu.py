@@ -34,9 +34,10 @@ BEGAN = time.perf_counter()
 import copy
 import gc
 import math
+import traceback
 import warnings
 from collections import defaultdict
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from statistics import median
@@ -68,11 +69,12 @@ from ldm.schema import Settings, each, expect, number
 
 PROMPT = "a photo of an astronaut in an orange suit"
 SHIPPED = "models/control_tiny"
-TARGETS = 8  # read in both precisions
+TARGETS = 4  # read in both precisions
 TIMED, ENOUGH = 4, 2.0  # steps whose median is taken, fewer once they took so many seconds
-QUICK, SHORT = 1.0, 8.0  # seconds of a step whose waits are counted anew after the first, and of one that is profiled
+QUICK, SHORT = 1.0, 4.0  # seconds of a step whose waits are counted anew after the first, and of one that is profiled
 TRAINED = ("waits", *["seconds"] * TIMED, "waits", "busy")  # what is noted of a training's steps of one shape
 TRAINING, SAVING = "a step of `tutorial_train.py`", ", `save_memory=true`"
+NO_ROOM = "does not fit"
 
 
 def make_model(base, image_size, device):
@@ -155,10 +157,21 @@ def watched(device, found, what):
         found[what].append(covered(spans) / 1e9)
 
 
+def attempt(function, *arguments):
+    """Returns: what the function does; or why it does nothing, for the other rows must not suffer."""
+    try:
+        return function(*arguments)
+    except torch.OutOfMemoryError:
+        return NO_ROOM
+    except Exception:
+        traceback.print_exc()
+        return "failed"
+
+
 def measure(step, device):
     """Run a step, () -> calls of the model for each of the batch, as often as it takes.
 
-    Returns: what `watched` found, and the calls; None: it does not fit into the memory.
+    Returns: what `watched` found, and the calls.
     """
     found = defaultdict(list)
 
@@ -172,12 +185,9 @@ def measure(step, device):
             yield "busy"
 
     clear(device)
-    try:
-        for what in notes():
-            with watched(device, found, what):
-                found["calls"].append(step())
-    except torch.OutOfMemoryError:
-        return None
+    for what in notes():
+        with watched(device, found, what):
+            found["calls"].append(step())
     return found
 
 
@@ -224,18 +234,21 @@ def make_batch(model, size, count):
 
 
 def train(model, shapes, device, tell, late, save_memory):
-    """Train as tutorial_train.py does. tell, late: as a Clock has them. Returns: the shapes that were not come to."""
+    """Train as tutorial_train.py does. tell, late: as a Clock has them.
+
+    Returns: the shapes that were not come to; why, if it was not for the time.
+    """
     steps = len(shapes) * len(TRAINED)
     own = dict(max_steps=steps, learning_rate=1e-5, likelihood=True, accelerator=device.type, devices=1)
     s = Settings(tutorial_train.settings | own)
     module = ControlTraining(model, Method(**{field.name: s[field.name] for field in fields(Method)}))
     batches = [batch for shape in shapes for batch in [make_batch(model, *shape)] * len(TRAINED)]
     clock = Clock(shapes, device, tell, late)
-    with TemporaryDirectory() as folder, checkpointing(model, save_memory), suppress(torch.OutOfMemoryError):
-        make_trainer(s, Path(folder), [clock]).fit(module, DataLoader(batches, batch_size=None))
+    with TemporaryDirectory() as folder, checkpointing(model, save_memory):
+        why = attempt(make_trainer(s, Path(folder), [clock]).fit, module, DataLoader(batches, batch_size=None))
     module.zero_grad()
     model.to(device)  # Lightning moved it to the CPU
-    return shapes[clock.done :]
+    return shapes[clock.done :], why
 
 
 def read(model, target):
@@ -248,7 +261,7 @@ def infer(script, model, target):
     if s.warm_steps:
         s |= dict(ddim_steps=s.warm_steps, denoise_strength=s.warm_denoise_strength, warm_steps=None)
     one = target.select(slice(1))
-    test5.infer(model, Settings(s), one.latents, one, torch.ones(1, dtype=torch.float64))
+    test5.infer(model, s, one.latents, one, torch.ones(1, dtype=torch.float64))
     return 2 * s.ddim_steps
 
 
@@ -275,9 +288,11 @@ class Table:
         return time.perf_counter() - BEGAN > self.seconds
 
     def tell(self, name, shape, found):
-        """shape: (picture size, batch size). found: as `measure` returns it, just now."""
-        row, cells = dict(row=name, image_size=shape[0], batch=shape[1], fits=found is not None), ["does not fit"]
-        if found is not None:
+        """shape: (picture size, batch size). found: as `measure` returns it, just now, or a text."""
+        row, cells = dict(row=name, image_size=shape[0], batch=shape[1]), [found] + [""] * 5
+        if isinstance(found, str):
+            row["why"] = found
+        else:
             seconds = median(found["seconds"])
             memory = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else None
             waits, busy, calls = ([None, *found[key]][-1] for key in ("waits", "busy", "calls"))
@@ -309,13 +324,14 @@ class Table:
 
 
 def measure_training(table, model, shapes):
-    """Rows of trainings; what does not fit, and what comes after it, is tried again with save_memory."""
-    for save_memory in (False, True):
-        name = TRAINING + SAVING * save_memory
-        if shapes and not table.late():
-            shapes = train(model, shapes, table.device, partial(table.tell, name), table.late, save_memory)
-            if shapes and not table.late():
-                table.tell(name, shapes[0], None)
+    """Rows of trainings; from the first that does not fit, with save_memory."""
+    name = TRAINING
+    while shapes and not table.late():
+        shapes, why = train(model, shapes, table.device, partial(table.tell, name), table.late, name != TRAINING)
+        if why:
+            table.tell(name, shapes[0], why)
+            again, name = why == NO_ROOM and name == TRAINING, TRAINING + SAVING * (why == NO_ROOM)
+            shapes = shapes if again else shapes[1:]
 
 
 def measure_rows(table, model, shape):
@@ -327,9 +343,9 @@ def measure_rows(table, model, shape):
         for model.save_memory in (False, True):
             if table.late():
                 return
-            found = measure(partial(step, model, target), table.device)
+            found = attempt(measure, partial(step, model, target), table.device)
             table.tell(name + SAVING * model.save_memory, shape, found)
-            if found:
+            if found != NO_ROOM:
                 break
 
 
@@ -346,8 +362,8 @@ def main(s):
         for size in s.image_sizes:
             measure_rows(table, model, (size, batch))
         if batch == s.batches[0] and not table.late():
-            table.compare(SHIPPED, load_model(SHIPPED, device=device))
-            table.compare("random weights", model)
+            attempt(table.compare, SHIPPED, load_model(SHIPPED, device=device))
+            attempt(table.compare, "random weights", model)
 
 
 if __name__ == "__main__":
