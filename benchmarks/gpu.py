@@ -230,7 +230,7 @@ def make_batch(model, size, count):
     side, channels = size // model.base.downsampling, model.base.unet.config.in_channels
     words = [model.base.embed([text]).float().cpu().repeat(count, 1, 1) for text in (PROMPT, "")]
     latents, control = torch.randn(count, channels, side, side), torch.randn(count, 1, dtype=torch.float64)
-    return dict(zip(("embeddings", "empty"), words), latents=latents, control=control, row=torch.arange(count))
+    return dict(zip(("embeddings", "empty"), words), latents=latents, control=control)
 
 
 def train(model, shapes, device, tell, late, save_memory):
