@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 CHUNK, SAVING_CHUNK = 16, 2  # pictures in one call of the model, without and with save_memory
 NUMBERS = 3  # the most numbers whose Jacobian fits a full chunk; with more the chunk shrinks in proportion
@@ -14,19 +15,32 @@ ATTENTION = 2**24, 2**26  # attention weights held at once in forward mode: on a
 STEP = 5.0  # of finite differences, in units of a number's spread and the square root of the precision
 
 
-class SlicedAttention(TorchFunctionMode):
-    """Attention computed for a slice of the queries at a time: torch's fused kernels have no forward-mode derivative.
+class ForwardMode(TorchFunctionMode):
+    """What torch's own kernels lack where derivatives go forward.
 
-    Source: Rabe & Staats 2021, self-attention does not need O(n^2) memory.
+    Attention has none in the fused kernels, so it is computed for a slice of the queries at a time (Rabe & Staats 2021,
+    self-attention does not need O(n^2) memory). Normalisation in half precision leaves a GPU's derivatives in float32,
+    which no layer takes after it, so it is computed in float32, as attention is.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
+        if function not in (F.scaled_dot_product_attention, F.layer_norm, F.group_norm):
             return function(*args, **(kwargs or {}))
-        query, key, *rest = args
-        rows = max(1, ATTENTION[query.device.type != "cpu"] // (query.shape[:-2].numel() * key.shape[-2]))
-        with sdpa_kernel(SDPBackend.MATH):
-            return torch.cat([function(q, key, *rest, **(kwargs or {})) for q in query.split(rows, -2)], -2)
+        dtype = args[0].dtype
+        full = torch.promote_types(dtype, torch.float32)
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda own: own.to(full) if own.is_floating_point() else own, (args, kwargs or {})
+        )
+        if function is F.scaled_dot_product_attention:
+            function, args = slice_attention, (function, *args)
+        return function(*args, **kwargs).to(dtype)
+
+
+def slice_attention(attend, query, key, *rest, **options):
+    """attend: scaled_dot_product_attention, whose arguments follow. Returns: what it does."""
+    rows = max(1, ATTENTION[query.device.type != "cpu"] // (query.shape[:-2].numel() * key.shape[-2]))
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.cat([attend(q, key, *rest, **options) for q in query.split(rows, -2)], -2)
 
 
 def forward_mode(function, control, axes):
@@ -39,7 +53,7 @@ def forward_mode(function, control, axes):
         return torch.func.jvp(function, (control,), (axis.expand_as(control).contiguous(),))
 
     # torch's own derivatives warn of a deprecated call
-    with SlicedAttention(), warnings.catch_warnings(action="ignore", category=FutureWarning):
+    with ForwardMode(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         return torch.func.vmap(differentiate, out_dims=(None, -1))(axes)
 
 

@@ -36,9 +36,9 @@ class Proposal(nn.Module):
         hidden = self.trunk[0](latents)
         for block in self.trunk[1:]:
             hidden = block(hidden, None)
-        hidden = self.head(hidden).float()
+        hidden = self.head(hidden).to(self.last.weight.dtype)
         with torch.autocast(latents.device.type, enabled=False):
-            weights, mean, log_std = self.last(hidden).unflatten(1, self.shape).tensor_split(self.ends, 2)
+            weights, mean, log_std = self.last(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD
 
     def loss(self, latents, noise, control):

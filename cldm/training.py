@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ class FullAttention(TorchFunctionMode):
     """Attention in float32 on a CPU, whose fused kernel is slower in bfloat16, most of all backwards."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention or args[0].device.type != "cpu":
+        if function is not F.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
         query, key, value, *rest = args
         with torch.autocast("cpu", enabled=False):
@@ -120,7 +120,7 @@ class ControlTraining(pl.LightningModule):
         latents = batch["latents"]
         embeddings = torch.where(kept[:, None, None], batch["embeddings"], batch["empty"])
         noisy = self.model.base.scheduler.add_noise(latents, noise, timesteps)
-        with FullAttention():
+        with FullAttention() if self.device.type == "cpu" else nullcontext():  # which a GPU would wait for
             prediction = self.model.predict(noisy, timesteps, embeddings, batch["control"], batch.get("reference"))
         target = self.model.base.prediction_target(latents, noise, timesteps)
         return F.mse_loss(prediction.float(), target, reduction="none").mean((2, 3))
