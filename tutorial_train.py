@@ -79,7 +79,7 @@ from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
 from cldm.processes import together
-from cldm.runs import SaveBestAndLast, describe_run, find_checkpoint, hold_folder, make_trainer
+from cldm.runs import SaveBestAndLast, count_steps, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows, tell_subjects
 from cldm.training import SCHEDULES, ControlTraining, Method, checkpointing
 from dataForTrain.make_dataset import find_pictures
@@ -152,9 +152,7 @@ def train(s, model, data, datasets, out_dir):
     saver = SaveBestAndLast(out_dir, s.checkpoint_freq, monitor, s.patience, s.checkpoint_minutes, s.keep_checkpoints)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
     trainer = make_trainer(s, out_dir, [pictures, monitor, Progress(monitor), saver])
-    if s.epochs:
-        s.max_steps = math.ceil(s.epochs * len(rows) / (s.batch_size * s.accumulate * trainer.world_size))
-        trainer.fit_loop.epoch_loop.max_steps = s.max_steps
+    s.max_steps = trainer.fit_loop.epoch_loop.max_steps = count_steps(s, len(rows), trainer.world_size)
     run = describe_run(s, model, data, trainer)
     method = Method(**{field.name: s[field.name] for field in fields(Method)})
     module = ControlTraining(model, method, run)
@@ -171,7 +169,8 @@ def train(s, model, data, datasets, out_dir):
         for folder in [out_dir / "last"] + [out_dir] * (not saver.history):
             save_model(model, folder)
     seen = rows if data.validation and not s.pairs else None
-    return [describe_losses(saver.history, bool(data.validation)), *monitor.describe(model, seen)]
+    losses = describe_losses(saver.history, bool(data.validation), bool(monitor.caught))
+    return [losses, *monitor.describe(model, seen)]
 
 
 def finish(model, data, dataset, out_dir):

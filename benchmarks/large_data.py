@@ -35,8 +35,10 @@ from PIL import Image
 
 import tutorial_train
 from cldm.dataset import Ahead, TrainingOrder
+from cldm.logger import describe_data
 from cldm.pairs import training_set, validation_set
 from cldm.runs import describe_run
+from cldm.survey import tell_subjects
 from ldm.schema import Settings
 
 COUNT = 1, 10**9
@@ -75,6 +77,8 @@ def measure(s, folder):
     note("rows")
     model = tutorial_train.make_model(own, data)
     note("model")
+    describe_data(data, model.control_net.config), tell_subjects(data)
+    note("what is told of them")
     given = data, model.base, model.config.image_size, own.seed, own.latents_cache
     rows, _ = training_set(*given), validation_set(*given)
     note("datasets")

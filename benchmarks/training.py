@@ -7,7 +7,8 @@ Both train on the same pictures and base at the same batch, precision and highes
 step of the other. The recipe, in short form, with its defaults: every step reads pictures, encodes them by the VAE and
 prompts by the text encoder; the frozen parts are in half precision; timesteps are uniform, losses mean squares; AdamW's
 rate is constant; the hint is diffusers' CNN on a picture, here of one shade that says the number. Responses, drawings
-and validations are left out of both. Prints the tables of docs/results.md, with where tutorial_train.py's time goes.
+and validations are left out of both. Prints the tables of docs/results.md, with where tutorial_train.py's time goes,
+and what its responses, readings and validations add to that.
 """
 
 import sys
@@ -49,7 +50,7 @@ from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import ControlDataset, TrainingOrder, read_data
 from cldm.hints import Hint
 from cldm.model import load_base
-from cldm.monitor import read_handful
+from cldm.monitor import RESPONSE_EVERY, Monitor, read_handful
 from cldm.runs import make_trainer
 from cldm.training import ControlTraining, Method
 from ldm.files import find_path
@@ -246,6 +247,34 @@ def tell_errors(turns):
     return lines
 
 
+def tell_watching(trainer, module, dataset, batch_size, step):
+    """Returns: a line on what responses, readings and validations add to a training at tutorial_train.py's defaults.
+
+    dataset: a ControlDataset for them. step: CPU seconds of a step.
+    """
+    steps, every = (tutorial_train.settings[key] for key in ("max_steps", "logger_freq"))
+
+    def respond():
+        with trainer.precision_plugin.forward_context():
+            Monitor(dataset, Path()).find_response(module.model, dataset)
+
+    def validate():
+        trainer.validate(module, DataLoader(dataset, batch_size), verbose=False)
+
+    watching = {
+        "responses": (RESPONSE_EVERY, respond),
+        "readings": (every, lambda: read_handful(module.model, dataset)),
+        "validations": (every, validate),
+    }
+    module.eval()
+    added = []
+    for name, (often, watch) in watching.items():
+        count, began = math.ceil(steps / often), time.process_time()
+        watch()
+        added.append(f"{count} {name} {count * (time.process_time() - began) / (steps * step):.1%}")
+    return [f"added to the time of {steps} steps: {', '.join(added)}"]
+
+
 def make_model(s, data):
     """Returns: a ControlLDM as tutorial_train.py begins with."""
     torch.manual_seed(s.seed)
@@ -267,15 +296,17 @@ def main(s):
     rows, steps = ControlDataset(data.train, base, size), s.steps + PROFILED
     order = [*TrainingOrder(len(rows), steps * s.batch_size, s.seed)]
     batches = ([rows.rows[i] for i in order[k : k + s.batch_size]] for k in range(0, len(order), s.batch_size))
-    held_out = ControlDataset(data.validation, base, size) if s.read_every and data.validation else rows
+    held_out = ControlDataset(data.validation, base, size) if data.validation else rows
     turns = InTurn(Recipe(s, rival), batches, held_out, s.read_every, s.steps)
     module = ControlTraining(model, Method(s.learning_rate, s.steps, likelihood=True, seed=s.seed))
     how = dict(max_steps=steps, logger_freq=steps, accelerator="cpu", precision=s.precision)
     with TemporaryDirectory() as folder:
         trainer = make_trainer(Settings(tutorial_train.settings | how), folder, [turns])
         trainer.fit(module, DataLoader(rows, s.batch_size, sampler=order))
+        step = median_seconds(turns, OURS)[1]
+        watching = tell_watching(trainer, module, held_out, s.batch_size, step)
     print(f"{s.steps} steps of {s.batch_size} pictures each, {s.precision}, {torch.get_num_threads()} thread(s)\n")
-    tables = [tell_speed(turns, s.batch_size), tell_parts(turns, turns.recipe.dtype)]
+    tables = [tell_speed(turns, s.batch_size), tell_parts(turns, turns.recipe.dtype), watching]
     tables += [tell_errors(turns)] if s.read_every else []
     print("\n\n".join("\n".join(lines) for lines in tables))
 

@@ -59,8 +59,11 @@ def describe_bars(dataset, seen):
     return text + few * (count < 10 or values < 3)
 
 
-def describe_losses(history, held_out):
-    """Returns: a sentence on SaveBestAndLast's history; held_out: whether validation shows what training does not."""
+def describe_losses(history, held_out, caught):
+    """Returns: a sentence on SaveBestAndLast's history; held_out: whether validation shows what training does not.
+
+    caught: whether the control did; without that, the losses have no trend to tell of.
+    """
     if not history:
         return "no validation: five different numbers, or a validation.json, would tell how good it is"
     _, losses, (base, *_), _ = zip(*history)
@@ -68,16 +71,15 @@ def describe_losses(history, held_out):
     if last > (1 + FLAT) * best:
         step = history[losses.index(best)][0]
         trend = f"it has risen since step {step}, which is kept: more pictures would help, not more steps"
-    elif best > (1 - FLAT) * base:
-        trend = "the numbers are hardly used yet: try more steps (max_steps) or a higher learning_rate"
     elif len(losses) == 1:
         trend = "a single validation tells no trend"
     elif last < (1 - FLAT) * min(losses[:-1]):
         trend = "it was still falling: more steps would help (max_steps)"
     else:
         trend = "it has levelled off"
+    trend = f": {trend}" if caught else ""
     shown = "pictures that were not trained on" if held_out else "new pairs from the training photographs"
-    return f"val_loss {best:.4f} on {shown} (0 would be perfect; {base:.4f} without the control): {trend}"
+    return f"val_loss {best:.4f} on {shown} (0 would be perfect; {base:.4f} without the control){trend}"
 
 
 class PictureLogger(pl.Callback):

@@ -32,7 +32,7 @@ def tell_errors(config, errors):
 
 def median_errors(config, reading, control):
     """Returns: (d,), the median absolute error of each number of a Reading; control: (B, d), the truth."""
-    return wrap(reading.control - control, config.periods).abs().median(0).values
+    return wrap(reading.control - control, config.periods).abs().quantile(0.5, 0)  # median() takes the lower of two
 
 
 def take_handful(model, dataset):
@@ -61,7 +61,7 @@ def describe_asked(config, control, reading, drawn, seen):
     lines = [f"reads {tell_errors(config, errors.tolist())} (median of {len(control)} {kind} pictures)"]
     lines.append(f"draws {tell_errors(config, shown.tolist())}, as read back from drawings at those numbers: asked.png")
     middle = control.median(0).values
-    guesses = wrap(control - middle, config.periods).abs().median(0).values
+    guesses = wrap(control - middle, config.periods).abs().quantile(0.5, 0)
     for name, error, guess in zip(config.control_names, errors.tolist(), guesses.tolist()):
         if error > GUESSED * guess:
             lines.append(

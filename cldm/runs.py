@@ -56,6 +56,11 @@ def make_trainer(s, out_dir, callbacks):
     return trainer
 
 
+def count_steps(s, rows, processes):
+    """Returns: the steps of a training with tutorial_train's settings, by its epochs of so many rows if it has any."""
+    return math.ceil(s.epochs * rows / (s.batch_size * s.accumulate * processes)) if s.epochs else s.max_steps
+
+
 def describe_run(s, model, data, trainer):
     """Returns: {what: text or number}, all that decides which weights a training of tutorial_train ends with.
 
@@ -125,7 +130,7 @@ class SaveBestAndLast(pl.Callback):
 
     def __init__(self, out_dir, every, monitor, patience=None, minutes=0, keep=1):
         self.out_dir, self.every, self.monitor, self.patience = out_dir, every, monitor, patience
-        self.minutes, self.keep, self.saved = minutes, keep, time.monotonic()
+        self.minutes, self.keep, self.saved_at = minutes, keep, time.monotonic()
         self.history, self.signal, self.since = [], None, 0  # since: validations after the best
 
     def state_dict(self):
@@ -135,7 +140,7 @@ class SaveBestAndLast(pl.Callback):
         self.history, self.since = state_dict["history"], state_dict["since"]
 
     def on_train_start(self, trainer, module):
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
@@ -152,7 +157,7 @@ class SaveBestAndLast(pl.Callback):
                 old.unlink()
         else:  # takes part, and writes nothing
             trainer.save_checkpoint(file)
-        trainer.lightning_module.saved, self.saved = file, time.monotonic()
+        trainer.lightning_module.saved, self.saved_at = file, time.monotonic()
         if anywhere(trainer, self.signal):
             if trainer.is_global_zero:
                 name = "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"
@@ -164,7 +169,7 @@ class SaveBestAndLast(pl.Callback):
         if mid_step(trainer, batch_index):
             return
         trainer.should_stop = trainer.global_step == trainer.max_steps  # which makes Lightning validate
-        late = self.minutes and time.monotonic() > self.saved + 60 * self.minutes
+        late = self.minutes and time.monotonic() > self.saved_at + 60 * self.minutes
         due = anywhere(trainer, late or self.signal) or trainer.global_step % self.every == 0
         validated = trainer.global_step * trainer.accumulate_grad_batches % trainer.val_check_interval == 0
         validated = trainer.val_dataloaders and (trainer.should_stop or validated)  # and saved after it

@@ -20,7 +20,7 @@ from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, iterate_rows, read_cont
 from cldm.hints import wrap
 from cldm.logger import count_values
 from cldm.pairs import training_set
-from cldm.runs import make_trainer
+from cldm.runs import count_steps, make_trainer
 from cldm.training import ControlTraining, Method
 from ldm.pictures import check_pictures, describe_fit, fit_picture, pictures_to_tensor
 from ldm.schema import Settings
@@ -125,16 +125,17 @@ def rehearse(s, model, data):
     order = [i % s.batch_size if s.pairs else i % len(some) for i in range(REHEARSED * s.batch_size)]
     batches = DataLoader(some, s.batch_size, sampler=order)
     with TemporaryDirectory() as folder:
-        alone = Settings(s | dict(max_steps=REHEARSED, devices=1, num_nodes=1))
+        processes = make_trainer(s, folder, []).world_size
+        alone = Settings(s | dict(max_steps=REHEARSED, accumulate=1, devices=1, num_nodes=1))
         make_trainer(alone, folder, [Clock()]).fit(module, batches)
-    step = (ends[-1] - ends[0]) / (REHEARSED - 1)
+    step = s.accumulate * (ends[-1] - ends[0]) / (REHEARSED - 1)
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    pictures = min(len(data.train), s.max_steps * s.batch_size) + len(data.validation)
-    minutes = (encoding * pictures + step * s.max_steps) / 60
+    steps, size = count_steps(s, len(data.train), processes), s.batch_size * s.accumulate
+    minutes = (encoding * (min(len(data.train), steps * size) + len(data.validation)) + step * steps) / 60
     return (
-        f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {s.batch_size} pictures and "
+        f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {size} pictures and "
         f"{encoding:.2f} s to encode one, and {memory / 2**30:.1f} GiB; validations and error bars come on top"
     )

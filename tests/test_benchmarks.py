@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks import base, drawn, gpu, inversion, large_data, meter, odd_cases, odd_inputs, pairs, training
+from benchmarks import base, drawn, gpu, inversion, knobs, large_data, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
 from benchmarks.common import choose, start_report
 from benchmarks.meter_methods import find_needle
@@ -122,6 +122,18 @@ def test_a_hand_is_read_across_its_seam(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_setting_that_fails_does_not_stop_the_others(base_yaml, write_dataset, tmp_path, capfd, monkeypatch):
+    own = f"base={base_yaml} data_root={write_dataset([-2, -1, 1, 2])} accelerator=cpu precision=32-true batch_size=2"
+    monkeypatch.setattr(knobs, "VARIANTS", {"broken": "base=none.yaml", "sound": own})
+    run_script(knobs.main, knobs.settings, ["steps=2", "processes=2", f"out_dir={tmp_path}"])
+    broken, sound = capfd.readouterr().out.splitlines()[-2:]
+    assert broken.startswith("| broken: `base=none.yaml` | 0 | failed: ")
+    assert "none.yaml" in (tmp_path / "broken, 2 steps, seed 0" / "log.txt").read_text()
+    errors = json.loads((tmp_path / "sound, 2 steps, seed 0" / "errors.json").read_text())["errors"]
+    assert len(errors) == 36 and f"| 0 | {np.median(errors):.3f} | " in sound
+
+
+@pytest.mark.slow
 def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
     data_root = write_dataset([-2, -1, 1, 2])
     arguments = [f"data_root={data_root}", f"base={base_yaml}", "batch_size=2", "steps=4", "read_every=2"]
@@ -129,6 +141,7 @@ def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
     printed = capsys.readouterr().out
     assert printed.count(f"| {training.OURS} |") == printed.count(f"| {training.THEIRS} |") == 2
     assert "| ControlNet |" in printed and "GFLOP a step" in printed and "| control error" in printed
+    assert "added to the time of 1400 steps: 14 responses " in printed and ", 3 readings " in printed
 
 
 @pytest.mark.slow

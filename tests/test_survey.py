@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,9 @@ from ldm.settings import InputError, override
 
 @pytest.fixture
 def survey(base_yaml, tmp_path):
-    """survey(data_root) runs the check."""
+    """survey(data_root, *arguments) runs the check."""
 
-    def run(data_root):
+    def run(data_root, *arguments):
         given = (
             f"data_root={data_root}",
             f"base={base_yaml}",
@@ -26,7 +27,8 @@ def survey(base_yaml, tmp_path):
             "check=true",
             "batch_size=2",
         )
-        tutorial_train.main(override(tutorial_train.settings, [*given, "precision=32-true", "accelerator=cpu"]))
+        given += "precision=32-true", "accelerator=cpu", *arguments
+        tutorial_train.main(override(tutorial_train.settings, given))
 
     return run
 
@@ -62,6 +64,14 @@ def test_a_sound_dataset_is_described_and_nothing_is_written(survey, write_datas
         r"^training takes about \d+ min, [\d.]+ s a step of 2 pictures and [\d.]+ s .*GiB", told, re.MULTILINE
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_the_forecast_counts_accumulated_batches_and_epochs(survey, write_dataset, capsys, monkeypatch):
+    """A batch takes a minute, so do two pictures: ten epochs of six rows in steps of 3 x 2 rows take 30 and 4."""
+    write_dataset([1, 2], file="validation.json")
+    monkeypatch.setattr("cldm.survey.time", SimpleNamespace(perf_counter=count(0, 60).__next__))
+    survey(write_dataset([1, 2, 3, 4, 5, 6]), "accumulate=3", "epochs=10", "devices=1")
+    assert "training takes about 34 min, 180.00 s a step of 6 pictures and 30.00 s to" in capsys.readouterr().out
 
 
 def test_numbers_and_prompts_in_a_few_lines():
