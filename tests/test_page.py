@@ -83,7 +83,7 @@ def test_a_reading_is_that_of_invert(s, folder, picture, tmp_path):
     assert ours.pop("target") == picture.name
     del theirs["target"], theirs["seconds"], ours["seconds"]
     assert ours == theirs
-    assert Image.open(io.BytesIO(offered(html, "figure.png"))).size == (1200, 700)
+    assert Image.open(io.BytesIO(offered(html, "figure.png"))).size == (1000, 560)
 
 
 def test_a_known_number_stays(make_model, s, picture):
