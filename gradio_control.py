@@ -139,7 +139,6 @@ def build(s, model, examples, worker):
         return make_picture("A: before the change", visible=uses_reference, **options)
 
     how, keep = dict(trigger_mode="always_last", show_progress="hidden"), (60, 60 * s.keep_minutes)
-    below = dict(scroll_to_output=True)  # which a small window does not show
     blocks = gr.Blocks(title="ControlNetYRT", fill_width=True, analytics_enabled=False, delete_cache=keep)
     with blocks:
         gr.Markdown(f"# ControlNetYRT\n{', '.join(config.control_names)}, by `{s.model_path}`")
@@ -160,7 +159,7 @@ def build(s, model, examples, worker):
                 if config.periods[k]:  # back into its circle, where it means the same
                     go_round = partial(lambda k, *numbers: page.to_control(model, numbers)[0, k].item(), k)
                     slider.release(go_round, sliders, slider, show_progress="hidden", api_visibility="private")
-            draw_strip.click(handle(page.draw_range), [*given, over, *sliders], strip, api_name="strip", **below)
+            draw_strip.click(handle(page.draw_range), [*given, over, *sliders], strip, api_name="strip")
         with gr.Tab("Read"):
             with gr.Row():
                 reference = make_reference()
@@ -179,7 +178,7 @@ def build(s, model, examples, worker):
                 )
                 gr.Examples(rows, wanted, reading, read, run_on_click=True, cache_examples=False, **shown)
             reading.render()
-            button.click(read, wanted, reading, api_name="read", **below)
+            button.click(read, wanted, reading, api_name="read")
         with gr.Tab("Many"):
             with gr.Row():
                 files = gr.File(label="pictures, or a zip of them and perhaps a prompt.json", file_count="multiple")

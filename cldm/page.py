@@ -194,6 +194,8 @@ def read_many(model, s, files, folder, reference, prompt):
             read_now, _ = read_each(model, how, {}, batch, tell=False)
             for row, result in zip(batch, read_now):
                 result["target"] = str(row.target.relative_to(Path(folder).resolve()))
+                if "problem" in result:  # a visitor knows only the name
+                    result["problem"] = result["problem"].replace(f"{Path(folder).resolve()}/", "")
             results += read_now
     series, table = Series(config), io.StringIO()
     write_table(table, results, series)

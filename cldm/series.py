@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cldm.confidence import Z90
 from cldm.dataset import parse_time
@@ -123,6 +124,8 @@ def draw_series(series):
     if series.clock:
         locator = AutoDateLocator()
         axes.xaxis.set(major_locator=locator, major_formatter=ConciseDateFormatter(locator))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(series.clock or "row")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
