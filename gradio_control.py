@@ -42,6 +42,7 @@ from cldm import page
 from cldm.dataset import iterate_rows
 from cldm.model import load_model
 from cldm.reading import search_bounds
+from cldm.report import label
 from ldm.files import find_path
 
 try:
@@ -111,9 +112,8 @@ def make_sliders(config, start):
             low, high, trained = low - period / 4, high + period / 4, f"goes round after {period:g} {unit}"
         digits = 2 - math.floor(math.log10(high - low))
         low, high = round(low, digits), round(high, digits)
-        label = f"{name} ({unit})" if unit else name
         more = dict(step=10.0**-digits, value=round(start[k], digits), elem_id=f"number-{k}", info=trained)
-        sliders.append(gr.Slider(low, high, label=label, **more))
+        sliders.append(gr.Slider(low, high, label=label(name, unit), **more))
         left, right = ((end - low) / (high - low) for end in (config.control_low[k], config.control_high[k]))
         band = f"linear-gradient(to right, #0000 {left:.1%}, #0072B2 {left:.1%} {right:.1%}, #0000 {right:.1%})"
         css += f"#number-{k} input[type=range] {{background: {band} bottom/100% 3px no-repeat; padding-bottom: 7px}}"
@@ -136,7 +136,7 @@ def build(s, model, examples, worker):
         return gr.Dropdown(prompts, value=value, label="prompt", allow_custom_value=True, visible=shown)
 
     def make_reference(**options):
-        return make_picture("A", visible=uses_reference, **options)
+        return make_picture("A: before the change", visible=uses_reference, **options)
 
     how, keep = dict(trigger_mode="always_last", show_progress="hidden"), (60, 60 * s.keep_minutes)
     blocks = gr.Blocks(title="ControlNetYRT", fill_width=True, analytics_enabled=False, delete_cache=keep)
@@ -147,10 +147,10 @@ def build(s, model, examples, worker):
                 with gr.Column():
                     reference = make_reference(value=first and first.reference and str(first.reference))
                     prompt, (sliders, css) = make_prompt(), make_sliders(config, start)
-                    seed = gr.Number(s.seed, label="seed", precision=0)
+                    seed = gr.Number(s.seed, label="seed of the noise", precision=0)
                 with gr.Column():
                     drawing = gr.HTML(elem_classes="drawing")
-                    over = gr.Dropdown(list(config.control_names), label="a strip over", visible=len(sliders) > 1)
+                    over = gr.Dropdown(list(config.control_names), label="number of a strip", visible=len(sliders) > 1)
                     draw_strip = gr.Button("Strip over the trained range")
             strip, given = gr.HTML(min_height=80), [prompt, reference, seed]
             drawn = [blocks.load, prompt.change, reference.change, seed.change, *(slider.input for slider in sliders)]
@@ -162,7 +162,8 @@ def build(s, model, examples, worker):
             draw_strip.click(handle(page.draw_range), [*given, over, *sliders], strip, api_name="strip")
         with gr.Tab("Read"):
             with gr.Row():
-                reference, target = make_reference(), make_picture("B" if uses_reference else "picture")
+                reference = make_reference()
+                target = make_picture("B: after it" if uses_reference else "picture")
             prompt = make_prompt()
             several = dict(placeholder=f"{config.control_names[-1]}=0", visible=len(sliders) > 1)
             known = gr.Textbox(label="numbers that are known, and need not be found", **several)

@@ -52,6 +52,7 @@ from benchmarks.common import choose, quantiles, read_lines
 from cldm.dataset import split_rows
 from cldm.model import Sampling, load_model
 from cldm.reading import read_controls
+from cldm.report import COLOURS
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import load_picture, pictures_to_tensor
@@ -169,6 +170,24 @@ METHODS = {
     "regressor": (1, by_regressor),
 }
 
+# name: what the plot calls it, on which side of its point; what it compares with the target
+SHOWN = {
+    "original": ("the original's settings", "below", "drawings"),
+    "original_s1": ("the original's, warm-started", "left", "drawings"),
+    "test5": ("test5.py", "right", "drawings"),
+    "test5_s1": ("test5_s1.py", "left", "drawings"),
+    "lm_sampling": ("Levenberg-Marquardt", "right", "drawings"),
+    "adam_denoising": ("Adam", "right", "noise removed"),
+    "lm_denoising": ("invert.py, 12 at a time", "left", "noise removed"),
+    "lm_denoising_alone": ("invert.py, one at a time", "right", "noise removed"),
+    "regressor": ("ResNet-18", "right", "nothing: a network answers"),
+}
+SIDES = {
+    "left": dict(xytext=(-7, 0), ha="right", va="center"),
+    "right": dict(xytext=(7, 0), ha="left", va="center"),
+    "below": dict(xytext=(0, -7), ha="center", va="top"),
+}
+
 
 def comparable(s):
     """Returns: the settings that results depend on; only results of the same ones stand in one table."""
@@ -202,6 +221,24 @@ def print_row(result):
     print(f"| {result['method']} | {len(errors)} | {' | '.join(accuracy)} | {cost} |", flush=True)
     if "inside" in result:
         print(f"  90% intervals hold {result['inside']:.0%}; at most {max(result['iterations'])} iterations")
+
+
+def draw_costs(costs, file):
+    """Plot the methods, their names beside them. costs: {name: (seconds a target, median error in degrees)}."""
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes, colours = figure.subplots(), iter(COLOURS)
+    kind_of = lambda name: SHOWN[name][2]  # noqa: E731
+    for kind, names in itertools.groupby(sorted(costs, key=kind_of), kind_of):
+        own = {name: costs[name] for name in names}
+        axes.loglog(*zip(*own.values()), "o", color=next(colours), label=kind)
+        for name, cost in own.items():
+            text, side, _ = SHOWN[name]
+            axes.annotate(text, cost, textcoords="offset points", fontsize=9, **SIDES[side])
+    axes.margins(0.18)
+    axes.set(xlabel="seconds a target", ylabel="median error (degrees)")
+    axes.grid(alpha=0.3)
+    figure.legend(title="what is compared with the target", loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(file, dpi=110)
 
 
 def count_flags(s):
@@ -238,14 +275,8 @@ def main(s):
             lines = [json.dumps(result) + "\n" for result in results.values()]
             write_whole(file, partial(Path.write_text, data="".join(lines)))
         print_row(results[name])
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in names:
-        errors = np.abs(np.subtract(results[name]["found"], results[name]["angles"]))
-        axes.loglog(results[name]["seconds"], np.median(errors), "o", label=name)
-    axes.set(xlabel="seconds a target", ylabel="median error (degrees)")
-    axes.legend(fontsize=7)
-    figure.savefig(out_dir / "plot.png", dpi=110)
+    errors = {name: np.median(np.abs(np.subtract(results[name]["found"], results[name]["angles"]))) for name in names}
+    draw_costs({name: (results[name]["seconds"], error) for name, error in errors.items()}, out_dir / "plot.png")
     count_flags(s)
 
 

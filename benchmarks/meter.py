@@ -47,6 +47,7 @@ from benchmarks.common import choose, quantiles, read_lines, save_json, start_re
 from benchmarks.meter_methods import MAIN, METHODS, SIZE, column, write_lines
 from benchmarks.mishaps import MISHAPS
 from cldm.dataset import TRAINING_FILE
+from cldm.report import COLOURS
 from dataForTrain import make_meter
 from dataForTrain.make_meter import PERIOD, TARGETS_FILE, shortest
 from ldm.files import write_whole
@@ -129,17 +130,17 @@ def draw_sheet(mishaps, file, shown=10):
 
 def draw_plot(sizes, file):
     """Plot errors over the number of labelled pictures. sizes: {method: {count: (n,) absolute errors}}."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for method, own in sizes.items():
         for share, style in ((0.5, "o-"), (0.95, "o:")):
             line = [np.quantile(size, share) for size in own.values()]
             label = f"{method}, {'median' if share == 0.5 else '95%'}"
-            axes.loglog(list(own), line, style, color=f"C{list(METHODS).index(method)}", label=label)
+            axes.loglog(list(own), line, style, color=COLOURS[list(METHODS).index(method)], label=label)
     axes.set_xticks(list(own), [str(count) for count in own], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="labelled pictures a dial", ylabel="error, of 10")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="labelled pictures a dial", ylabel="error (of 10)")
+    figure.legend(loc="outside right upper", fontsize=9)
     write_whole(file, partial(figure.savefig, format="png", dpi=110))
 
 

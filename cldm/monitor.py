@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from cldm.calibration import load_batch, spread_out
 from cldm.hints import wrap
 from cldm.reading import read_controls
-from cldm.report import plain
-from cldm.series import READ
+from cldm.report import BLUE, label, make_panels, plain
 from cldm.training import mid_step
 from ldm.ddim import draw_noise
 from ldm.files import write_whole
@@ -74,13 +73,12 @@ def describe_asked(config, control, reading, drawn, seen):
 def draw_asked(config, control, drawn):
     """Returns: a matplotlib Figure, numbers (N, d) asked for against those of a Reading of what was drawn at them."""
     count = len(config.control_names)
-    figure = Figure((4.2 * count, 4.4), layout="constrained")
+    figure = Figure((4.2 * min(count, 3), 0.4 + 4 * math.ceil(count / 3)), layout="constrained")
     read = control + wrap(drawn.control - control, config.periods)
-    for k, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
-        name, unit = config.control_names[k], config.control_units[k]
-        what = plain(f"{name} ({unit})" if unit else name)
+    for k, axes in enumerate(make_panels(figure, count)[0]):
+        what = plain(label(config.control_names[k], config.control_units[k]))
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, label="as asked")
-        bars = dict(fmt="o", color=READ, markersize=4, elinewidth=0.8, label="read back, 90% intervals")
+        bars = dict(fmt="o", color=BLUE, markersize=4, elinewidth=0.8, label="read back, 90% intervals")
         axes.errorbar(control[:, k], read[:, k], drawn.margin[:, k], **bars)
         low, high = control[:, k].min().item(), control[:, k].max().item()
         room = 0.06 * (high - low)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cldm.confidence import FLAGS, is_outside
+from cldm.confidence import is_outside
 from cldm.dataset import Row
 from cldm.model import Sampling
 from cldm.readers import load, read, read_each
-from cldm.report import describe_control, describe_reading, draw_pictures, draw_strip
+from cldm.report import describe_control, describe_flags, describe_reading, draw_pictures, draw_strip, label
 from cldm.results import write_table
 from cldm.rows import find_rows, parse_known
 from cldm.series import Series, draw_series, listed
@@ -132,8 +132,7 @@ def read_picture(model, s, reference, target, prompt, known):
     result = describe_reading(config, reading, 0, row, s.seed)
     result |= {key: Path(result[key]).name for key in ("reference", "target") if key in result}
     table = [[*cells, unit] for cells, unit in zip(tell_numbers(result, known), config.control_units)]
-    unseen = {"no_effect": f" ({', '.join(result.get('no_effect', []))})"}
-    flags = {flag: FLAGS[flag] + unseen.get(flag, "") for flag in result["flags"]}
+    flags = describe_flags(result["flags"], result.get("no_effect", ()))
     png, text = to_png(figure(0).savefig), (json.dumps(result, indent=1) + "\n").encode()
     yield (
         tabulate(["number", "read", "± standard error", "90% interval", "unit"], table)
@@ -195,6 +194,8 @@ def read_many(model, s, files, folder, reference, prompt):
             read_now, _ = read_each(model, how, {}, batch, tell=False)
             for row, result in zip(batch, read_now):
                 result["target"] = str(row.target.relative_to(Path(folder).resolve()))
+                if "problem" in result:  # a visitor knows only the name
+                    result["problem"] = result["problem"].replace(f"{Path(folder).resolve()}/", "")
             results += read_now
     series, table = Series(config), io.StringIO()
     write_table(table, results, series)
@@ -214,5 +215,5 @@ def tabulate_results(config, results):
         numbers = [f"{value} {bar}" if value else "" for _, value, bar, _ in tell_numbers(result)]
         said = result.get("problem", ", ".join(result["flags"]))
         rows.append([result["target"], *[result.get("time", "")] * timed, *numbers, said])
-    names = [f"{name} ({unit})" if unit else name for name, unit in zip(config.control_names, config.control_units)]
+    names = [*map(label, config.control_names, config.control_units)]
     return tabulate(["file", *["time"] * timed, *names, "flags"], rows)

@@ -1,6 +1,7 @@
 """What inference leaves: result.json, lines of results.jsonl, and figure.png."""
 
 import json
+import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
+from cldm.confidence import FLAGS
 from cldm.evidence import unseen_numbers
 from cldm.hints import wrap
 from cldm.model import Sampling
@@ -18,6 +20,9 @@ from ldm.files import write_whole
 from ldm.pictures import tensor_to_pictures
 
 DRAWN = Sampling(ddim_steps=16)  # pictures that are only looked at
+BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's colours, which colour-blind people tell apart too
+COLOURS = BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+WIDTH = 10  # inches of a figure, so that it can be read at the width of a README
 
 
 def number(values):
@@ -28,6 +33,23 @@ def number(values):
 def plain(text):
     """Returns: the text, escaped so that matplotlib reads no formula in it."""
     return text.replace("$", r"\$")
+
+
+def label(name, unit):
+    """Returns: the name of a number, with its unit if it has one."""
+    return f"{name} ({unit})" if unit else name
+
+
+def describe_flags(flags, unseen=()):
+    """unseen: names of the numbers that have no effect. Returns: {flag: what it says}."""
+    of = {"no_effect": f" ({', '.join(unseen)})"} if unseen else {}
+    return {flag: FLAGS[flag] + of.get(flag, "") for flag in flags}
+
+
+def show_flags(figure, flags):
+    """Write {flag: what it says} above a figure, a line each."""
+    lines = "\n".join(f"{flag}: {text}" for flag, text in flags.items())
+    figure.suptitle(plain(lines), color=VERMILION, fontsize=10)
 
 
 def describe_control(config, control):
@@ -51,12 +73,24 @@ def show_panels(figure, panels):
         image = axes.imshow(panel, cmap="magma", vmin=0, vmax=255)
         axes.set_title(plain(title), fontsize=10)
         axes.axis("off")
+        axes.set_anchor("N")  # so that the layout knows where the title begins
     return image, axes
+
+
+def make_panels(figure, count):
+    """Returns: the axes of `count` plots, three in a line at most; those that begin a line."""
+    lines = math.ceil(count / 3)
+    table = figure.subplots(lines, math.ceil(count / lines), squeeze=False)
+    for spare in table.flat[count:]:
+        spare.remove()
+    return table.flat[:count], table[:, 0]
 
 
 def draw_strip(panels):
     """Returns: a matplotlib Figure of {title: PIL picture} side by side."""
-    figure = Figure(figsize=(2.2 * len(panels), 2.6), layout="constrained")
+    panels = {"\n".join(textwrap.fill(line, 20) for line in title.split("\n")): own for title, own in panels.items()}
+    lines = 1 + max(title.count("\n") for title in panels)
+    figure = Figure(figsize=(1.5 * len(panels), 1.5 + 0.2 * lines), layout="constrained")
     show_panels(figure, panels)
     return figure
 
@@ -107,29 +141,35 @@ def save_inversion(out_dir, model, result, input_picture, target_picture, seed):
 def draw_inversion(config, result, input_picture, first, last, target_picture):
     """Returns: a matplotlib Figure, the pictures above, loss and control over the iterations below."""
     missed = difference(last, target_picture)
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
+    drawn = [describe_control(config, own.tolist()).replace(", ", "\n") for own in (result.start, result.control)]
+    is_pair = config.hint == "reference"
     panels = {
-        "input": input_picture,
-        f"first generation\n{describe_control(config, result.start.tolist())}": first,
-        f"final generation\n{describe_control(config, result.control.tolist())}": last,
-        "target": target_picture,
-        f"final − target\nmean {missed.mean():.1f} of 255": missed,
+        "A: input" if is_pair else "input": input_picture,
+        f"first drawing\n{drawn[0]}": first,
+        f"last drawing\n{drawn[1]}": last,
+        "B: target" if is_pair else "target": target_picture,
+        f"last drawing − target\nmean {missed.mean():.1f} of 255": missed,
     }
+    height = 2.4 + 0.18 * (len(config.control_names) + len(result.flags))  # inches, of pictures below their titles
+    figure = Figure(figsize=(WIDTH, height + 2.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[height, 2.4])
     show_panels(above, panels)
+    show_flags(above, describe_flags(result.flags))
     loss_axes, control_axes = below.subplots(1, 2)
     iterations = range(1, len(result.history) + 1)
-    loss_axes.semilogy(iterations, [entry["loss"] for entry in result.history], color="tab:red")
-    loss_axes.set(xlabel="iteration", ylabel="latent mean squared error")
-    labels = [
-        plain(f"{name} ({unit})" if unit else name) for name, unit in zip(config.control_names, config.control_units)
-    ]
-    controls = zip(*(entry["control"] for entry in result.history))
-    for label, values, period in zip(labels, controls, config.periods):
-        control_axes.plot(iterations, np.unwrap(values, period=period) if period else values, label=label)
-    control_axes.set(xlabel="iteration", ylabel="control")
-    control_axes.legend()
+    loss_axes.semilogy(iterations, [entry["loss"] for entry in result.history], ".-", color=BLUE)
+    loss_axes.set(xlabel="iteration", ylabel="loss (mean square)")
+    loss_axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+    loss_axes.yaxis.set_minor_formatter(NullFormatter())
+    labels = [plain(label(*own)) for own in zip(config.control_names, config.control_units)]
+    control_axes.set_prop_cycle(color=COLOURS)
+    for name, values, period in zip(labels, zip(*(entry["control"] for entry in result.history)), config.periods):
+        control_axes.plot(iterations, np.unwrap(values, period=period) if period else values, ".-", label=name)
+    control_axes.set(xlabel="iteration", ylabel=labels[0] if len(labels) == 1 else "number")
+    if len(labels) > 1:
+        control_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     for axes in (loss_axes, control_axes):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     return figure
 
@@ -172,37 +212,40 @@ def draw_reading(config, reading, i, profiles, row, pictures):
     profiles: as reading.profile returns them. pictures: PIL: target, reference or None, what is drawn at the reading.
     """
     control, (target, reference, generated) = reading.control[i], pictures
-    missed = difference(generated, target)
+    missed, lines = difference(generated, target), math.ceil(len(control) / 3)
     panels = {"A: reference": reference} if reference else {}
     panels |= {
-        textwrap.shorten(f"{'B: ' if reference else ''}target {row.prompt}", 48): target,
-        "drawn at what was read": generated,
+        "B: target" if reference else textwrap.shorten(f"target: {row.prompt}", 48): target,
+        f"{'B ' if reference else ''}drawn as read": generated,
         f"difference, mean {missed.mean():.1f} of 255": missed,
     }
-    figure = Figure(figsize=(max(12, 2.6 * len(control)), 7), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    figure = Figure(figsize=(WIDTH, 3.4 + 2.2 * lines), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[2.8, 0.6 + 2.2 * lines])
     image, axes = show_panels(above, panels)
     above.colorbar(image, ax=axes, shrink=0.8)  # of the difference
-    for k, axes in enumerate(below.subplots(1, len(control), squeeze=False)[0]):
+    plots, first = make_panels(below, len(control))
+    for k, axes in enumerate(plots):
         name, unit = plain(config.control_names[k]), plain(config.control_units[k])
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
-        axes.plot(points[:, k], losses, color="tab:blue", label="denoising loss")
-        error = ""
+        axes.plot(points[:, k], losses, color=BLUE, label="denoising loss")
+        value, error, read = control[k].item(), "", dict(color=VERMILION, fmt="o", label="read")
         if reading.calibrated:
-            error, margin = f" ± {reading.std[i, k]:.3f}", reading.margin[i, k]
-            interval = (control[k] - margin).item(), (control[k] + margin).item()
-            axes.axvspan(*interval, color="tab:orange", alpha=0.4, label="90% interval")
-        axes.axvline(control[k].item(), color="tab:red", label="read")
+            error, read["label"] = f" ± {reading.std[i, k]:.3f}", "read, with its 90% interval"
+            read |= dict(xerr=reading.margin[i, k].item(), capsize=6, elinewidth=2.5)
+        axes.errorbar(value, np.interp(value, points[:, k], losses), **read)
         ends = (config.control_low[k], config.control_high[k]) if config.periods[k] is None else points[[0, -1], k]
-        axes.axvspan(*ends, color="gray", alpha=0.1, label="trained range")
-        axes.set(xlim=(points[0, k], points[-1, k]), xlabel=unit, ylim=(0, None))
-        axes.set_title(f"{name}\n{control[k]:+.3f}{error} {unit}".rstrip(), fontsize=10)
+        axes.axvspan(*ends, color="gray", alpha=0.12, lw=0, label="trained range")
+        axes.set(xlim=(points[0, k], points[-1, k]), xlabel=label(name, unit), ylim=(0, None))
+        axes.set_title(f"{name} {value:+.3f}{error} {unit}".rstrip(), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
             low = config.control_low[k]
             axes.xaxis.set_major_locator(MultipleLocator(period / 4))
             axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.6g}")
-        axes.tick_params(labelsize=8)
-    below.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.suptitle(", ".join(reading.flags[i]), color="tab:red")
+        axes.tick_params(labelsize=9)
+    for axes in first:
+        axes.set_ylabel("loss")
+    below.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    unseen = unseen_numbers(config, control, reading.reach[i]) if "no_effect" in reading.flags[i] else ()
+    show_flags(above, describe_flags(reading.flags[i], unseen))
     return figure

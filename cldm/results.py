@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cldm.confidence import FLAGS
-from cldm.report import describe_row
+from cldm.report import describe_flags, describe_row
 from cldm.series import Series, draw_series, listed
 from ldm.files import digest, find_path, write_whole, writing
 from ldm.settings import InputError
@@ -90,9 +90,8 @@ def tell_reading(config, reading, result):
     for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
         error = f" ± {reading.std[0, k]:.3f}" if reading.calibrated else ""
         print(f"{name}: {reading.control[0, k]:+.3f}{error} {unit}".rstrip())
-    for flag in result["flags"]:
-        of = f" ({', '.join(result['no_effect'])})" if flag == "no_effect" else ""
-        print(f"{flag}{of}: {FLAGS[flag]}")
+    for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
+        print(f"{flag}: {text}")
     if not result["flags"]:
         print("no flags")
 

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cldm.confidence import Z90
 from cldm.dataset import parse_time
 from cldm.hints import wrap
-from cldm.report import plain
+from cldm.report import BLUE, VERMILION, WIDTH, label, plain
 
 POINTS, BINS = 2000, 1000  # most readings that are drawn one by one; bins of the axis else, of about a pixel each
 SPREAD = 0.05, 0.95  # quantiles of a bin's readings between which its bar reaches
-READ, FLAGGED = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion, which colour-blind people tell apart too
 
 
 def listed(value, count, nothing=np.nan):
@@ -91,38 +91,41 @@ def draw_series(series):
     """Returns: a matplotlib Figure of a Series' numbers over time, or over rows; what is flagged looks different."""
     config, (x, control, bars, _, flagged) = series.config, series.arrays()
     read = ~np.isnan(control[:, 0])
-    flags = dict(color=FLAGGED, fmt="s", markersize=6, markerfacecolor="none")
+    flags = dict(color=VERMILION, fmt="s", markersize=6, markerfacecolor="none")
+    named = ", ".join(f"{count:,} {flag}" for flag, count in series.flags.items() if flag != "unreadable")
     groups = {
-        "flagged": (read & flagged, flags),
-        "readings": (read & ~flagged, dict(color=READ, fmt="o", markersize=3)),
+        f"flagged ({named})": (read & flagged, flags),
+        "readings": (read & ~flagged, dict(color=BLUE, fmt="o", markersize=3)),
     }
 
     def place(x):
         return (1e6 * x).round().astype("datetime64[us]") if series.clock else x
 
-    figure = Figure((12, 1 + 2.8 * series.count), layout="constrained")
+    figure = Figure((WIDTH, 1 + 2.8 * series.count), layout="constrained")
     panels = figure.subplots(series.count, 1, sharex=True, squeeze=False)[:, 0]
     for k, (axes, name, unit) in enumerate(zip(panels, config.control_names, config.control_units)):
         if config.periods[k]:
             control[read, k] = unroll(control[read, k], ~flagged[read], config.periods[k])
         for what, (own, style) in groups.items():
             where, values, sides = thin(x[own], control[own, k], bars[own, k])
-            label = f"{own.sum():,} {what}"
+            said = f"{own.sum():,} {what}"
             if own.sum() > POINTS:
-                label += f": medians and 5% to 95% of each 1/{BINS} of the axis"
+                said += f": medians and 5% to 95% of each 1/{BINS} of the axis"
             elif not np.isnan(sides).all():
-                label += ": 90% intervals"
+                said += ": 90% intervals"
             if len(where):
-                axes.errorbar(place(where), values, sides, label=label, elinewidth=0.8, **style)
+                axes.errorbar(place(where), values, sides, label=said, elinewidth=0.8, **style)
         if not read.all():
             where, _, _ = thin(x[~read], x[~read], bars[~read, k])
             foot = dict(transform=axes.get_xaxis_transform(), label=f"{(~read).sum():,} unreadable")
             axes.plot(place(where), np.full(len(where), 0.03), "kx", **foot)
-        axes.set_ylabel(plain(f"{name} ({unit})" if unit else name))
+        axes.set_ylabel(plain(label(name, unit)) + "\nturns added up" * bool(config.periods[k]))
         axes.grid(alpha=0.3)
     if series.clock:
         locator = AutoDateLocator()
         axes.xaxis.set(major_locator=locator, major_formatter=ConciseDateFormatter(locator))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(series.clock or "row")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure

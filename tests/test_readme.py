@@ -1,5 +1,7 @@
 """What the documents say can be typed: commands name scripts and settings, links lead somewhere, Python runs."""
 
+import ast
+import json
 import re
 import shlex
 
@@ -9,7 +11,8 @@ from ldm.files import ROOT
 from ldm.pictures import load_picture
 from ldm.settings import override, read_settings, split_arguments
 
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("models/*/README.md")]
+DOCS, TOUR = ROOT / "docs", ROOT / "docs" / "tour.ipynb"
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *ROOT.glob("models/*/README.md")]
 TEXTS = {file: file.read_text(encoding="utf-8") for file in FILES}
 BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.S | re.M)]
 TYPED = [line for kind, block in BLOCKS if not kind for line in block.replace("\\\n", " ").split("\n")]
@@ -41,14 +44,44 @@ def anchors(text):
     return [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize("file", [*FILES, TOUR], ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_lead_somewhere(file):
-    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[file]):
+    for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
         path, _, anchor = link.partition("#")
         if not link.startswith("http"):
             target = (file.parent / path).resolve() if path else file
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_index_names_every_page_once():
+    named = re.findall(r"^- \[.*?\]\(([^)#]+)\): ", TEXTS[DOCS / "index.md"], re.M)
+    pages = {path.name for path in DOCS.iterdir() if path.suffix in (".md", ".ipynb")} - {"index.md"}
+    assert sorted(named) == sorted(pages)
+
+
+def run_cells(notebook):
+    """Returns: the names that the cells of a notebook leave; the value of each cell's last line."""
+    names, values = {}, []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            *body, last = ast.parse("".join(cell["source"])).body
+            exec(compile(ast.Module(body, []), "tour", "exec"), names)
+            values.append(eval(compile(ast.Expression(last.value), "tour", "eval"), names))
+    return names, values
+
+
+@pytest.mark.slow
+def test_the_tour_can_be_taken():
+    names, (_, strip, figure, said) = run_cells(json.loads(TOUR.read_text(encoding="utf-8")))
+    low, high = said[2][0]
+    assert low < 2 < high and said[0] == pytest.approx(2, abs=0.2) and said[3] == []
+    assert len(names["drawn"]) == 4 and strip.width > strip.height and figure.width > figure.height
+
+
+def test_the_tour_was_taken_and_is_small():
+    cells = [cell for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells) and TOUR.stat().st_size < 300_000
 
 
 def test_the_readme_is_short():

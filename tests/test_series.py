@@ -71,10 +71,11 @@ def test_the_curve_is_in_the_order_of_time_and_flags_are_marked():
     controls[2] = None  # the last
     figure = draw_series(gather(controls, (10, None), flagged=[order.index(5)], minutes=order))
     dial, ordinary = figure.axes
-    assert [axes.get_ylabel() for axes in figure.axes] == ["number 0 (l)", "number 1 (l)"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["number 0 (l)\nturns added up", "number 1 (l)"]
     assert ordinary.get_xlabel() == "time (UTC)"
     marks = drawn(dial)
     (read, bars), (flagged, _) = marks["readings"], marks["flagged"]
+    assert any("1 flagged (1 ambiguous)" in text.get_text() for text in figure.legends[0].get_texts())
     kept = [0, 1, 2, 3, 4, 6, 7]
     assert np.allclose(date2num(read.get_xdata()), date2num([START + timedelta(minutes=i) for i in kept]))
     assert read.get_ydata() == pytest.approx(FLOW[kept]) and flagged.get_ydata() == pytest.approx(FLOW[[5]])
