@@ -53,6 +53,22 @@ def test_derivatives_equal_finite_differences(make_objective, hint, by_differenc
     torch.testing.assert_close(jacobian, torch.stack(columns, 4), rtol=1e-5, atol=1e-7 if by_differences else 1e-9)
 
 
+@pytest.mark.parametrize("way", [dict(), dict(fusion="both", modulated=True)], ids=["affine", "both"])
+def test_derivatives_in_half_precision_are_about_the_same(make_model, normal, way):
+    """Forward mode through every kind of layer, of which none may leave another precision to the next."""
+    latents, jacobians = normal(2, CHANNELS, LATENT_SIZE, LATENT_SIZE), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model(2, "reference", **way)
+        model.base.unet.to(dtype)
+        model.control_net.to_precision(dtype)
+        target = Target(model.base.embed(["a photo of a cup"] * 2), latents, latents.flip(3))
+        objective = DenoisingObjective(model, target, draws=4)
+        objective.by_differences = False
+        jacobians.append(objective.linearize(CONTROL, torch.arange(2))[1].flatten().double())
+    assert torch.cosine_similarity(*jacobians, dim=0) > 0.99
+    assert (jacobians[1] - jacobians[0]).norm() < 0.2 * jacobians[0].norm()
+
+
 @pytest.mark.parametrize("hint", ["coordinate", "reference"])
 def test_some_draws_and_small_calls_give_the_same_numbers(make_objective, hint):
     control, index, some = torch.cat([CONTROL, CONTROL[:1] + 1]), torch.tensor([1, 0, 1]), torch.tensor([2, 0])
