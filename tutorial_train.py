@@ -79,12 +79,14 @@ from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
 from cldm.pairs import read_photos, training_set, validation_set
 from cldm.processes import together
+from cldm.reference import FUSIONS
 from cldm.runs import SaveBestAndLast, count_steps, describe_run, find_checkpoint, hold_folder, make_trainer
 from cldm.survey import rehearse, survey_rows, tell_subjects
 from cldm.training import SCHEDULES, ControlTraining, Method, checkpointing
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import find_path, write_whole
 
+OWN = "hint", "fusion", "modulated", "proposals"  # of a fresh control
 COUNT, SOME, ANY = (1, math.inf), (1e-12, math.inf), (0, math.inf)
 SHARES = Rule("two shares, [0, 1] for example", lambda v: each(number(0, 1), 2).holds(v) and v[0] < v[1])
 
@@ -94,7 +96,9 @@ def check(s):
     counts = "batch_size", "accumulate", "max_steps", "logger_freq", "patience", "checkpoint_freq", "keep_checkpoints"
     check_numbers(s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, seed=(0, 2**32 - 1))
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
+    check_numbers(s, int, proposals=ANY)
     check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
+    expect('setting "fusion": expected', s.fusion, one_of(*FUSIONS))
     expect('setting "schedule": expected', s.schedule, one_of(*SCHEDULES))
     expect('setting "timesteps": expected', s.timesteps, SHARES)
     if s.epochs:
@@ -107,7 +111,7 @@ def check(s):
     check_used(s, settings, *unused)
     expect('setting "likelihood": expected', s.likelihood, or_null(FLAG))
     if s.resume_path:
-        check_used(s, settings, "with resume_path, whose control has its own", "hint")
+        check_used(s, settings, "with resume_path, whose control has its own", *OWN)
 
 
 def read(s):
@@ -129,8 +133,10 @@ def make_model(s, data):
     else:
         if references:
             check_used(s, settings, "with references, which have a hint of their own", "hint")
+        else:
+            check_used(s, settings, "without references", "fusion")
         how = dict(control_dim=numbers, periods=data.periods, hint="reference" if references else s.hint)
-        how |= {key: s[key] for key in ("fusion", "modulated", "proposals")}
+        how |= {key: s[key] for key in OWN[1:]}
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods or own[2]
@@ -152,7 +158,7 @@ def train(s, model, data, datasets, out_dir):
     saver = SaveBestAndLast(out_dir, s.checkpoint_freq, monitor, s.patience, s.checkpoint_minutes, s.keep_checkpoints)
     pictures = PictureLogger(validation if s.pairs else rows, out_dir / "pictures", s.logger_freq, s.batch_size)
     trainer = make_trainer(s, out_dir, [pictures, monitor, Progress(monitor), saver])
-    s.max_steps = trainer.fit_loop.epoch_loop.max_steps = count_steps(s, len(rows), trainer.world_size)
+    s.max_steps = trainer.fit_loop.epoch_loop.max_steps = count_steps(s, len(data.train), trainer.world_size)
     run = describe_run(s, model, data, trainer)
     method = Method(**{field.name: s[field.name] for field in fields(Method)})
     module = ControlTraining(model, method, run)

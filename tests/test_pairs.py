@@ -318,21 +318,22 @@ def train(base_yaml, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", [[], ["fusion=both", "modulated=true", "proposals=2"]], ids=["affine", "both"])
+def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch, way):
     """Fresh pairs in training, stopped and gone on with; pairs on disk, for training, reading and test5."""
     monkeypatch.setattr("cldm.pairs.POOL", 4)
     monkeypatch.setattr("cldm.pairs.VALIDATION_PAIRS", 6)
     monkeypatch.setattr("cldm.calibration.PICTURES", 2)
-    controls = "controls={rotation: [-5, 5], exposure: [-1, 1]}"
+    controls = ["controls={rotation: [-5, 5], exposure: [-1, 1]}"]
     with monkeypatch.context() as patched:
         patched.setattr(tutorial_train, "finish", lambda *_: None)
-        whole = train(f"pairs={photos}", controls, f"out_dir={tmp_path / 'whole' / 'out'}")
+        whole = train(f"pairs={photos}", *controls, *way, f"out_dir={tmp_path / 'whole' / 'out'}")
         send(signal.SIGTERM, 3, patched)
         with pytest.raises(SystemExit):
-            train(f"pairs={photos}", controls)
+            train(f"pairs={photos}", *controls, *way)
     seen, item = [], FreshPairs.__getitem__
     monkeypatch.setattr(FreshPairs, "__getitem__", lambda pairs, i: seen.append(i) or item(pairs, i))
-    folder = train(f"pairs={photos}", controls)
+    folder = train(f"pairs={photos}", *controls, *way)
     states = [trained_state(path) for path in (whole, folder)]
     assert seen == [6, 7] and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     config = load_model(folder).control_net.config
@@ -343,12 +344,12 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="on rotation degrees, exposure stops, the data has zoom ratio, blur pixels"):
         train(f"pairs={photos}", "controls=[zoom, blur]", f"resume_path={folder}", f"out_dir={tmp_path / 'other'}")
 
-    s = override(make_dataset.settings, ["pairs=5", f"photos={photos}", controls, "image_size=32"])
+    s = override(make_dataset.settings, ["pairs=5", f"photos={photos}", *controls, "image_size=32"])
     s.out_dir = str(tmp_path / "pairs")
     make_dataset.main(s)
     rows = read_rows(tmp_path / "pairs" / "prompt.json")
     assert len(rows) == 5 and all(abs(row.control[0]) <= 5 and row.reference.is_file() for row in rows)
-    disk = train(f"data_root={tmp_path / 'pairs'}", f"out_dir={tmp_path / 'disk'}")
+    disk = train(f"data_root={tmp_path / 'pairs'}", *way, f"out_dir={tmp_path / 'disk'}")
     targets = f"targets={tmp_path / 'pairs' / 'prompt.json'}"
     out = f"out_dir={tmp_path / 'read'}"
     run_script(invert.main, invert.settings, [f"model_path={disk}", targets, out, "known=exposure=0"])
