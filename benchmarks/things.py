@@ -41,6 +41,7 @@ from benchmarks.common import choose, read_lines, read_targets, save_json, start
 from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, read_control_names
 from cldm.hints import decode, encode, wrap
 from cldm.model import load_model
+from cldm.proposal import Proposal
 from ldm.files import find_path, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
 from ldm.settings import Settings
@@ -125,7 +126,7 @@ def siamese(s, statistics, out):
 
 
 def proposal(s, statistics, out):
-    """Returns: function(rows) -> controls (n, d), the heaviest of what the control's Proposal says."""
+    """Returns: function(rows) -> controls (n, d), the mean of what the control's Proposal says."""
     model = load_model(s.model_path)
 
     @torch.no_grad()
@@ -135,8 +136,7 @@ def proposal(s, statistics, out):
             some = rows[first : first + BATCH]
             pictures = ([load_picture(row[key]) for row in some] for key in ("target", "reference"))
             target = model.encode([row["prompt"] for row in some], *pictures)
-            weights, controls = model.control_net.propose(target.latents, target.reference)
-            found.append(controls[torch.arange(len(some)), weights.argmax(1)])
+            found.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config)[0])
         return torch.cat(found).numpy()
 
     return read

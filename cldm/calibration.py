@@ -13,6 +13,7 @@ from cldm.confidence import Z90, Reading
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import CALIBRATED, Sampling, Target
+from cldm.proposal import Proposal
 from cldm.reading import PROBES, move_numbers, read_controls
 from ldm.ddim import draw_noise
 from ldm.files import find_path, write_whole
@@ -30,8 +31,8 @@ SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pict
 def calibrate(model, folder, dataset):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
-    error_scale, error_floor: such that 90% of each number lie in their 90% intervals, at the rank of split conformal
-    prediction; residual variances are averaged with their median, as they tell the errors' only roughly.
+    error_scale, error_floor, proposal_scale: such that 90% of each number lie in their 90% intervals, at the rank of
+    split conformal prediction; residual variances are averaged with their median, as they tell the errors' roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at their controls: two
@@ -44,31 +45,65 @@ def calibrate(model, folder, dataset):
     batches = [load_batch(model, dataset, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
     probes = choose_probes(model, *batches[0])
     register(probes=probes)
-    readings, drawn, losses = [], [], []
+    readings, drawn, losses, second = [], [], [], []
     for target, control in tqdm(batches, desc="calibrating"):
         readings.append(read_controls(model, target))
+        if model.control_net.proposal is not None:
+            second.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config))
         latents = draw_latents(model, target, control)
         losses.append((latents - target.latents).square().mean((1, 2, 3)))
         drawn.append(read_controls(model, replace(target, latents=latents)))
     reading, drawn = Reading.cat(readings), Reading.cat(drawn)
     noise, residual = (own.diagonal(dim1=1, dim2=2) for own in (reading.noise_covariance, reading.residual_covariance))
-    errors = wrap(reading.control - dataset.controls[chosen], model.control_net.config.periods)
+    truth = dataset.controls[chosen]
+    errors = wrap(reading.control - truth, model.control_net.config.periods)
     missing = (errors / Z90).square() - noise  # variance that the noise does not account for
     typical = residual.median(0).values
     moderated = (residual + typical) / 2
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
-    rank = min(len(shares), math.ceil(0.9 * (len(shares) + 1)))
-    error_scale = (shares.sort(0).values[rank - 1].clamp_min(0) / 2).sqrt()
+    error_scale = (nine_in_ten(shares).clamp_min(0) / 2).sqrt()
+    bars = dict(error_scale=error_scale, error_floor=error_scale * typical.sqrt())
+    learned = dict(bars)
+    reading, drawn = (replace(own, **bars) for own in (reading, drawn))
+    if second:
+        opinion = [torch.cat(own).cpu() for own in zip(*second)]
+        learned |= judge_opinion(reading, *opinion, truth)
+        reading = replace(reading, **{key: learned[key] for key in bars})
+        reading = reading.with_opinion(opinion[0], learned["proposal_scale"] * opinion[1])
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
-    limits = UNEXPLAINED * read, UNDRAWN[model.control_net.uses_reference] * undrawn
-    learned = error_scale.tolist(), (error_scale * typical.sqrt()).tolist(), *limits, probes
-    register(**dict(zip(CALIBRATED, learned)))
+    limits = dict(
+        explained_loss=UNEXPLAINED * read,
+        sampling_loss=UNDRAWN[model.control_net.uses_reference] * undrawn,
+        probes=probes,
+    )
+    register(**limits, **{key: own.tolist() for key, own in learned.items()})
     config = json.loads(model.control_net.to_json_string())
     config.pop("_name_or_path", None)  # where it was read from
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
-    learned = dict(zip(("error_scale", "error_floor"), map(errors.new_tensor, learned[:2])))
-    return dataset.controls[chosen], *(replace(own, **learned) for own in (reading, drawn))
+    return truth, reading, drawn
+
+
+def nine_in_ten(values):
+    """values: (N, d). Returns: (d,), what nine in ten stay below, at the rank of split conformal prediction."""
+    rank = min(len(values), math.ceil(0.9 * (len(values) + 1)))
+    return values.sort(0).values[rank - 1]
+
+
+def judge_opinion(reading, second, std, truth):
+    """Find how far to trust a Proposal, and Readings that take it into account.
+
+    second, std: (N, d), its moments. truth: (N, d).
+    Returns: {error_scale, error_floor, proposal_scale: (d,)}, with which 90% of each number lie in their intervals.
+    """
+    scale = nine_in_ten(wrap(second - truth, reading.periods).abs() / (Z90 * std))
+    joined = reading.with_opinion(second, scale * std)
+    factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
+    return dict(
+        error_scale=factor * reading.error_scale,
+        error_floor=factor * reading.error_floor,
+        proposal_scale=factor * scale,
+    )
 
 
 def spread_out(count, dataset):

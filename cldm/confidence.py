@@ -43,13 +43,16 @@ class Reading:
     model_calls: float = 0.0  # pictures that the model was evaluated on, per target
     seconds: float = 0.0  # per target
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
+    relief: torch.Tensor | None = None  # (B, d), share of each number's variance that a second opinion takes away
+    lowest: torch.Tensor | None = None  # (B, d), where the loss is lowest, if a second opinion moved the control
     periods: tuple = ()  # of the d numbers, None where one does not go round; (): none does
     middle: tuple | float = 0.0  # of the circles that periodic numbers are told in
 
     @staticmethod
     def cat(readings):
         """Returns: the Reading of all targets of some Readings by one control, on the CPU."""
-        keys = ("control", "noise_covariance", "residual_covariance", "loss")
+        keys = ["control", "noise_covariance", "residual_covariance", "loss"]
+        keys += [key for key in ("relief", "lowest") if getattr(readings[0], key) is not None]
         joined = {key: torch.cat([getattr(own, key) for own in readings]).cpu() for key in keys}
         lists = {key: [one for own in readings for one in getattr(own, key)] for key in ("others", "flags")}
         return replace(readings[0], iterations=None, **joined, **lists)
@@ -67,10 +70,23 @@ class Reading:
         floor = torch.diag_embed(self.error_floor.square() * sought)
         covariance = self.noise_covariance + scale @ self.residual_covariance @ scale + floor
         std, factor = covariance.diagonal(dim1=1, dim2=2).sqrt(), torch.ones_like(self.control)
+        if self.relief is not None:
+            factor = (1 - self.relief).sqrt()
         if self.reach is not None:
-            factor = (self.reach / (Z90 * std)).nan_to_num(1).clamp_min(1)
+            factor = factor * (self.reach / (Z90 * std * factor)).nan_to_num(1).clamp_min(1)
         factor = torch.minimum(factor, self.largest_std / std)
         return factor[:, :, None] * covariance * factor[:, None]
+
+    def with_opinion(self, control, std):
+        """Take independent estimates into account, each as much as its variance allows.
+
+        control, std: (B, d), the estimates. Returns: Reading.
+        """
+        variance = self.std.square()
+        relief = variance / (variance + std.square())
+        moved = self.control + relief * wrap(control - self.control, self.periods)
+        moved = wrap(moved, self.periods, moved.new_tensor(self.middle))
+        return replace(self, control=moved, relief=relief, lowest=self.control)
 
     @property
     def std(self):

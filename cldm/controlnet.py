@@ -5,7 +5,7 @@ from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 
-from cldm.hints import HINTS, CoordinateHint, DenseHint, decode, encode, wrap
+from cldm.hints import HINTS, CoordinateHint, DenseHint, encode, wrap
 from cldm.proposal import Proposal
 from cldm.reference import FUSIONS, ReferenceHint
 from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_config
@@ -43,6 +43,7 @@ def check_control(file):
         "control_high": or_null(each(number(), control_dim)),
         "error_scale": or_null(each(number(0), control_dim)),
         "error_floor": or_null(each(number(0), control_dim)),
+        "proposal_scale": or_null(each(number(0), control_dim)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
@@ -77,8 +78,8 @@ class NumericControlNet(ControlNetModel):
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
-    explained_loss, sampling_loss, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on
-    the UNet's middle alone.
+    proposal_scale, explained_loss, sampling_loss, probes: what cldm.calibration.calibrate found, None before.
+    only_mid_control: act on the UNet's middle alone.
     The rest are ControlNetModel's own.
     """
 
@@ -103,6 +104,7 @@ class NumericControlNet(ControlNetModel):
         prompts: tuple[str, ...] | None = None,
         error_scale: tuple[float, ...] | None = None,
         error_floor: tuple[float, ...] | None = None,
+        proposal_scale: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,
@@ -200,11 +202,10 @@ class NumericControlNet(ControlNetModel):
             control = torch.cat([control, reference[:, :, ::down, ::right].to(control.dtype)], 1)
         return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
 
-    def propose(self, latents, reference=None):
-        """latents, reference: (B, C, h, w). Returns: log weights (B, K) and controls (B, K, d) of the Proposal."""
-        pictures = [latents] if reference is None else [reference, latents]
-        weights, mean, _ = self.proposal(torch.cat(pictures, 1).to(self.dtype))
-        return weights, decode(mean.double(), self.config)
+    def propose(self, target):
+        """target: a Target of B pictures. Returns: what the Proposal says of them."""
+        pictures = [target.latents] if target.reference is None else [target.reference, target.latents]
+        return self.proposal(torch.cat(pictures, 1).to(self.dtype))
 
     @property
     def uses_reference(self):

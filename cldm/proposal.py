@@ -6,6 +6,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from cldm.hints import decode
+
 WIDTHS = 64, 128, 256, 256  # channels at the latents' resolution, and at a half, a quarter, an eighth of it
 GROUPS = 16
 NOISE = 0.1  # added to latents in training, whose spread is 1
@@ -40,6 +42,27 @@ class Proposal(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             weights, mean, log_std = self.last(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD
+
+    @staticmethod
+    def moments(weights, mean, std, config):
+        """weights, mean, std: as `forward` returns them. config: the control's.
+
+        Returns: the mixture's means and standard deviations in the numbers' units, (B, d) each; of a periodic number,
+        that of nothing known at most.
+        """
+        shares = weights.exp()[..., None]
+        middle = (shares * mean).sum(1)
+        variance = (shares * (std.square() + mean.square())).sum(1) - middle.square()
+        spreads, columns = [], [*zip(middle.unbind(1), variance.unbind(1))]
+        for period, unit in zip(config.periods, config.control_std):
+            (centre, own), *columns = columns
+            if period:  # across the direction that sine and cosine point to
+                (other, its), *columns = columns
+                angle = ((own + its) / 2).sqrt() / torch.hypot(centre, other).clamp_min(1e-6)
+                spreads.append((angle * period / (2 * math.pi)).clamp_max(period / 12**0.5))
+            else:
+                spreads.append(own.sqrt() * unit)
+        return decode(middle.double(), config), torch.stack(spreads, 1).double()
 
     def loss(self, latents, noise, control):
         """noise: as latents, of spread 1. control: (B, inputs), the truth, encoded. Returns: (B,), nats a number."""

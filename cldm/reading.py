@@ -8,7 +8,8 @@ from einops import rearrange, repeat
 
 from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors
 from cldm.denoising import DenoisingObjective
-from cldm.hints import wrap
+from cldm.hints import decode, wrap
+from cldm.proposal import Proposal
 from cldm.reference import MATCHES, RIVALS, Drafts, find_moving, match_reference
 from cldm.solvers import SAME, distinct_solutions, keep_rivals, levenberg_marquardt
 from ldm.settings import InputError
@@ -24,7 +25,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not.
+    target may show what the reference does not. What a calibrated Proposal says is taken into account.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: the valleys that probes find.
     Returns: Reading. Raises: InputError if the control was never trained.
@@ -55,6 +56,9 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
+    if config.proposal_scale is not None:
+        second, std = Proposal.moments(*model.control_net.propose(target), config)
+        reading = reading.with_opinion(second, std * std.new_tensor(config.proposal_scale))
     several = torch.tensor([is_ambiguous(found.compare(own), objective.paired) for own in valleys])
     reading.flags = raise_flags(
         len(target),
@@ -74,17 +78,19 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
     Returns: Reading; what `profile` returns at its controls.
     """
     reading = read_controls(model, target, known, draws, seed)
-    profiles = profile(model, target, reading.control, seed)
+    lowest = reading.control if reading.lowest is None else reading.lowest
+    profiles = profile(model, target, lowest, seed)
     config = model.control_net.config
-    lower = find_lower(search_bounds(config, known), config.periods, reading.control, *profiles)
-    if (lower == reading.control).all():
+    lower = find_lower(search_bounds(config, known), config.periods, lowest, *profiles)
+    if (lower == lowest).all():
         return reading, profiles
     most = max(map(len, reading.others))  # every target starts from as many places
     others = [own + place[None].expand(most - len(own), -1).tolist() for own, place in zip(reading.others, lower)]
     others = lower.new_tensor(others).view(len(target), most, lower.shape[1])
-    start = torch.cat([reading.control[:, None], lower[:, None], others], 1)
+    start = torch.cat([lowest[:, None], lower[:, None], others], 1)
     reading = read_controls(model, target, known, draws, seed, start)
-    return reading, profile(model, target, reading.control, seed)
+    lowest = reading.control if reading.lowest is None else reading.lowest
+    return reading, profile(model, target, lowest, seed)
 
 
 @torch.no_grad()
@@ -186,7 +192,7 @@ def start_from_proposals(objective, bounds):
     that each is for.
     """
     model, target, free = objective.model, objective.target, objective.free
-    control = model.control_net.propose(target.latents, target.reference)[1].to(bounds)
+    control = decode(model.control_net.propose(target)[1].to(bounds), model.control_net.config)
     control = torch.where(free, control, bounds[0]).clamp(*bounds)
     count, components = control.shape[:2]
     control, index = rearrange(control, "b k d -> (b k) d"), torch.arange(count, device=bounds.device)

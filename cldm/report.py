@@ -90,7 +90,8 @@ def draw_strip(panels):
     """Returns: a matplotlib Figure of {title: PIL picture} side by side."""
     panels = {"\n".join(textwrap.fill(line, 20) for line in title.split("\n")): own for title, own in panels.items()}
     lines = 1 + max(title.count("\n") for title in panels)
-    figure = Figure(figsize=(1.5 * len(panels), 1.5 + 0.2 * lines), layout="constrained")
+    side = 1.5 if len(panels) > 4 else 2.2  # inches
+    figure = Figure(figsize=(side * len(panels), side + 0.2 * lines), layout="constrained")
     show_panels(figure, panels)
     return figure
 

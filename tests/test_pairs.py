@@ -228,7 +228,8 @@ def test_a_reading_starts_from_what_is_proposed_and_draws_best(make_model, norma
     truth = torch.tensor([[7.0, 0.3], [-4.0, 0.3]], dtype=torch.float64)
     drawn = hint.sketch(hint.view(model.control_net.normalize(truth), reference))
     proposed = torch.stack([truth + 3, truth - 30, truth + 1], 1)
-    monkeypatch.setattr(model.control_net, "propose", lambda *_: (torch.zeros(2, 3), proposed))
+    encoded = model.control_net.normalize(proposed.flatten(0, 1)).unflatten(0, (2, 3))
+    monkeypatch.setattr(model.control_net, "propose", lambda *_: (torch.zeros(2, 3), encoded, torch.ones(2, 3, 2)))
     bounds = torch.tensor([low, high]).double()
     bounds[:, 1] = 0.3
     objective = DenoisingObjective(model, Target(torch.zeros(2, 77, 16), drawn, reference), bounds[0] < bounds[1])

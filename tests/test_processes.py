@@ -185,7 +185,8 @@ def test_processes_share_the_draws_of_one(monkeypatch):
         model = torch.nn.Module()
         model.base, model.control_net = Mock(), torch.nn.Linear(1, 1)
         model.control_net.controlnet_down_blocks, model.control_net.config = torch.nn.Module(), Mock()
-        model.control_net.config.only_mid_control = False
+        model.control_net.config.only_mid_control, model.control_net.config.fusion = False, "affine"
+        model.control_net.proposal = None
         model.base.scheduler.config.num_train_timesteps = 1000
         module, taken = ControlTraining(model, Method(1.0, 9, prompt_dropout=0.5)), []
         module.trainer, module.log = Mock(world_size=processes, global_rank=rank), lambda *_: None
