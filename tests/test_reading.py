@@ -14,6 +14,7 @@ from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
 from cldm.objective import Objective
+from cldm.proposal import Proposal
 from cldm.reading import (
     PROBES,
     fill_range,
@@ -240,6 +241,58 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
     assert Reading(controls[:1], 0 * known, known, *[None] * 4, *calibrated).std[0, 0] == 0
+
+
+@pytest.fixture
+def opinions():
+    """Truths (N, 2), of which the second goes round; a Reading that errs by 0.2; other estimates, which err by 0.1."""
+    generator, count, periods, middle = torch.Generator().manual_seed(0), 4000, (None, 10.0), (0.0, 5.0)
+    truth = torch.tensor([2.0, 9.9]).double().expand(count, 2)
+    first, second = (truth + err * torch.randn(count, 2, generator=generator) for err in (0.2, 0.1))
+    covariance = 0.2**2 * torch.eye(2).double().expand(count, 2, 2)
+    learned = dict(error_scale=torch.ones(2).double(), error_floor=torch.zeros(2).double())
+    first = wrap(first, periods, torch.tensor(middle))
+    circles = dict(periods=periods, middle=middle)
+    return truth, Reading(first, 0 * covariance, covariance, *[None] * 4, **learned, **circles), second
+
+
+def test_a_second_opinion_counts_by_its_variance(opinions):
+    truth, reading, second = opinions
+    both = reading.with_opinion(second, torch.full_like(second, 0.1))
+    assert both.std.flatten().tolist() == pytest.approx([0.2 * 0.2**0.5] * second.numel())
+    errors = wrap(both.control - truth, reading.periods)
+    assert errors.std(0).tolist() == pytest.approx([0.2 * 0.2**0.5] * 2, rel=0.05)
+    assert both.control[:, 1].min() >= 0 and both.control[:, 1].max() <= 10
+    assert torch.equal(both.lowest, reading.control)
+    ignored = reading.with_opinion(second, torch.full_like(second, torch.inf))
+    assert torch.equal(ignored.control, reading.control) and torch.equal(ignored.std, reading.std)
+
+
+def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
+    """One that claims a third of its errors."""
+    truth, reading, second = opinions
+    claimed = torch.full_like(second, 0.1 / 3)
+    learned = calibration.judge_opinion(reading, second, claimed, truth)
+    assert learned["proposal_scale"].tolist() == pytest.approx([3.0, 3.0], rel=0.1)
+    scale, reading.error_scale = learned["proposal_scale"], learned["error_scale"]
+    both = reading.with_opinion(second, scale * claimed)
+    inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
+    assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.02)
+
+
+def test_moments_of_a_mixture(make_model):
+    """Of an ordinary number, and of one that goes round, about which the second picture says nothing."""
+    model = make_model(2, "reference", periods=[None, 360.0], proposals=2)
+    model.control_net.register_to_config(control_mean=[5.0, 180.0], control_std=[2.0, 360 / 12**0.5])
+    weights = torch.tensor([[0.5, 0.5], [1.0, 1e-9]]).log()
+    phase = math.radians(350)
+    there = [2**0.5 * math.sin(phase), 2**0.5 * math.cos(phase)]
+    mean = torch.tensor([[[1.0, *there], [-1.0, *there]], [[0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]])
+    std = torch.tensor([[[0.0, 0.1, 0.1]] * 2, [[1.0, 1.0, 1.0]] * 2])
+    control, spread = Proposal.moments(weights, mean, std, model.control_net.config)
+    assert control[0].tolist() == pytest.approx([5.0, 350.0], abs=1e-3) and control[1, 0].item() == pytest.approx(5)
+    assert spread[0].tolist() == pytest.approx([2.0, math.degrees(0.1 / 2**0.5)], rel=1e-3)
+    assert spread[1].tolist() == pytest.approx([2.0, 360 / 12**0.5], rel=1e-3)
 
 
 @pytest.fixture
