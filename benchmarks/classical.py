@@ -30,7 +30,8 @@ RATIO = 0.8  # of the distances to the nearest and the second feature: Lowe's te
 INLIER = 1.5  # pixels
 LEVELS = 4, 3, 2, 1  # of ECC's pyramids, when it starts from no change
 FIRST_BLUR = 0.7  # pixels from which a blur is fitted, since a fit's derivative at 0 is 0
-DIFFERENCE, STEPS, SOFT = 1e-3, 30, 0.02  # shares of the ranges for derivatives; steps at most; soft_l1's scale, of 1
+DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
+STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
 NAMES = list(CHANGES)
 LOW, HIGH = np.array([bounds for _, *bounds, _ in CHANGES.values()]).T
 WIDTHS = HIGH - LOW
@@ -71,7 +72,8 @@ def ascend(reference, target, sought, start, levels):
     options.nlevels = levels
     with contextlib.suppress(cv2.error):  # where it does not converge
         correlation, matrix = cv2.findTransformECCMultiScale(gray(target), gray(reference), matrix, options)
-        return correlation, from_pixels(np.vstack([matrix, [0, 0, 1]]).astype(float))
+        if np.linalg.det(matrix[:, :2]) > 0:  # else it mirrors
+            return correlation, from_pixels(np.vstack([matrix, [0, 0, 1]]).astype(float))
     return -1.0, start
 
 
@@ -198,13 +200,19 @@ class Fit:
             return ((residuals[1:] - residuals[0]) * counts[0]).T / (DIFFERENCE * width)
 
         middle = np.clip(at[which], low + 1e-6 * width, high - 1e-6 * width)
-        options = dict(x_scale=width, loss="soft_l1", f_scale=SOFT, max_nfev=STEPS)
+        options = dict(x_scale=width, loss="soft_l1", f_scale=SOFT, max_nfev=STEPS, ftol=SETTLED)
         found = least_squares(value, middle, derivative, (low, high), **options)
         counted = render(found.x, np.zeros((1, len(which))))[1].sum()
         covariance = np.zeros((len(NAMES), len(NAMES)))
         covariance[np.ix_(which, which)] = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / max(counted, 1)
         loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) else math.inf
         return dict(zip(NAMES, at.tolist())) | dict(zip(names, found.x.tolist())), loss, covariance
+
+    def answer(self, start, sought):
+        """As solve. Returns: an Answer, whose doubt is what the covariance expects of the corners."""
+        change, _, covariance = self.solve(start, sought)
+        spread = corner_spread(change, covariance, SIZE)
+        return Answer({name: change[name] for name in sought}, spread, covariance.tolist())
 
 
 def start_motions(reference, target, sought):
@@ -215,8 +223,8 @@ def chain(reference, target, sought, joint=True):
     """The best chain of classical tools: places to start from, ECC, a fit of the light, all numbers together at last.
 
     ECC starts from no change, SIFT's motion and the spectra's. With its motion and each of these, exposure and blur are
-    fitted; the best fit goes on. joint: whether all numbers are fitted together at last. The doubt is what the fit's
-    covariance expects of the corners, or without the last fit, its loss.
+    fitted; the best fit goes on. joint: whether all numbers are fitted together at last; without, the doubt is the
+    fit's loss.
     """
     fit, starts = Fit(reference, target), start_motions(reference, target, sought)
     light = [name for name in sought if name not in MOTIONS]
@@ -228,5 +236,4 @@ def chain(reference, target, sought, joint=True):
     change, loss, _ = min(fits, key=lambda own: own[1])
     if not joint:
         return Answer({name: change[name] for name in sought}, loss)
-    change, _, covariance = fit.solve(change, sought)
-    return Answer({name: change[name] for name in sought}, corner_spread(change, covariance, SIZE), covariance.tolist())
+    return fit.answer(change, sought)

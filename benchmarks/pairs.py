@@ -48,8 +48,8 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 from benchmarks.baselines import train_regressor
-from benchmarks.classical import LOW, NAMES, SIZE, WIDTHS, Answer, chain, ecc, log_polar, sift, start_motions
-from benchmarks.common import choose, compose, decompose, quantiles, read_lines, save_json, start_report
+from benchmarks.classical import LOW, NAMES, SIZE, WIDTHS, Answer, Fit, chain, ecc, log_polar, sift, start_motions
+from benchmarks.common import choose, compose, decompose, read_lines, save_json, start_report
 from benchmarks.doubt import (
     LIMITS,
     area_under,
@@ -76,7 +76,8 @@ TASKS = {  # which numbers are unknown
     "from outside": ["rotation", "shift x", "shift y"],
 }
 WAYS = "ways"  # pairs of different photographs, and readings that should agree with each other
-# Beside these: "ours" and "siamese". By name, function(reference, target, sought) -> Answer.
+# Beside these: "ours"; "fitted", the chain's last fit from where ours ended; and "siamese".
+# By name, function(reference, target, sought) -> Answer.
 CLASSICAL = {
     "ecc": ecc,
     "ecc_started": lambda *pair: ecc(*pair, start_motions(*pair)),
@@ -208,8 +209,8 @@ def print_row(name, errors, last):
     """Print a row: for every number median / 90% within / worst of its errors, a list or None; then a last cell."""
     cells = []
     for own in errors.values():
-        digits = 4 if own and np.abs(own).max() < 0.5 else 3
-        cells.append(" / ".join(quantiles(own, [0.5, 0.9, 1], digits)) if own else "—")
+        levels = np.quantile(np.abs(own), [0.5, 0.9, 1]) if own else ()
+        cells.append(" / ".join(np.format_float_positional(x, 3, fractional=False) for x in levels) or "—")
     print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
 
 
@@ -222,14 +223,16 @@ def draw_task(task, rng, files, count):
 
 
 def main(s):
-    names = choose(s.methods, ["ours", *CLASSICAL, "siamese"], "methods")
+    names = choose(s.methods, ["ours", "fitted", *CLASSICAL, "siamese"], "methods")
+    if "fitted" in names and "ours" not in names[: names.index("fitted")]:
+        raise InputError(f"methods: fitted goes on from ours, which must stand before it, got {s.methods}")
     tasks = choose(s.tasks, [*TASKS, WAYS], "tasks")
     check_numbers(s, int, pairs=(1, 10**6), seed=(0, 2**63 - 1))
     check_numbers(s, regressor_minutes=(0, 10**4))
     out_dir = start_report(s.out_dir, "errors.json", "rotation alone", "*.jsonl", "risk.png")
     files, model = find_pictures(s.photos), load_model(s.model_path) if "ours" in names else None
     torch.manual_seed(s.seed)
-    each = dict(CLASSICAL)
+    each = CLASSICAL | {"fitted": lambda *pair: Fit(*pair[:2]).answer(NO_CHANGE | pair[3], pair[2])}
     if "siamese" in names:
         file = out_dir / f"siamese_{s.regressor_minutes:g}_{s.seed}.safetensors"
         each["siamese"] = siamese(s.regressor_minutes, s.seed, file)
@@ -238,15 +241,19 @@ def main(s):
         sought, pairs = TASKS[task], draw_task(task, random.Random(f"{s.seed} {task}"), files, s.pairs)
         answers = {}
         for method in names:
+            if method == "light" and "exposure" not in sought:  # it would be the chain again
+                continue
             cv2.setRNGSeed(s.seed % 2**31)
 
             def read(some, sought, method=method):
                 if method == "ours":
                     return answer_by_model(model, some, sought)
-                return [each[method](reference, target, sought) for reference, target, _ in some]
+                return [each[method](reference, target, sought, *more) for reference, target, _, *more in some]
 
-            file = out_dir / f"{task}_{method}.jsonl".replace(" ", "_")
-            answers[method] = answer_pairs(file, read, pairs, sought, s)
+            file, asked = out_dir / f"{task}_{method}.jsonl".replace(" ", "_"), pairs
+            if method == "fitted":
+                asked = [(*pair, own["found"]) for pair, own in zip(pairs, answers["ours"])]
+            answers[method] = answer_pairs(file, read, asked, sought, s)
         changes = [change for *_, change in pairs]
         report |= print_task(task, sought, changes, answers)
         curves[task] = print_corners(changes, answers)
