@@ -210,7 +210,7 @@ def print_row(name, errors, last):
     cells = []
     for own in errors.values():
         levels = np.quantile(np.abs(own), [0.5, 0.9, 1]) if own else ()
-        cells.append(" / ".join(np.format_float_positional(x, 3, fractional=False) for x in levels) or "—")
+        cells.append(" / ".join(np.format_float_positional(x, 3, fractional=False, trim="-") for x in levels) or "—")
     print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
 
 
