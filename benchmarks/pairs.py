@@ -1,12 +1,12 @@
 """Reading the change between two pictures: every method on the same pairs, in one run.
 
-    python benchmarks/pairs.py                                  # all, about 90 minutes on two cores
-    python benchmarks/pairs.py methods=ours,ecc                 # some
+    python benchmarks/pairs.py                                       # all, about four hours on two cores
+    python benchmarks/pairs.py methods=ours,chain tasks="all six"    # some
 
 Pairs are cut from photographs that no training has seen. Prints the tables of docs/results.md: for rotation alone, for
-all six numbers, and for pictures of 320 x 320 pixels rotated about a point that is not their middle; how often
-intervals hold the truth and what is flagged, also for pairs of different photographs; and how readings agree with each
-other, there and back. Leaves every error in out_dir/errors.json.
+all six numbers, and for pictures of 320 x 320 pixels rotated about a point that is not their middle; how far corners
+are off, and what the methods' doubts are worth; what is flagged, also for pairs of different photographs; and how
+readings agree with each other, there and back. Leaves every answer in out_dir, where a run that was stopped goes on.
 """
 
 import sys
@@ -18,8 +18,9 @@ from ldm.settings import InputError, answer, check_numbers, run_script
 settings = dict(
     model_path="models/control_tiny_pair",
     methods="all",
+    tasks="all",  # of "rotation alone", "all six", "from outside" and "ways", with commas between them
     photos="held_out",  # a group of make_dataset.py's, or any folder
-    pairs=64,
+    pairs=300,
     seed=3,
     regressor_minutes=60.0,  # as long as the control was trained
     out_dir="outputs/pairs",
@@ -27,40 +28,65 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__)
 
-import contextlib
 import io
 import json
 import math
 import random
 import time
+from dataclasses import asdict
 from functools import partial
 
 import cv2
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from scipy.stats import spearmanr
-from skimage.filters import difference_of_gaussians, window
-from skimage.registration import phase_cross_correlation
-from skimage.transform import EuclideanTransform, SimilarityTransform, warp, warp_polar
+from scipy.stats import kstest, spearmanr
 from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
 from benchmarks.baselines import train_regressor
-from benchmarks.common import choose, compose, decompose, quantiles
-from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, choose_changes, similarity
+from benchmarks.classical import LOW, NAMES, SIZE, WIDTHS, Answer, Fit, chain, ecc, log_polar, sift, start_motions
+from benchmarks.common import choose, compose, decompose, read_lines, save_json, start_report
+from benchmarks.doubt import (
+    LIMITS,
+    area_under,
+    corner_error,
+    corner_spread,
+    distance_ranks,
+    middle_shares,
+    ranks,
+    risk_curve,
+)
+from cldm.changes import CHANGES, NO_CHANGE, choose_changes, similarity
+from cldm.evidence import check_evidence
 from cldm.model import load_model
 from cldm.pairs import POOL, draw_pair, draw_views, open_photo
 from cldm.reading import read_controls
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import report_folder, write_whole
+from ldm.files import append_whole, write_whole
 from ldm.pictures import fit_picture, pictures_to_tensor
 
-SIZE = 128  # pixels
 BATCH = 12  # pairs read together
-NAMES = list(CHANGES)
+TASKS = {  # which numbers are unknown
+    "rotation alone": ["rotation"],
+    "all six": NAMES,
+    "from outside": ["rotation", "shift x", "shift y"],
+}
+WAYS = "ways"  # pairs of different photographs, and readings that should agree with each other
+# Beside these: "ours"; "fitted", the chain's last fit from where ours ended; and "siamese".
+# By name, function(reference, target, sought) -> Answer.
+CLASSICAL = {
+    "ecc": ecc,
+    "ecc_started": lambda *pair: ecc(*pair, start_motions(*pair)),
+    "log_polar": log_polar,
+    "sift": sift,
+    "magsac": partial(sift, magsac=True),
+    "light": partial(chain, joint=False),
+    "chain": chain,
+}
 
 
 def outside_pair(rng, files):
@@ -91,57 +117,6 @@ def outside_pair(rng, files):
         file = io.BytesIO()
         cut[1].save(file, rng.choice(["png", "jpeg"]))
         return *(fit_picture(p, SIZE) for p in (cut[0], Image.open(file))), NO_CHANGE | decompose(motion)
-
-
-def gray(picture):
-    return np.asarray(picture.convert("L"), np.float32) / 255
-
-
-def from_pixels(matrix):
-    """matrix: (3, 3), from pixels of the target to those of the reference. Returns: {name: number} of MOTIONS."""
-    pixels = np.array([[1 / SIZE, 0, 0.5 / SIZE - 0.5], [0, 1 / SIZE, 0.5 / SIZE - 0.5], [0, 0, 1]])
-    return decompose(pixels @ np.linalg.inv(matrix) @ np.linalg.inv(pixels))
-
-
-def ecc(reference, target, sought):
-    """OpenCV's enhanced correlation coefficient over pyramids, with the simplest motion that holds what is sought.
-
-    The best of pyramids of several heights is taken, since the tallest often does not converge on pictures this small.
-    """
-    options, best = cv2.ECCParameters(), (-1.0, np.eye(2, 3, dtype=np.float32))
-    options.motionType = cv2.MOTION_AFFINE if "zoom" in sought else cv2.MOTION_EUCLIDEAN
-    for options.nlevels in (4, 3, 2, 1):
-        start = np.eye(2, 3, dtype=np.float32)
-        with contextlib.suppress(cv2.error):  # where it does not converge
-            found = cv2.findTransformECCMultiScale(gray(target), gray(reference), start, options)
-            best = max(best, found, key=lambda result: result[0])
-    return from_pixels(np.vstack([best[1], [0, 0, 1]]).astype(float))
-
-
-def log_polar(reference, target, sought):
-    """Phase correlation of log-polar spectra for rotation and zoom, then of pictures for the shift (scikit-image).
-
-    Spectra are normalised at every radius, which did best on training photographs.
-    """
-    pictures, radius, turns, radii = [gray(picture) for picture in (reference, target)], SIZE // 2, 720, 2 * SIZE
-    spectra = []
-    for picture in pictures:
-        filtered = difference_of_gaussians(picture, 1, 5) * window("hann", picture.shape)
-        spectrum = np.abs(np.fft.fftshift(np.fft.fft2(filtered)))
-        polar = warp_polar(spectrum, radius=radius, output_shape=(turns, radii), scaling="log", order=1)[: turns // 2]
-        spectra.append((polar - polar.mean(0)) / (polar.std(0) + 1e-6))
-    (turn, scale), *_ = phase_cross_correlation(*spectra, upsample_factor=20, normalization=None)
-    angle = (turn * 360 / turns + 90) % 180 - 90
-    zoom = math.exp(scale * math.log(radius) / radii) if "zoom" in sought else 1.0
-    middle = (SIZE - 1) / 2
-    center = SimilarityTransform(translation=(-middle, -middle))
-    turned = EuclideanTransform(rotation=math.radians(angle)) + SimilarityTransform(scale=1 / zoom)
-    back = center + turned + center.inverse  # from the target's pixels to the reference's, but for the shift
-    hann = window("hann", pictures[0].shape)
-    moved = warp(pictures[0], back, mode="reflect") * hann
-    (down, right), *_ = phase_cross_correlation(pictures[1] * hann, moved, upsample_factor=20)
-    shift = SimilarityTransform(translation=(-right, -down))
-    return from_pixels((shift + back).params)
 
 
 class Siamese(nn.Module):
@@ -186,7 +161,7 @@ def siamese(minutes, seed, file):
     @torch.no_grad()
     def read(reference, target, sought):
         found = network(pictures_to_tensor([reference]), pictures_to_tensor([target]))[0] * spread + middle
-        return dict(zip(NAMES, found.tolist()))
+        return Answer(dict(zip(NAMES, found.tolist())))
 
     return read
 
@@ -200,66 +175,185 @@ def read_pairs(model, pairs, sought):
     return readings
 
 
+def answer_by_model(model, pairs, sought):
+    """Read pairs as invert.py does. Returns: a list of Answers."""
+    (reading,), (references, targets, _) = read_pairs(model, pairs, sought), zip(*pairs)
+    known = [name for name in NAMES if name not in sought]
+    reading = check_evidence(reading, [*zip(targets, references)], model.control_net.config, known)
+    answers = []
+    for control, covariance, flags in zip(reading.control.tolist(), reading.covariance.numpy(), reading.flags):
+        found = dict(zip(NAMES, control))
+        answers.append(Answer(found, corner_spread(found, covariance, SIZE), covariance.tolist(), flags))
+    return answers
+
+
+def answer_pairs(file, read, pairs, sought, s):
+    """Have pairs answered BATCH at a time; those that stand in the file, by the same settings, are not asked again.
+
+    read: function(pairs, sought) -> a list of Answers. Returns: a list of dicts, Answers with "seconds".
+    """
+    own = {name: s[name] for name in settings if name not in ("methods", "tasks", "out_dir")}
+    if not file.exists() or read_lines(file)[0] != own:
+        write_whole(file, partial(Path.write_text, data=json.dumps(own) + "\n"))
+    for first in range(len(read_lines(file)) - 1, len(pairs), BATCH):
+        began, some = time.perf_counter(), pairs[first : first + BATCH]
+        answers = [asdict(own) for own in read(some, sought)]
+        for own in answers:
+            own["found"] = {name: number for name, number in own["found"].items() if name in sought}
+        seconds = (time.perf_counter() - began) / len(some)
+        append_whole(file, "".join(json.dumps(own | {"seconds": seconds}) + "\n" for own in answers))
+    return read_lines(file)[1:]
+
+
 def print_row(name, errors, last):
     """Print a row: for every number median / 90% within / worst of its errors, a list or None; then a last cell."""
     cells = []
     for own in errors.values():
-        digits = 4 if own and np.abs(own).max() < 0.5 else 3
-        cells.append(" / ".join(quantiles(own, [0.5, 0.9, 1], digits)) if own else "—")
+        levels = np.quantile(np.abs(own), [0.5, 0.9, 1]) if own else ()
+        cells.append(" / ".join(np.format_float_positional(x, 3, fractional=False, trim="-") for x in levels) or "—")
     print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
 
 
+def draw_task(task, rng, files, count):
+    """Returns: a list of (reference, target, {name: number})."""
+    if task == "from outside":
+        return [outside_pair(rng, files) for _ in range(count)]
+    ranges = {"rotation": (-5, 5)} if task == "rotation alone" else choose_changes(None)
+    return [draw_pair(rng, files, SIZE, ranges) for _ in range(count)]
+
+
 def main(s):
-    names = choose(s.methods, ["ours", "ecc", "log_polar", "siamese"], "methods")
+    names = choose(s.methods, ["ours", "fitted", *CLASSICAL, "siamese"], "methods")
+    if "fitted" in names and "ours" not in names[: names.index("fitted")]:
+        raise InputError(f"methods: fitted goes on from ours, which must stand before it, got {s.methods}")
+    tasks = choose(s.tasks, [*TASKS, WAYS], "tasks")
     check_numbers(s, int, pairs=(1, 10**6), seed=(0, 2**63 - 1))
     check_numbers(s, regressor_minutes=(0, 10**4))
-    out_dir, files = report_folder(s.out_dir, "errors.json", "rotation"), find_pictures(s.photos)
-    rng, model = random.Random(s.seed), load_model(s.model_path)
+    out_dir = start_report(s.out_dir, "errors.json", "rotation alone", "*.jsonl", "risk.png")
+    files, model = find_pictures(s.photos), load_model(s.model_path) if "ours" in names else None
     torch.manual_seed(s.seed)
-    readers = {"ecc": ecc, "log_polar": log_polar}
+    each = CLASSICAL | {"fitted": lambda *pair: Fit(*pair[:2]).answer(NO_CHANGE | pair[3], pair[2])}
     if "siamese" in names:
         file = out_dir / f"siamese_{s.regressor_minutes:g}_{s.seed}.safetensors"
-        readers["siamese"] = siamese(s.regressor_minutes, s.seed, file)
-    every = choose_changes(None)
-    tasks = {
-        "rotation alone": (["rotation"], [draw_pair(rng, files, SIZE, {"rotation": (-5, 5)}) for _ in range(s.pairs)]),
-        "all six": (NAMES, [draw_pair(rng, files, SIZE, every) for _ in range(s.pairs)]),
-        "from outside": (["rotation", "shift x", "shift y"], [outside_pair(rng, files) for _ in range(s.pairs)]),
-    }
-    report = {}
-    for task, (sought, pairs) in tasks.items():
-        units = [f"{name} ({CHANGES[name][0]})" for name in sought]
-        print(f"\n{task}, {len(pairs)} pairs: median / 90% within / worst\n")
-        print(f"| | {' | '.join(units)} | seconds a pair |\n|{' --- |' * (len(sought) + 2)}")
+        each["siamese"] = siamese(s.regressor_minutes, s.seed, file)
+    report, curves = {"rotation alone": None}, {}
+    for task in [task for task in tasks if task in TASKS]:
+        sought, pairs = TASKS[task], draw_task(task, random.Random(f"{s.seed} {task}"), files, s.pairs)
+        answers = {}
         for method in names:
-            began = time.perf_counter()
-            if method == "ours":
-                readings = read_pairs(model, pairs, sought)
-                found = [dict(zip(NAMES, c)) for r in readings for c in r.control.tolist()]
-            else:
-                found = [readers[method](reference, target, sought) for reference, target, _ in pairs]
-            seconds = (time.perf_counter() - began) / len(pairs)
-            own = [name for name in sought if method in ("ours", "siamese") or name in MOTIONS]
-            errors = {name: [f[name] - change[name] for f, (*_, change) in zip(found, pairs)] for name in own}
-            print_row(method, {name: errors.get(name) for name in sought}, f"{seconds:.2f}")
-            report[f"{task}, {method}"] = errors
-            if method == "ours":
-                print_flags(readings, errors)
-    if "ours" in names:
-        turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((s.pairs + 1) // 2)]
-        mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
-        print(f"\n{len(mixed)} pairs of different photographs:")
-        print_flags(read_pairs(model, mixed, NAMES), {})
-        check_ways(model, rng, files, tasks["all six"][1], report["all six, ours"])
-    write_whole(out_dir / "errors.json", lambda file: file.write_text(json.dumps(report)))
+            if method == "light" and "exposure" not in sought:  # it would be the chain again
+                continue
+            cv2.setRNGSeed(s.seed % 2**31)
+
+            def read(some, sought, method=method):
+                if method == "ours":
+                    return answer_by_model(model, some, sought)
+                return [each[method](reference, target, sought, *more) for reference, target, _, *more in some]
+
+            file, asked = out_dir / f"{task}_{method}.jsonl".replace(" ", "_"), pairs
+            if method == "fitted":
+                asked = [(*pair, own["found"]) for pair, own in zip(pairs, answers["ours"])]
+            answers[method] = answer_pairs(file, read, asked, sought, s)
+        changes = [change for *_, change in pairs]
+        report |= print_task(task, sought, changes, answers)
+        curves[task] = print_corners(changes, answers)
+        print_posteriors(sought, changes, answers, s.seed)
+    draw_curves(curves, out_dir / "risk.png")
+    if WAYS in tasks and model:
+        check_ways(model, random.Random(f"{s.seed} {WAYS}"), files, s.pairs)
+    save_json(out_dir / "errors.json", report)
 
 
-def check_ways(model, rng, files, pairs, errors):
-    """Print how far readings are from agreeing with each other, which takes no truth.
+def print_task(task, sought, changes, answers):
+    """Print a table of every number's errors. answers: {method: list}. Returns: {"task, method": {name: errors}}."""
+    print(f"\n{task}, {len(changes)} pairs: median / 90% within / worst\n")
+    units = [f"{name} ({CHANGES[name][0]})" for name in sought]
+    print(f"| | {' | '.join(units)} | seconds a pair |\n|{' --- |' * (len(sought) + 2)}")
+    report = {}
+    for method, own in answers.items():
+        read = [name for name in sought if name in own[0]["found"]]
+        errors = {name: [a["found"][name] - change[name] for a, change in zip(own, changes)] for name in read}
+        print_row(method, {name: errors.get(name) for name in sought}, f"{np.mean([a['seconds'] for a in own]):.2f}")
+        report[f"{task}, {method}"] = errors
+    flags = [own["flags"] for own in answers.get("ours", [])]
+    for flag in sorted(set(sum(flags, []))):
+        print(f"    {flag}: {np.mean([flag in own for own in flags]):.1%} of ours")
+    return report
 
-    There and back should come to no change, as should a picture and itself; a change by way of a third picture should
-    be the same as the direct one. errors: {name: errors of the pairs}.
+
+def print_corners(changes, answers):
+    """Print how far corners are off, and risk against coverage. Returns: {method: its risk curve, if it doubts}."""
+    header = [*(f"area under {limit}" for limit in LIMITS), *(f"within {limit}" for limit in LIMITS)]
+    header += ["risk", "at 80% coverage", "at 50%", "area (AURC)", "of the best order"]
+    print(f"\ncorners, pixels of {SIZE}\n\n| | median | {' | '.join(header)} |\n|{' --- |' * (len(header) + 2)}")
+    curves = {}
+    for method, own in answers.items():
+        errors = np.array([corner_error(a["found"], change, SIZE) for a, change in zip(own, changes)])
+        cells = [f"{np.median(errors):.3f}", *(f"{area_under(errors, limit):.3f}" for limit in LIMITS)]
+        cells += [f"{(errors <= limit).mean():.1%}" for limit in LIMITS] + [f"{errors.mean():.3f}"]
+        if own[0]["doubt"] is None:
+            cells += 4 * ["—"]
+        else:
+            curve, best = risk_curve(errors, [a["doubt"] for a in own]), risk_curve(errors, errors)
+            curves[method] = curve.tolist()
+            places = (math.ceil(share * len(curve)) - 1 for share in (0.8, 0.5))
+            cells += [f"{value:.3f}" for value in (*curve[[*places]], curve.mean(), best.mean())]
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    return curves
+
+
+def print_posteriors(sought, changes, answers, seed):
+    """Print where the truth lies in what a method says is likely: SBC's ranks of every number, TARP's of all."""
+    which = [NAMES.index(name) for name in sought]
+    print("\nshare of truths in the middle 50% / 90% of the posterior / mean rank / p of uniform ranks\n")
+    print(f"| | {' | '.join(sought)} | TARP |\n|{' --- |' * (len(sought) + 2)}")
+    truths = np.array([[change[name] for name in NAMES] for change in changes])
+    for method, own in answers.items():
+        if own[0]["covariance"] is None:
+            continue
+        covariances = np.array([a["covariance"] for a in own])
+        errors = np.array([[(NO_CHANGE | a["found"])[name] for name in NAMES] for a in own]) - truths
+        units = WIDTHS[which]
+        tarp = distance_ranks(
+            errors[:, which] / units,
+            covariances[:, which][:, :, which] / (units[:, None] * units),
+            (truths - LOW)[:, which] / units,
+            np.random.default_rng(seed),
+        )
+        columns = [*ranks(errors, covariances)[:, which].T, tarp]
+        cells = []
+        for column in columns:
+            half, most, mean = middle_shares(column)
+            cells.append(f"{half:.0%} / {most:.0%} / {mean:.2f} / {kstest(column, 'uniform').pvalue:.2g}")
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+
+
+def draw_curves(curves, file):
+    """Draw risk against coverage. curves: {task: {method: curve}}."""
+    drawn = {task: own for task, own in curves.items() if own}
+    if not drawn:
+        return
+    figure = Figure(figsize=(4.5 * len(drawn), 4), layout="constrained")
+    for axes, (task, own) in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn.items()):
+        for method, curve in own.items():
+            axes.semilogy(np.arange(1, len(curve) + 1) / len(curve), curve, label=method)
+        axes.set(title=task, xlabel="coverage, the surest first", ylabel="mean error of the corners (pixels)")
+        axes.legend(fontsize=7)
+    figure.savefig(file, dpi=110)
+
+
+def check_ways(model, rng, files, count):
+    """Print what is flagged of pairs of different photographs, and how far readings are from agreeing with each other.
+
+    The latter takes no truth: there and back should come to no change, as should a picture and itself; a change by way
+    of a third picture should be the same as the direct one. count: of pairs.
     """
+    every = choose_changes(None)
+    turns = [draw_pair(rng, [files[i % len(files)]], SIZE, every) for i in range((count + 1) // 2)]
+    mixed = [(one[0], other[1], None) for one, other in zip(turns, turns[1:] + turns[:1])]
+    flags = [flags for reading in read_pairs(model, mixed, NAMES) for flags in reading.flags]
+    shares = (f"{name} {np.mean([name in own for own in flags]):.0%}" for name in sorted(set(sum(flags, []))))
+    print(f"\n{len(mixed)} pairs of different photographs: {', '.join(shares)}")
 
     def read(pairs):
         """Returns: a list of {name: number}, without blur, which has no way back."""
@@ -272,7 +366,10 @@ def check_ways(model, rng, files, pairs, errors):
 
     print("\ndisagreement between readings: median / 90% within / worst\n")
     print(f"| | {' | '.join(NAMES[:-1])} | pairs |\n|{' --- |' * (len(NAMES) + 1)}")
-    found = [{name: change[name] + errors[name][i] for name in NAMES} for i, (*_, change) in enumerate(pairs)]
+    pairs = [draw_pair(rng, files, SIZE, every) for _ in range(count)]
+    controls = torch.cat([reading.control for reading in read_pairs(model, pairs, NAMES)]).tolist()
+    found, changes = [dict(zip(NAMES, control)) for control in controls], [change for *_, change in pairs]
+    errors = {name: [own[name] - change[name] for own, change in zip(found, changes)] for name in NAMES}
     backs = read([(target, reference, None) for reference, target, _ in pairs])
     trips = miss(map(compose, found, backs), [NO_CHANGE] * len(pairs))
     print_row("there and back", trips, len(pairs))
@@ -285,17 +382,6 @@ def check_ways(model, rng, files, pairs, errors):
     print_row("by way of another", miss(map(compose, *map(read, legs)), whole), len(some))
     agree = (f"{name} {spearmanr(np.abs(trips[name]), np.abs(errors[name])).statistic:.2f}" for name in trips)
     print(f"rank correlation of there and back with the error: {', '.join(agree)}")
-
-
-def print_flags(readings, errors):
-    """Print how often each number's 90% interval holds the truth, and how often readings are flagged."""
-    std = torch.cat([reading.std for reading in readings])
-    for name, own in errors.items():
-        inside = np.mean(np.abs(own) <= 1.645 * std[:, NAMES.index(name)].numpy())
-        print(f"    {name}: {inside:.0%} in interval90")
-    flags = [f for reading in readings for f in reading.flags]
-    shares = (f"{flag} {np.mean([flag in f for f in flags]):.0%}" for flag in ("outside_range", "ambiguous"))
-    print(f"    {', '.join(shares)}, unexplained {np.mean(['unexplained' in f for f in flags]):.0%}", flush=True)
 
 
 if __name__ == "__main__":

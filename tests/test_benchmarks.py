@@ -10,15 +10,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from scipy.stats import kstest
 
 from benchmarks import base, drawn, gpu, inversion, knobs, large_data, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
+from benchmarks.classical import NAMES, SIZE, Answer, chain
 from benchmarks.common import choose, start_report
+from benchmarks.doubt import (
+    area_under,
+    corner_distances,
+    corner_error,
+    corner_spread,
+    distance_ranks,
+    middle_shares,
+    ranks,
+    risk_curve,
+)
 from benchmarks.meter_methods import find_needle
 from benchmarks.mishaps import MISHAPS, draw_meter
+from cldm.changes import choose_changes
 from cldm.dataset import read_control_names, read_rows
 from cldm.model import Sampling, load_model
-from dataForTrain.make_dataset import TRAIN
+from cldm.pairs import draw_pair
+from dataForTrain.make_dataset import TRAIN, find_pictures
 from dataForTrain.make_meter import shortest
 from ldm.files import ROOT
 from ldm.schema import Settings, read_config, write_yaml
@@ -154,6 +168,61 @@ def test_peers_read_pairs(tmp_path, capsys, monkeypatch):
     assert all(abs(error) < 0.5 for error in errors["from outside, ecc"]["rotation"])
     assert list(errors["all six, log_polar"]) == ["rotation", "zoom", "shift x", "shift y"]
     assert len(errors["all six, siamese"]["blur"]) == 3 and "| siamese |" in capsys.readouterr().out
+
+
+def test_the_classical_chain_finds_all_six():
+    """Better than its parts, where these see the same pair; and a run that was stopped goes on."""
+    reference, target, change = draw_pair(random.Random(2), find_pictures("train"), SIZE, choose_changes(None))
+    registered, chained = (read(reference, target, NAMES) for read in (pairs.CLASSICAL["magsac"], chain))
+    within = dict(rotation=0.02, zoom=0.001, exposure=0.03, blur=0.5) | {"shift x": 3e-4, "shift y": 3e-4}
+    assert all(abs(chained.found[name] - change[name]) < within[name] for name in NAMES)
+    before, after = (corner_error(own.found, change, SIZE) for own in (registered, chained))
+    assert after < before < 1 and 0 < chained.doubt < 1
+
+
+def test_answers_are_kept_and_not_asked_again(tmp_path):
+    s, asked = Settings(pairs.settings), []
+
+    def read(some, sought):
+        asked.extend(some)
+        if len(asked) > pairs.BATCH:
+            raise KeyboardInterrupt
+        return [Answer({"rotation": float(number), "zoom": 1.0}) for number in some]
+
+    with pytest.raises(KeyboardInterrupt):
+        pairs.answer_pairs(tmp_path / "answers.jsonl", read, range(20), ["rotation"], s)
+    del asked[:]
+    answers = pairs.answer_pairs(tmp_path / "answers.jsonl", read, range(20), ["rotation"], s)
+    assert asked == [*range(pairs.BATCH, 20)] and [own["found"] for own in answers] == [
+        {"rotation": i} for i in range(20)
+    ]
+    with pytest.raises(KeyboardInterrupt):  # other settings, other answers
+        pairs.answer_pairs(tmp_path / "answers.jsonl", read, range(20), ["rotation"], Settings({**s, "seed": 4}))
+
+
+def test_corners_tell_how_far_off_a_reading_is():
+    off, covariance = {"rotation": 3.0, "zoom": 1.1, "shift x": 0.02}, np.diag([0.5, 0.01, 0.003, 0.002, 1, 1]) ** 2
+    assert corner_error({"rotation": 1.0}, {}, 100) == pytest.approx(100 * 2**0.5 * math.sin(math.radians(0.5)))
+    numbers, rng = np.array([3.0, 1.1, 0.02, 0, 0, 0]), np.random.default_rng(0)
+    draws = [dict(zip(NAMES, numbers + error)) for error in rng.multivariate_normal(np.zeros(6), covariance, 4000)]
+    corners = [corner_distances(own, off, 100) for own in draws]
+    assert corner_spread(off, covariance, 100) == pytest.approx(np.sqrt(np.mean(np.square(corners))), rel=0.03)
+
+
+def test_areas_and_risks_by_hand():
+    assert area_under([0.5, 0.0, 3.0, 9.0], 1) == pytest.approx((0.5 + 1) / 4)
+    assert risk_curve([4.0, 1.0, 1.0], [9, 1, math.inf]) == pytest.approx([1, 2.5, 2])
+
+
+def test_posteriors_that_are_too_narrow_or_too_wide_are_told():
+    rng = np.random.default_rng(1)
+    mixing = np.array([[0.02, 0.03], [0, 0.05]])
+    errors, covariance = rng.standard_normal((400, 2)) @ mixing, mixing.T @ mixing
+    truths = rng.uniform(size=errors.shape)
+    for scale, low, high in ((1, 0.86, 0.94), (4, 0.99, 1), (0.25, 0, 0.7)):
+        said = np.tile(scale * covariance, (400, 1, 1))
+        for own in (*ranks(errors, said).T, distance_ranks(errors, said, truths, rng)):
+            assert low <= middle_shares(own)[1] <= high and (kstest(own, "uniform").pvalue > 0.001) == (scale == 1)
 
 
 @pytest.mark.slow
