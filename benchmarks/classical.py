@@ -10,19 +10,14 @@ from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
-import torch
-from scipy.optimize import least_squares
 from skimage.filters import difference_of_gaussians, window
 from skimage.registration import phase_cross_correlation
 from skimage.transform import EuclideanTransform, SimilarityTransform, warp, warp_polar
-from torch.nn import functional as F
 
 from benchmarks.common import decompose
 from benchmarks.doubt import corner_spread
-from cldm.changes import CHANGES, MOTIONS, NO_CHANGE, expose, similarity
-from cldm.evidence import CLIPPED, LEAST_SHARED
-from cldm.reading import MARGIN
-from ldm.pictures import pictures_to_tensor
+from cldm.changes import MOTIONS, NO_CHANGE, similarity
+from cldm.fit import Fit
 
 SIZE = 128  # pixels
 PIXELS = np.array([[1 / SIZE, 0, 0.5 / SIZE - 0.5], [0, 1 / SIZE, 0.5 / SIZE - 0.5], [0, 0, 1]])  # to positions
@@ -30,13 +25,6 @@ RATIO = 0.8  # of the distances to the nearest and the second feature: Lowe's te
 INLIER = 1.5  # pixels
 LEVELS = 4, 3, 2, 1  # of ECC's pyramids, when it starts from no change
 FIRST_BLUR = 0.7  # pixels from which a blur is fitted, since a fit's derivative at 0 is 0
-DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
-STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
-NAMES = list(CHANGES)
-LOW, HIGH = np.array([bounds for _, *bounds, _ in CHANGES.values()]).T
-WIDTHS = HIGH - LOW
-BOUNDS = np.array([LOW - MARGIN * WIDTHS, HIGH + MARGIN * WIDTHS])  # of fits, the same as invert.py's
-BOUNDS[0, NAMES.index("blur")] = 0
 
 
 @dataclass
@@ -148,71 +136,11 @@ def sift(reference, target, sought, magsac=False):
     return Answer(from_pixels(fitted.params), 1 / count) if fitted else none
 
 
-class Fit:
-    """Least squares of a target's pixels, all three colours, in the numbers of a change from the reference.
-
-    What the reference does not show does not count; nor does a target that is brighter than light clipped in the
-    reference. The loss is soft_l1.
-    """
-
-    def __init__(self, reference, target):
-        a, b = (pictures_to_tensor([picture])[0] / 2 + 0.5 for picture in (reference, target))
-        clipped = (a.amax(0, keepdim=True) >= CLIPPED[0] / 255).float()
-        self.reference, self.target = torch.cat([a, clipped])[None], b
-        axis = (torch.arange(SIZE, dtype=torch.float64) + 0.5) / SIZE - 0.5  # widths from the middle
-        self.there = torch.stack([*torch.meshgrid(axis, axis, indexing="xy"), torch.ones(SIZE, SIZE)])
-        self.squared = torch.fft.fftfreq(SIZE)[:, None].square() + torch.fft.rfftfreq(SIZE).square()
-
-    def residuals(self, changes):
-        """changes: (P, 6), the numbers of CHANGES in their order. Returns: residuals and whether they count, (P, n)."""
-        *motion, exposure, blur = changes.T
-        exposure, blur = (torch.from_numpy(part).float()[:, None, None, None] for part in (exposure, blur))
-        back = torch.from_numpy(np.linalg.inv(similarity(*motion))[:, :2])
-        here = torch.einsum("pij,jhw->phwi", back, self.there).float()
-        pictures = self.reference.expand(len(changes), -1, -1, -1)
-        moved = F.grid_sample(pictures, 2 * here, "bicubic", "border", align_corners=False)
-        gaussian = torch.exp(-2 * (math.pi * blur).square() * self.squared)
-        moved = torch.fft.irfft2(torch.fft.rfft2(moved) * gaussian, s=(SIZE, SIZE))
-        residuals = expose(moved[:, :3].clamp(0, 1), exposure) - self.target
-        counts = (here.abs() <= 0.5).all(-1)[:, None] & ((moved[:, 3:] < CLIPPED[1]) | (residuals > 0))
-        return residuals.flatten(1).double().numpy(), counts.flatten(1).numpy()
-
-    def solve(self, start, names):
-        """Go on from a change, {name: number} of all six, with some of its numbers.
-
-        Returns: the change; its loss, the mean over what counts; the covariance of its errors, (6, 6).
-        """
-        which = [NAMES.index(name) for name in names]
-        at, width = np.array([start[name] for name in NAMES], float), WIDTHS[which]
-        low, high = BOUNDS[:, which]
-
-        def render(numbers, steps):
-            changes = np.tile(at, (len(steps), 1))
-            changes[:, which] = numbers + DIFFERENCE * width * steps
-            return self.residuals(changes)
-
-        def value(numbers):
-            residuals, counts = render(numbers, np.zeros((1, len(which))))
-            return residuals[0] * counts[0]
-
-        def derivative(numbers):
-            residuals, counts = render(numbers, np.eye(1 + len(which), len(which), -1))
-            return ((residuals[1:] - residuals[0]) * counts[0]).T / (DIFFERENCE * width)
-
-        middle = np.clip(at[which], low + 1e-6 * width, high - 1e-6 * width)
-        options = dict(x_scale=width, loss="soft_l1", f_scale=SOFT, max_nfev=STEPS, ftol=SETTLED)
-        found = least_squares(value, middle, derivative, (low, high), **options)
-        counted = render(found.x, np.zeros((1, len(which))))[1].sum()
-        covariance = np.zeros((len(NAMES), len(NAMES)))
-        covariance[np.ix_(which, which)] = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / max(counted, 1)
-        loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) else math.inf
-        return dict(zip(NAMES, at.tolist())) | dict(zip(names, found.x.tolist())), loss, covariance
-
-    def answer(self, start, sought):
-        """As solve. Returns: an Answer, whose doubt is what the covariance expects of the corners."""
-        change, _, covariance = self.solve(start, sought)
-        spread = corner_spread(change, covariance, SIZE)
-        return Answer({name: change[name] for name in sought}, spread, covariance.tolist())
+def fit_all(reference, target, start, sought):
+    """Least squares from a change. Returns: an Answer, whose doubt is what the covariance expects of the corners."""
+    change, _, covariance = Fit(reference, target).solve(start, sought)
+    spread = corner_spread(change, covariance, SIZE)
+    return Answer({name: change[name] for name in sought}, spread, covariance.tolist())
 
 
 def start_motions(reference, target, sought):
@@ -236,4 +164,4 @@ def chain(reference, target, sought, joint=True):
     change, loss, _ = min(fits, key=lambda own: own[1])
     if not joint:
         return Answer({name: change[name] for name in sought}, loss)
-    return fit.answer(change, sought)
+    return fit_all(reference, target, change, sought)

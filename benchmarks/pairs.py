@@ -48,7 +48,7 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 from benchmarks.baselines import train_regressor
-from benchmarks.classical import LOW, NAMES, SIZE, WIDTHS, Answer, Fit, chain, ecc, log_polar, sift, start_motions
+from benchmarks.classical import SIZE, Answer, chain, ecc, log_polar, sift, start_motions
 from benchmarks.common import choose, compose, decompose, read_lines, save_json, start_report
 from benchmarks.doubt import (
     LIMITS,
@@ -62,6 +62,7 @@ from benchmarks.doubt import (
 )
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes, similarity
 from cldm.evidence import check_evidence
+from cldm.fit import LOW, NAMES, WIDTHS, refine_reading
 from cldm.model import load_model
 from cldm.pairs import POOL, draw_pair, draw_views, open_photo
 from cldm.reading import read_controls
@@ -76,8 +77,8 @@ TASKS = {  # which numbers are unknown
     "from outside": ["rotation", "shift x", "shift y"],
 }
 WAYS = "ways"  # pairs of different photographs, and readings that should agree with each other
-# Beside these: "ours"; "fitted", the chain's last fit from where ours ended; and "siamese".
-# By name, function(reference, target, sought) -> Answer.
+OURS = "ours", "denoising"  # as invert.py reads; without the fit of pixels that ends it
+# Beside these and "siamese", by name, function(reference, target, sought) -> Answer.
 CLASSICAL = {
     "ecc": ecc,
     "ecc_started": lambda *pair: ecc(*pair, start_motions(*pair)),
@@ -175,11 +176,13 @@ def read_pairs(model, pairs, sought):
     return readings
 
 
-def answer_by_model(model, pairs, sought):
-    """Read pairs as invert.py does. Returns: a list of Answers."""
+def answer_by_model(model, fitted, pairs, sought):
+    """Read pairs as invert.py does, or without the fit of pixels that ends it. Returns: a list of Answers."""
     (reading,), (references, targets, _) = read_pairs(model, pairs, sought), zip(*pairs)
-    known = [name for name in NAMES if name not in sought]
-    reading = check_evidence(reading, [*zip(targets, references)], model.control_net.config, known)
+    known, pictures = [name for name in NAMES if name not in sought], [*zip(targets, references)]
+    if fitted:
+        reading = refine_reading(reading, pictures, model.control_net.config, known)
+    reading = check_evidence(reading, pictures, model.control_net.config, known)
     answers = []
     for control, covariance, flags in zip(reading.control.tolist(), reading.covariance.numpy(), reading.flags):
         found = dict(zip(NAMES, control))
@@ -223,16 +226,14 @@ def draw_task(task, rng, files, count):
 
 
 def main(s):
-    names = choose(s.methods, ["ours", "fitted", *CLASSICAL, "siamese"], "methods")
-    if "fitted" in names and "ours" not in names[: names.index("fitted")]:
-        raise InputError(f"methods: fitted goes on from ours, which must stand before it, got {s.methods}")
+    names = choose(s.methods, [*OURS, *CLASSICAL, "siamese"], "methods")
     tasks = choose(s.tasks, [*TASKS, WAYS], "tasks")
     check_numbers(s, int, pairs=(1, 10**6), seed=(0, 2**63 - 1))
     check_numbers(s, regressor_minutes=(0, 10**4))
     out_dir = start_report(s.out_dir, "errors.json", "rotation alone", "*.jsonl", "risk.png")
-    files, model = find_pictures(s.photos), load_model(s.model_path) if "ours" in names else None
+    files, model = find_pictures(s.photos), load_model(s.model_path) if {*OURS} & {*names} else None
     torch.manual_seed(s.seed)
-    each = CLASSICAL | {"fitted": lambda *pair: Fit(*pair[:2]).answer(NO_CHANGE | pair[3], pair[2])}
+    each = dict(CLASSICAL)
     if "siamese" in names:
         file = out_dir / f"siamese_{s.regressor_minutes:g}_{s.seed}.safetensors"
         each["siamese"] = siamese(s.regressor_minutes, s.seed, file)
@@ -246,14 +247,12 @@ def main(s):
             cv2.setRNGSeed(s.seed % 2**31)
 
             def read(some, sought, method=method):
-                if method == "ours":
-                    return answer_by_model(model, some, sought)
-                return [each[method](reference, target, sought, *more) for reference, target, _, *more in some]
+                if method in OURS:
+                    return answer_by_model(model, method == "ours", some, sought)
+                return [each[method](reference, target, sought) for reference, target, _ in some]
 
-            file, asked = out_dir / f"{task}_{method}.jsonl".replace(" ", "_"), pairs
-            if method == "fitted":
-                asked = [(*pair, own["found"]) for pair, own in zip(pairs, answers["ours"])]
-            answers[method] = answer_pairs(file, read, asked, sought, s)
+            file = out_dir / f"{task}_{method}.jsonl".replace(" ", "_")
+            answers[method] = answer_pairs(file, read, pairs, sought, s)
         changes = [change for *_, change in pairs]
         report |= print_task(task, sought, changes, answers)
         curves[task] = print_corners(changes, answers)

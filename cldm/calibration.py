@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from cldm.confidence import Z90, Reading
 from cldm.denoising import DenoisingObjective
+from cldm.fit import fit_pictures, has_formula
 from cldm.hints import wrap
 from cldm.model import CALIBRATED, Sampling, Target
 from cldm.proposal import Proposal
 from cldm.reading import PROBES, move_numbers, read_controls
 from ldm.ddim import draw_noise
 from ldm.files import find_path, write_whole
+from ldm.pictures import fit_picture
 
 PICTURES = 36  # read to calibrate
 BATCH = 12  # read together
@@ -31,8 +33,9 @@ SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pict
 def calibrate(model, folder, dataset):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
-    error_scale, error_floor, proposal_scale: such that 90% of each number lie in their 90% intervals, at the rank of
-    split conformal prediction; residual variances are averaged with their median, as they tell the errors' roughly.
+    error_scale, error_floor, proposal_scale, fit_scale: such that 90% of each number lie in their 90% intervals, at the
+    rank of split conformal prediction; residual variances are averaged with their median, as they tell the errors'
+    only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at their controls: two
@@ -63,13 +66,19 @@ def calibrate(model, folder, dataset):
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
     error_scale = (nine_in_ten(shares).clamp_min(0) / 2).sqrt()
     bars = dict(error_scale=error_scale, error_floor=error_scale * typical.sqrt())
-    learned = dict(bars)
+    learned, config = dict(bars), model.control_net.config
     reading, drawn = (replace(own, **bars) for own in (reading, drawn))
-    if second:
-        opinion = [torch.cat(own).cpu() for own in zip(*second)]
-        learned |= judge_opinion(reading, *opinion, truth)
-        reading = replace(reading, **{key: learned[key] for key in bars})
-        reading = reading.with_opinion(opinion[0], learned["proposal_scale"] * opinion[1])
+    opinions = {"proposal_scale": lambda _: [torch.cat(own).cpu() for own in zip(*second)]} if second else {}
+    if has_formula(config):
+        rows = (dataset.rows[i].load() for i in chosen)
+        pictures = [[fit_picture(picture, model.config.image_size) for picture in row] for row in rows]
+        opinions["fit_scale"] = lambda reading: fit_pictures(reading, pictures, config)
+    for name, tell in opinions.items():
+        opinion, std = tell(reading)
+        judged = judge_opinion(reading, opinion, std, truth)
+        learned |= {key: judged[key] for key in bars} | {name: judged["opinion_scale"]}
+        reading = replace(reading, **{key: judged[key] for key in bars})
+        reading = reading.with_opinion(opinion, judged["opinion_scale"] * std)
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     limits = dict(
         explained_loss=UNEXPLAINED * read,
@@ -91,12 +100,14 @@ def nine_in_ten(values):
 
 
 def judge_opinion(reading, second, std, truth):
-    """Find how far to trust a Proposal, and Readings that take it into account.
+    """Find how far to trust other estimates, and Readings that take them into account.
 
-    second, std: (N, d), its moments. truth: (N, d).
-    Returns: {error_scale, error_floor, proposal_scale: (d,)}, with which 90% of each number lie in their intervals.
+    second, std: (N, d), the estimates and the standard errors that they claim, infinite where there is none. truth:
+    (N, d).
+    Returns: {error_scale, error_floor, opinion_scale: (d,)}, with which 90% of each number lie in their intervals.
     """
-    scale = nine_in_ten(wrap(second - truth, reading.periods).abs() / (Z90 * std))
+    shares = wrap(second - truth, reading.periods).abs() / (Z90 * std)
+    scale = nine_in_ten(shares[std.isfinite().all(1)]) if std.isfinite().all(1).any() else torch.ones_like(std[0])
     joined = reading.with_opinion(second, scale * std)
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     return dict(

@@ -43,8 +43,8 @@ class Reading:
     model_calls: float = 0.0  # pictures that the model was evaluated on, per target
     seconds: float = 0.0  # per target
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
-    relief: torch.Tensor | None = None  # (B, d), share of each number's variance that a second opinion takes away
-    lowest: torch.Tensor | None = None  # (B, d), where the loss is lowest, if a second opinion moved the control
+    relief: torch.Tensor | None = None  # (B, d), share of each number's variance that other opinions take away
+    lowest: torch.Tensor | None = None  # (B, d), where the loss is lowest, if other opinions moved the control
     periods: tuple = ()  # of the d numbers, None where one does not go round; (): none does
     middle: tuple | float = 0.0  # of the circles that periodic numbers are told in
 
@@ -83,10 +83,12 @@ class Reading:
         control, std: (B, d), the estimates. Returns: Reading.
         """
         variance = self.std.square()
-        relief = variance / (variance + std.square())
-        moved = self.control + relief * wrap(control - self.control, self.periods)
+        share = variance / (variance + std.square())
+        moved = self.control + share * wrap(control - self.control, self.periods)
         moved = wrap(moved, self.periods, moved.new_tensor(self.middle))
-        return replace(self, control=moved, relief=relief, lowest=self.control)
+        relief = share if self.relief is None else 1 - (1 - self.relief) * (1 - share)
+        lowest = self.control if self.lowest is None else self.lowest
+        return replace(self, control=moved, relief=relief, lowest=lowest)
 
     @property
     def std(self):

@@ -26,7 +26,15 @@ from ldm.unet import decode_unet, encode_unet
 
 MODEL_YAML = "model.yaml"
 # Keys of a control's config that calibration fills in.
-CALIBRATED = ("error_scale", "error_floor", "explained_loss", "sampling_loss", "probes", "proposal_scale")
+CALIBRATED = (
+    "error_scale",
+    "error_floor",
+    "proposal_scale",
+    "fit_scale",
+    "explained_loss",
+    "sampling_loss",
+    "probes",
+)
 
 # What a base's YAML, and so a control's model.yaml, may say.
 YAML = {

@@ -4,6 +4,7 @@ import time
 from functools import partial
 
 from cldm.evidence import check_evidence
+from cldm.fit import refine_reading
 from cldm.reading import read_and_profile, read_controls
 from cldm.report import describe_failure, describe_reading, draw_pictures, draw_reading
 from cldm.results import fingerprint
@@ -40,6 +41,7 @@ def read(model, s, known, rows, loaded, figures):
             raise InputError(f"{row.target}: what was read is not finite ({reading.control[i].tolist()})")
         reading.flags[i] += ["unlike_shapes"] * (len(sizes[i]) == 2 and bool(describe_shapes(*sizes[i])))
     if references:
+        reading = refine_reading(reading, pictures, config, known)
         reading = check_evidence(reading, pictures, config, known, [min(map(min, own)) for own in sizes])
     reading.seconds = (time.perf_counter() - began) / len(rows)
 

@@ -14,7 +14,7 @@ from scipy.stats import kstest
 
 from benchmarks import base, drawn, gpu, inversion, knobs, large_data, meter, odd_cases, odd_inputs, pairs, training
 from benchmarks.baselines import SamplingObjective
-from benchmarks.classical import NAMES, SIZE, Answer, chain
+from benchmarks.classical import SIZE, Answer, chain
 from benchmarks.common import choose, start_report
 from benchmarks.doubt import (
     area_under,
@@ -30,6 +30,7 @@ from benchmarks.meter_methods import find_needle
 from benchmarks.mishaps import MISHAPS, draw_meter
 from cldm.changes import choose_changes
 from cldm.dataset import read_control_names, read_rows
+from cldm.fit import NAMES
 from cldm.model import Sampling, load_model
 from cldm.pairs import draw_pair
 from dataForTrain.make_dataset import TRAIN, find_pictures

@@ -273,8 +273,8 @@ def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
     truth, reading, second = opinions
     claimed = torch.full_like(second, 0.1 / 3)
     learned = calibration.judge_opinion(reading, second, claimed, truth)
-    assert learned["proposal_scale"].tolist() == pytest.approx([3.0, 3.0], rel=0.1)
-    scale, reading.error_scale = learned["proposal_scale"], learned["error_scale"]
+    assert learned["opinion_scale"].tolist() == pytest.approx([3.0, 3.0], rel=0.1)
+    scale, reading.error_scale = learned["opinion_scale"], learned["error_scale"]
     both = reading.with_opinion(second, scale * claimed)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.02)
