@@ -113,7 +113,7 @@ def judge_opinion(reading, second, std, truth):
     return dict(
         error_scale=factor * reading.error_scale,
         error_floor=factor * reading.error_floor,
-        proposal_scale=factor * scale,
+        opinion_scale=factor * scale,
     )
 
 
