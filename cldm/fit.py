@@ -13,13 +13,12 @@ from scipy.optimize import least_squares
 from torch.nn import functional as F
 
 from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
-from cldm.evidence import CLIPPED, LEAST_SHARED
+from cldm.evidence import BEYOND, CLIPPED, LEAST_SHARED
 from ldm.pictures import pictures_to_tensor
 
 NAMES = list(CHANGES)
 LOW, HIGH = np.array([bounds for _, *bounds, _ in CHANGES.values()]).T
 WIDTHS = HIGH - LOW
-BEYOND = 0.35  # share of the ranges outside them that is searched, as invert.py does
 BOUNDS = np.array([LOW - BEYOND * WIDTHS, HIGH + BEYOND * WIDTHS])
 BOUNDS[0, NAMES.index("blur")] = 0
 FIRST_BLUR = 0.3  # pixels from which a blur is fitted at least, since a fit's derivative at 0 is 0

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ import invert
 import test5
 import tutorial_train
 from benchmarks.common import compose, inverse
-from cldm.changes import NO_CHANGE, choose_changes
+from cldm.changes import CHANGES, NO_CHANGE, choose_changes
+from cldm.confidence import Reading
 from cldm.dataset import read_rows, split_rows
 from cldm.denoising import DenoisingObjective
+from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
@@ -237,6 +240,55 @@ def test_a_reading_starts_from_what_is_proposed_and_draws_best(make_model, norma
     assert index.unique().tolist() == [0, 1] and (places[:, 1] == 0.3).all()
     for i in range(2):
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.1)
+
+
+@pytest.fixture
+def nearly(make_model, photos):
+    """nearly(names) -> a control's config, a pair, its change, and a Reading of it that is off by 2% of each range."""
+
+    def make(names):
+        ranges = choose_changes(names)
+        reference, target, change = draw_pair(random.Random(4), [photos / "a.png"], 96, ranges)
+        control_net = make_model(len(names), "reference").control_net
+        units = [CHANGES[name][0] for name in names]
+        control_net.register_to_config(control_names=names, control_units=units, fit_scale=[1.0] * len(names))
+        width = torch.tensor([high - low for low, high in ranges.values()]).double()
+        truth = torch.tensor([[change[name] for name in names]]).double()
+        covariance = torch.diag((0.02 * width).square())[None]
+        learned = torch.ones(len(names)).double(), torch.zeros(len(names)).double()
+        reading = Reading(truth + 0.02 * width, 0 * covariance, covariance, *[None] * 4, *learned)
+        return control_net.config, [(target, reference)], truth, reading
+
+    return make
+
+
+@pytest.mark.parametrize("names", [["exposure", "rotation"], list(CHANGES)], ids=["two", "six"])
+def test_pixels_give_the_last_digits(nearly, names):
+    config, pictures, truth, reading = nearly(names)
+    assert has_formula(config)
+    fitted = refine_reading(reading, pictures, config)
+    before, after = ((own.control - truth).abs()[0] for own in (reading, fitted))
+    assert (after[:5] < 0.25 * before[:5]).all()
+    assert (fitted.std < 0.2 * reading.std).all() and torch.equal(fitted.lowest, reading.control)
+    known = refine_reading(reading, pictures, config, names[:1])
+    assert known.control[0, 0] == reading.control[0, 0] and known.std[0, 0] == reading.std[0, 0]
+    config.fit_scale = None
+    assert refine_reading(reading, pictures, config) is reading
+
+
+def test_a_fit_that_goes_elsewhere_is_left_out(nearly, monkeypatch):
+    config, pictures, _, reading = nearly(["rotation"])
+    for far, loss in ((2.5, 0.1), (0.0, math.inf)):
+        found = NO_CHANGE | {"rotation": reading.control.item() + far}, loss, 1e-9 * np.eye(6)
+        monkeypatch.setattr(Fit, "solve", Mock(return_value=found))
+        kept = refine_reading(reading, pictures, config)
+        assert torch.equal(kept.control, reading.control) and torch.equal(kept.std, reading.std)
+
+
+def test_a_formula_knows_numbers_by_name_and_unit(nearly):
+    config, *_ = nearly(["rotation", "zoom"])
+    config.control_units = ["radians", "ratio"]
+    assert not has_formula(config)
 
 
 def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):
