@@ -9,7 +9,7 @@ from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.confidence import Z90, Reading
+from cldm.confidence import Z90, Reading, widen
 from cldm.denoising import DenoisingObjective
 from cldm.fit import fit_pictures, has_formula
 from cldm.hints import wrap
@@ -33,9 +33,9 @@ SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pict
 def calibrate(model, folder, dataset):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
-    error_scale, error_floor, proposal_scale, fit_scale: such that 90% of each number lie in their 90% intervals, at the
-    rank of split conformal prediction; residual variances are averaged with their median, as they tell the errors'
-    only roughly.
+    error_scale, error_floor, and those of a Proposal and of fits, where there are some: such that 90% of each number
+    lie in their 90% intervals, at the rank of split conformal prediction; residual variances are averaged with their
+    median, as they tell the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at their controls: two
@@ -68,17 +68,17 @@ def calibrate(model, folder, dataset):
     bars = dict(error_scale=error_scale, error_floor=error_scale * typical.sqrt())
     learned, config = dict(bars), model.control_net.config
     reading, drawn = (replace(own, **bars) for own in (reading, drawn))
-    opinions = {"proposal_scale": lambda _: [torch.cat(own).cpu() for own in zip(*second)]} if second else {}
+    opinions = {"proposal": lambda _: [torch.cat(own).cpu() for own in zip(*second)]} if second else {}
     if has_formula(config):
         rows = (dataset.rows[i].load() for i in chosen)
         pictures = [[fit_picture(picture, model.config.image_size) for picture in row] for row in rows]
-        opinions["fit_scale"] = lambda reading: fit_pictures(reading, pictures, config)
+        opinions["fit"] = lambda reading: fit_pictures(reading, pictures, config)
     for name, tell in opinions.items():
         opinion, std = tell(reading)
         judged = judge_opinion(reading, opinion, std, truth)
-        learned |= {key: judged[key] for key in bars} | {name: judged["opinion_scale"]}
+        learned |= {key: judged[key] for key in bars} | {f"{name}_{key}": judged[key] for key in ("scale", "floor")}
         reading = replace(reading, **{key: judged[key] for key in bars})
-        reading = reading.with_opinion(opinion, judged["opinion_scale"] * std)
+        reading = reading.with_opinion(opinion, widen(std, judged["scale"], judged["floor"]))
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     limits = dict(
         explained_loss=UNEXPLAINED * read,
@@ -104,17 +104,18 @@ def judge_opinion(reading, second, std, truth):
 
     second, std: (N, d), the estimates and the standard errors that they claim, infinite where there is none. truth:
     (N, d).
-    Returns: {error_scale, error_floor, opinion_scale: (d,)}, with which 90% of each number lie in their intervals.
+    Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; the
+    last two are `widen`'s.
     """
-    shares = wrap(second - truth, reading.periods).abs() / (Z90 * std)
-    scale = nine_in_ten(shares[std.isfinite().all(1)]) if std.isfinite().all(1).any() else torch.ones_like(std[0])
-    joined = reading.with_opinion(second, scale * std)
+    told = std.isfinite().all(1)
+    typical = std[told].square().median(0).values if told.any() else torch.ones_like(std[0])
+    shares = (wrap(second - truth, reading.periods) / Z90).square() / ((std.square() + typical) / 2)
+    scale = (nine_in_ten(shares[told]) / 2).sqrt() if told.any() else torch.ones_like(typical)
+    floor = scale * typical.sqrt()
+    joined = reading.with_opinion(second, widen(std, scale, floor))
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
-    return dict(
-        error_scale=factor * reading.error_scale,
-        error_floor=factor * reading.error_floor,
-        opinion_scale=factor * scale,
-    )
+    own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)
+    return {key: factor * value for key, value in own.items()}
 
 
 def spread_out(count, dataset):

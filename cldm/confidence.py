@@ -116,6 +116,11 @@ class Reading:
         return torch.stack([*ends], 2)
 
 
+def widen(std, scale, floor):
+    """std: (B, d), as an estimate claims them. scale, floor: d numbers, learned. Returns: (B, d), as they are."""
+    return torch.hypot(std * std.new_tensor(scale), std.new_tensor(floor))
+
+
 def standard_errors(found, paired, width):
     """Estimate the errors of a Solution's free numbers.
 

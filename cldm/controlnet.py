@@ -44,7 +44,9 @@ def check_control(file):
         "error_scale": or_null(each(number(0), control_dim)),
         "error_floor": or_null(each(number(0), control_dim)),
         "proposal_scale": or_null(each(number(0), control_dim)),
+        "proposal_floor": or_null(each(number(0), control_dim)),
         "fit_scale": or_null(each(number(0), control_dim)),
+        "fit_floor": or_null(each(number(0), control_dim)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
@@ -79,8 +81,8 @@ class NumericControlNet(ControlNetModel):
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
-    proposal_scale, fit_scale, explained_loss, sampling_loss, probes: what cldm.calibration.calibrate found, None
-    before. only_mid_control: act on the UNet's middle alone.
+    proposal_scale, proposal_floor, fit_scale, fit_floor, explained_loss, sampling_loss, probes: what
+    cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's middle alone.
     The rest are ControlNetModel's own.
     """
 
@@ -106,7 +108,9 @@ class NumericControlNet(ControlNetModel):
         error_scale: tuple[float, ...] | None = None,
         error_floor: tuple[float, ...] | None = None,
         proposal_scale: tuple[float, ...] | None = None,
+        proposal_floor: tuple[float, ...] | None = None,
         fit_scale: tuple[float, ...] | None = None,
+        fit_floor: tuple[float, ...] | None = None,
         explained_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,

@@ -13,6 +13,7 @@ from scipy.optimize import least_squares
 from torch.nn import functional as F
 
 from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
+from cldm.confidence import widen
 from cldm.evidence import BEYOND, CLIPPED, LEAST_SHARED
 from ldm.pictures import pictures_to_tensor
 
@@ -41,7 +42,7 @@ def refine_reading(reading, pictures, config, known=()):
     if config.fit_scale is None:
         return reading
     control, std = fit_pictures(reading, pictures, config, known)
-    return reading.with_opinion(control, std * std.new_tensor(config.fit_scale))
+    return reading.with_opinion(control, widen(std, config.fit_scale, config.fit_floor))
 
 
 def fit_pictures(reading, pictures, config, known=()):

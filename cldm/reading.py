@@ -6,7 +6,7 @@ import time
 import torch
 from einops import rearrange, repeat
 
-from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors
+from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import decode, wrap
 from cldm.proposal import Proposal
@@ -58,7 +58,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
     if config.proposal_scale is not None:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
-        reading = reading.with_opinion(second, std * std.new_tensor(config.proposal_scale))
+        reading = reading.with_opinion(second, widen(std, config.proposal_scale, config.proposal_floor))
     several = torch.tensor([is_ambiguous(found.compare(own), objective.paired) for own in valleys])
     reading.flags = raise_flags(
         len(target),

@@ -251,7 +251,8 @@ def nearly(make_model, photos):
         reference, target, change = draw_pair(random.Random(4), [photos / "a.png"], 96, ranges)
         control_net = make_model(len(names), "reference").control_net
         units = [CHANGES[name][0] for name in names]
-        control_net.register_to_config(control_names=names, control_units=units, fit_scale=[1.0] * len(names))
+        learned = dict(fit_scale=[1.0] * len(names), fit_floor=[0.0] * len(names))
+        control_net.register_to_config(control_names=names, control_units=units, **learned)
         width = torch.tensor([high - low for low, high in ranges.values()]).double()
         truth = torch.tensor([[change[name] for name in names]]).double()
         covariance = torch.diag((0.02 * width).square())[None]

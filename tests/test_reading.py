@@ -9,7 +9,7 @@ from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import calibration, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
-from cldm.confidence import Reading, is_ambiguous, is_outside, standard_errors
+from cldm.confidence import Reading, is_ambiguous, is_outside, standard_errors, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
@@ -273,9 +273,10 @@ def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
     truth, reading, second = opinions
     claimed = torch.full_like(second, 0.1 / 3)
     learned = calibration.judge_opinion(reading, second, claimed, truth)
-    assert learned["opinion_scale"].tolist() == pytest.approx([3.0, 3.0], rel=0.1)
-    scale, reading.error_scale = learned["opinion_scale"], learned["error_scale"]
-    both = reading.with_opinion(second, scale * claimed)
+    trusted = widen(claimed, learned["scale"], learned["floor"])
+    assert trusted.flatten().tolist() == pytest.approx([0.1] * trusted.numel(), rel=0.1)
+    reading.error_scale = learned["error_scale"]
+    both = reading.with_opinion(second, trusted)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.02)
 
