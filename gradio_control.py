@@ -150,7 +150,9 @@ def build(s, model, examples, worker):
                     seed = gr.Number(s.seed, label="seed of the noise", precision=0)
                 with gr.Column():
                     drawing = gr.HTML(elem_classes="drawing")
-                    over = gr.Dropdown(list(config.control_names), label="number of a strip", visible=len(sliders) > 1)
+                    over = gr.Dropdown(
+                        list(config.control_names), label="the strip goes over", visible=len(sliders) > 1
+                    )
                     draw_strip = gr.Button("Strip over the trained range")
             strip, given = gr.HTML(min_height=80), [prompt, reference, seed]
             drawn = [blocks.load, prompt.change, reference.change, seed.change, *(slider.input for slider in sliders)]

@@ -25,10 +25,7 @@ BOUNDS[0, NAMES.index("blur")] = 0
 FIRST_BLUR = 0.3  # pixels from which a blur is fitted at least, since a fit's derivative at 0 is 0
 DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
 STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
-NEAR = (
-    4.0,
-    0.1,
-)  # a fit that moved farther than so many standard errors, and this share of the range, found another place
+NEAR = 4.0, 0.1  # a fit found another place if it moved farther than so many standard errors and share of the range
 
 
 def has_formula(config):
@@ -39,7 +36,7 @@ def has_formula(config):
 
 def refine_reading(reading, pictures, config, known=()):
     """Take into account what fits find, as far as calibration trusts them. As fit_pictures. Returns: a Reading."""
-    if config.fit_scale is None:
+    if config.fit_scale is None or {*config.control_names} <= {*known}:
         return reading
     control, std = fit_pictures(reading, pictures, config, known)
     return reading.with_opinion(control, widen(std, config.fit_scale, config.fit_floor))

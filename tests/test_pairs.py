@@ -273,6 +273,7 @@ def test_pixels_give_the_last_digits(nearly, names):
     assert (fitted.std < 0.2 * reading.std).all() and torch.equal(fitted.lowest, reading.control)
     known = refine_reading(reading, pictures, config, names[:1])
     assert known.control[0, 0] == reading.control[0, 0] and known.std[0, 0] == reading.std[0, 0]
+    assert refine_reading(reading, pictures, config, names) is reading  # all is known
     config.fit_scale = None
     assert refine_reading(reading, pictures, config) is reading
 
