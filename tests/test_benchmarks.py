@@ -12,7 +12,20 @@ import torch
 from PIL import Image, ImageDraw
 from scipy.stats import kstest
 
-from benchmarks import base, drawn, gpu, inversion, knobs, large_data, meter, odd_cases, odd_inputs, pairs, training
+from benchmarks import (
+    base,
+    drawn,
+    gpu,
+    inversion,
+    knobs,
+    large_data,
+    meter,
+    odd_cases,
+    odd_inputs,
+    pairs,
+    things,
+    training,
+)
 from benchmarks.baselines import SamplingObjective
 from benchmarks.classical import SIZE, Answer, chain
 from benchmarks.common import choose, start_report
@@ -31,7 +44,7 @@ from benchmarks.mishaps import MISHAPS, draw_meter
 from cldm.changes import choose_changes
 from cldm.dataset import read_control_names, read_rows
 from cldm.fit import NAMES
-from cldm.model import Sampling, load_model
+from cldm.model import Sampling, load_model, save_model
 from cldm.pairs import draw_pair
 from dataForTrain.make_dataset import TRAIN, find_pictures
 from dataForTrain.make_meter import shortest
@@ -157,6 +170,38 @@ def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
     assert printed.count(f"| {training.OURS} |") == printed.count(f"| {training.THEIRS} |") == 2
     assert "| ControlNet |" in printed and "GFLOP a step" in printed and "| control error" in printed
     assert "added to the time of 1400 steps: 14 responses " in printed and ", 3 readings " in printed
+
+
+@pytest.mark.slow
+def test_things_are_tabled(make_model, tmp_path, capsys):
+    """Two numbers, one of which goes round, by every method; as make_things.py leaves its pairs."""
+    noise, rows = np.random.default_rng(0), []
+    for i in range(12):
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    for i in range(12):
+        files = dict(target=str(tmp_path / f"{i}.png"), reference=str(tmp_path / f"{(i + 1) % 12}.png"))
+        rows.append(json.dumps(dict(source=[3.0 * i - 18, 30.0 * i], prompt="", **files)) + "\n")
+    (tmp_path / "test").mkdir()
+    for file in (things.TRAINING_FILE, things.VALIDATION_FILE, things.TEST_FILE):
+        (tmp_path / file).write_text("".join(rows))
+    said = {"names": ["turn", "light"], "units": ["degrees"] * 2, "periods": [None, 360]}
+    write_yaml(said, tmp_path / "controls.yaml")
+    model = make_model(2, "reference", periods=[None, 360.0], fusion="both", proposals=2)
+    ranges = dict(control_low=[-18.0, 0.0], control_high=[15.0, 360.0])
+    names = dict(control_names=["turn", "light"], control_units=["degrees"] * 2)
+    learned = dict(error_scale=[0.1] * 2, error_floor=[1.0] * 2, proposal_scale=[2.0] * 2, proposal_floor=[1.0] * 2)
+    statistics = dict(control_mean=[0.0, 180.0], control_std=[10.0, 360 / 12**0.5])
+    model.control_net.register_to_config(**ranges, **names, **learned, **statistics)
+    save_model(model, tmp_path / "control")
+    arguments = [f"data_root={tmp_path}", f"model_path={tmp_path / 'control'}", "pairs=3", "minutes=0.02"]
+    run_script(things.main, things.settings, [*arguments, f"out_dir={tmp_path / 'out'}"])
+    readings = json.loads((tmp_path / "out" / "readings.json").read_text())["readings"]
+    printed = capsys.readouterr().out
+    for method in things.METHODS:
+        assert printed.count(f"| {method} | ") == 3 and len(readings[method]["found"]) == 3
+        assert all(0 <= light <= 360 for _, light in readings[method]["found"])
+    assert readings["proposal"]["half"][0] == readings["proposal"]["half"][1]  # split conformal: one for all
+    assert things.area(np.array([0.0, 5.0, 20.0]), 10) == pytest.approx(0.5)
 
 
 @pytest.mark.slow
