@@ -451,7 +451,7 @@ class TestTraining:
             ("learning_rate=inf", "learning_rate"),
             ("batch_size=0.5", "batch_size"),
             ("hint=cnn", 'got "cnn"'),
-            ("fusion=none", 'setting "fusion": expected affine or attention or both, got none'),
+            ("fusion=none", 'setting "fusion": expected affine or attention or both, got "none"'),
             ("fusion=both", 'setting "fusion": has no effect without references'),
             ("proposals=-1", "proposals"),
             ("batch_size=0", "batch_size"),
