@@ -1,7 +1,6 @@
 """Benchmarks at their smallest: the methods that take seconds, one target each."""
 
 import io
-import itertools
 import json
 import math
 import random
@@ -100,13 +99,11 @@ def test_a_million_rows_start_soon_in_little_memory(base_yaml, tmp_path):
 def test_a_gpus_rows_are_tabled_on_a_cpu(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "TARGETS", 2)
     write_yaml(read_config(ROOT / "models" / "cldm_v15.yaml") | {"architecture": str(folder)}, tmp_path / "base.yaml")
-    arguments = [f"base={tmp_path / 'base.yaml'}", "image_sizes=[64,32]", "batches=[1,2]", "device=cpu", "seconds=1e6"]
+    arguments = [f"base={tmp_path / 'base.yaml'}", "image_sizes=[64]", "batches=[1]", "device=cpu", "seconds=1e6"]
     run_script(gpu.main, gpu.settings, [*arguments, f"out_dir={tmp_path / 'out'}"])
     report = json.loads((tmp_path / "out" / "measured.json").read_text())
     names = [gpu.TRAINING, *gpu.ROWS]
-    assert sorted((row["row"], row["image_size"], row["batch"]) for row in report["rows"]) == sorted(
-        itertools.product(names, (32, 64), (1, 2))
-    )
+    assert [(row["row"], row["image_size"], row["batch"]) for row in report["rows"]] == [(own, 64, 1) for own in names]
     assert min(row["seconds"] for row in report["rows"]) > 0
     calls = {row["row"]: row["calls"] for row in report["rows"]}
     assert [calls[name] for name in names[2:]] == [2 * 10, 2 * 32]
