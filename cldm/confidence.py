@@ -116,6 +116,11 @@ class Reading:
         return torch.stack([*ends], 2)
 
 
+def decimals(std):
+    """Returns: how many decimals tell two digits of a standard error; three at least, ten at most."""
+    return 3 if not 0 < std < math.inf else min(10, max(3, 1 - math.floor(math.log10(std))))
+
+
 def widen(std, scale, floor):
     """std: (B, d), as an estimate claims them. scale, floor: d numbers, learned. Returns: (B, d), as they are."""
     return torch.hypot(std * std.new_tensor(scale), std.new_tensor(floor))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cldm.confidence import is_outside
+from cldm.confidence import decimals, is_outside
 from cldm.dataset import Row
 from cldm.model import Sampling
 from cldm.readers import load, read, read_each
@@ -149,10 +149,11 @@ def tell_numbers(result, known=()):
     bars = listed(result["std"], len(names), None), listed(result["interval90"], len(names), None)
     for name, value, std, interval in zip(names, listed(result["control"], len(names), None), *bars):
         if name in known or value is None or std is None:
-            bar = ["given" if name in known else "unknown", ""]
+            bar, digits = ["given" if name in known else "unknown", ""], 3
         else:
-            bar = [f"± {std:.3f}", f"{interval[0]:.3f} … {interval[1]:.3f}"]
-        lines.append([name, "" if value is None else f"{value:+.3f}", *bar])
+            digits = decimals(std)
+            bar = [f"± {std:.{digits}f}", f"{interval[0]:.{digits}f} … {interval[1]:.{digits}f}"]
+        lines.append([name, "" if value is None else f"{value:+.{digits}f}", *bar])
     return lines
 
 

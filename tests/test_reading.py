@@ -9,7 +9,7 @@ from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import calibration, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
-from cldm.confidence import Reading, is_ambiguous, is_outside, standard_errors, widen
+from cldm.confidence import Reading, decimals, is_ambiguous, is_outside, standard_errors, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
@@ -279,6 +279,11 @@ def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
     both = reading.with_opinion(second, trusted)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.02)
+
+
+@pytest.mark.parametrize("std, digits", [(0.2, 3), (0.05, 3), (0.0071, 4), (0.00006, 6), (0.0, 3), (math.inf, 3)])
+def test_as_many_digits_are_told_as_mean_something(std, digits):
+    assert decimals(std) == digits
 
 
 def test_moments_of_a_mixture(make_model):
