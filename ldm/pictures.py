@@ -128,7 +128,9 @@ def _to_rgb(picture, profiled):
             picture = picture.convert("LA") if picture.mode == "La" else picture
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return _to_srgb(picture, profile) if profile and profiled else picture.convert("RGB")
+    picture = _to_srgb(picture, profile) if profile and profiled else picture.convert("RGB")
+    picture.info.pop("icc_profile", None)  # which would be applied once more when this is loaded
+    return picture
 
 
 def _clear(picture):

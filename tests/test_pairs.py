@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHANNELS, IMAGE_SIZE, LATENT_SIZE, send, trained_state
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter
 from torch.nn import functional as F
 
 import invert
@@ -19,7 +19,7 @@ import tutorial_train
 from benchmarks.common import compose, inverse
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes
 from cldm.confidence import Reading
-from cldm.dataset import read_rows, split_rows
+from cldm.dataset import Row, read_rows, split_rows
 from cldm.denoising import DenoisingObjective
 from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
@@ -81,6 +81,17 @@ def test_the_target_is_the_reference_changed(photos, ranges):
             return np.abs(np.subtract(*pictures)).mean()
 
         assert difference(change) < 0.2 * difference(NO_CHANGE)
+
+
+def test_what_is_learned_from_is_what_was_cut(photos, tmp_path):
+    """Also of a photograph with a profile, which is applied neither when it is cut nor after."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
+    Image.open(photos / "a.png").save(tmp_path / "profiled.png", icc_profile=profile)
+    for file in (photos / "a.png", tmp_path / "profiled.png"):
+        reference, target, _ = draw_pair(random.Random(1), [file], 32, choose_changes(["rotation"]))
+        row = Row((0.0,), target, "", reference)
+        assert [own.tobytes() for own in row.load()] == [target.tobytes(), reference.tobytes()]
+        assert not target.info.get("icc_profile")
 
 
 def test_exposure_multiplies_light(photos):
