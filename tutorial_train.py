@@ -94,9 +94,10 @@ SHARES = Rule("two shares, [0, 1] for example", lambda v: each(number(0, 1), 2).
 def check(s):
     """Raises: InputError for settings that cannot be, or that would have no effect."""
     counts = "batch_size", "accumulate", "max_steps", "logger_freq", "patience", "checkpoint_freq", "keep_checkpoints"
-    check_numbers(s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, seed=(0, 2**32 - 1))
+    check_numbers(
+        s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, proposals=ANY, seed=(0, 2**32 - 1)
+    )
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
-    check_numbers(s, int, proposals=ANY)
     check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
     expect('setting "fusion": expected', s.fusion, one_of(*FUSIONS))
     expect('setting "schedule": expected', s.schedule, one_of(*SCHEDULES))

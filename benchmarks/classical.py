@@ -136,9 +136,9 @@ def sift(reference, target, sought, magsac=False):
     return Answer(from_pixels(fitted.params), 1 / count) if fitted else none
 
 
-def fit_all(reference, target, start, sought):
-    """Least squares from a change. Returns: an Answer, whose doubt is what the covariance expects of the corners."""
-    change, _, covariance = Fit(reference, target).solve(start, sought)
+def fit_all(fit, start, sought):
+    """Go on from a change with a Fit. Returns: an Answer, whose doubt is what the covariance expects of the corners."""
+    change, _, covariance = fit.solve(start, sought)
     spread = corner_spread(change, covariance, SIZE)
     return Answer({name: change[name] for name in sought}, spread, covariance.tolist())
 
@@ -164,4 +164,4 @@ def chain(reference, target, sought, joint=True):
     change, loss, _ = min(fits, key=lambda own: own[1])
     if not joint:
         return Answer({name: change[name] for name in sought}, loss)
-    return fit_all(reference, target, change, sought)
+    return fit_all(fit, change, sought)

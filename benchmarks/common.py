@@ -29,6 +29,11 @@ def read_lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def write_lines(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def save_json(path, value):
     write_whole(path, lambda file: file.write_text(json.dumps(value, indent=1) + "\n"))
 

@@ -43,8 +43,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.common import choose, quantiles, read_lines, save_json, start_report
-from benchmarks.meter_methods import MAIN, METHODS, SIZE, column, write_lines
+from benchmarks.common import choose, quantiles, read_lines, save_json, start_report, write_lines
+from benchmarks.meter_methods import MAIN, METHODS, SIZE, column
 from benchmarks.mishaps import MISHAPS
 from cldm.dataset import TRAINING_FILE
 from cldm.report import COLOURS

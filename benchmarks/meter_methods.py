@@ -18,7 +18,8 @@ from torchvision.models import resnet18
 
 import tutorial_train
 from benchmarks.baselines import augment, train_regressor
-from benchmarks.common import read_lines, read_targets
+from benchmarks.common import read_lines, read_targets, write_lines
+from cldm.calibration import nine_in_ten
 from cldm.dataset import TRAINING_FILE, split_rows
 from dataForTrain.make_meter import PERIOD, shortest
 from ldm.files import find_path, write_whole
@@ -39,11 +40,6 @@ class Readings:
     half: list  # n halves of 90% intervals
     flagged: list  # n bool
     seconds: float  # a picture
-
-
-def write_lines(file, rows):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def column(rows, key):
@@ -183,8 +179,8 @@ def with_bars(values, validation):
     values: function(rows) -> (n,). validation: rows that it has not learned from.
     Returns: function(rows, name) -> Readings, none of them flagged. Source: Angelopoulos & Bates 2021, eq. 1.
     """
-    errors = np.sort(np.abs(shortest(values(validation) - column(validation, "source"))))
-    half = errors[min(len(errors), math.ceil(0.9 * (len(errors) + 1))) - 1]
+    errors = np.abs(shortest(values(validation) - column(validation, "source")))
+    half = nine_in_ten(torch.from_numpy(errors)).item()
 
     def read(rows, name):
         began = time.perf_counter()

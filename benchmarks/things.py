@@ -25,7 +25,6 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__)
 
-import json
 import time
 from functools import partial
 
@@ -37,7 +36,9 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 from benchmarks.baselines import train_regressor
-from benchmarks.common import choose, read_lines, read_targets, save_json, start_report
+from benchmarks.common import choose, read_lines, read_targets, save_json, start_report, write_lines
+from benchmarks.doubt import area_under
+from cldm.calibration import nine_in_ten
 from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, read_control_names
 from cldm.hints import decode, encode, wrap
 from cldm.model import load_model
@@ -83,7 +84,7 @@ class SiameseNetwork(nn.Module):
         return self.head(torch.cat(self.trunk(torch.cat([reference, target])).chunk(2), 1))
 
 
-def siamese(s, statistics, out):
+def siamese(s, training, statistics, out):
     """Returns: function(rows) -> controls (n, d), of a SiameseNetwork that was trained for s.minutes."""
     periods, file = statistics.periods, out / "siamese.safetensors"
     network = SiameseNetwork(len(periods) + sum(map(bool, periods)))
@@ -100,12 +101,11 @@ def siamese(s, statistics, out):
         return [torch.stack([own[i] for i in which]).float() / 127.5 - 1 for own in pictures]
 
     if not file.exists():
-        rows = load_rows(find_path(s.data_root) / TRAINING_FILE)
-        pictures, control = load(rows), torch.tensor([row["source"] for row in rows])
+        pictures, control = load(training), torch.tensor([row["source"] for row in training])
         wanted = encode(control, statistics.control_mean, statistics.control_std, periods)
 
         def draw_batch(step):
-            chosen = torch.randint(len(rows), (64,))
+            chosen = torch.randint(len(training), (64,))
             gain, light = 0.85 + 0.3 * torch.rand(64, 3, 1, 1), 0.2 * torch.rand(64, 1, 1, 1) - 0.1
             return [own * gain + light for own in pair(pictures, chosen.tolist())], wanted[chosen]
 
@@ -125,7 +125,7 @@ def siamese(s, statistics, out):
     return read
 
 
-def proposal(s, statistics, out):
+def proposal(s, training, statistics, out):
     """Returns: function(rows) -> controls (n, d), the mean of what the control's Proposal says."""
     model = load_model(s.model_path)
 
@@ -144,8 +144,7 @@ def proposal(s, statistics, out):
 
 def with_bars(read, rows, validation, statistics):
     """Give a method split conformal error bars. Returns: as `ours`. Source: Angelopoulos & Bates 2021, eq. 1."""
-    errors = np.sort(find_errors(read(validation), validation, statistics), 0)
-    half = errors[min(len(errors), int(np.ceil(0.9 * (len(errors) + 1)))) - 1]
+    half = nine_in_ten(torch.from_numpy(find_errors(read(validation), validation, statistics)))
     began = time.perf_counter()
     found = read(rows)
     seconds = (time.perf_counter() - began) / len(rows)
@@ -154,7 +153,8 @@ def with_bars(read, rows, validation, statistics):
 
 def ours(s, rows, statistics, out):
     """Returns: what the control reads: found and half the intervals (n, d), n lists of flags, seconds a pair."""
-    results = read_targets(s.model_path, write_rows(out / "targets.json", rows), out / "ours")
+    write_lines(out / "targets.json", rows)
+    results = read_targets(s.model_path, out / "targets.json", out / "ours")
     interval = np.array([result["interval90"] for result in results])
     width, periods = interval[..., 1] - interval[..., 0], [period or np.inf for period in statistics.periods]
     width = np.where(width < 0, width + periods, width)
@@ -166,20 +166,10 @@ def ours(s, rows, statistics, out):
     )
 
 
-def write_rows(file, rows):
-    write_whole(file, partial(Path.write_text, data="".join(json.dumps(row) + "\n" for row in rows)))
-    return file
-
-
 def find_errors(found, rows, statistics):
     """Returns: (n, d), absolute errors, the short way round."""
     gaps = torch.tensor(np.asarray(found) - np.array([row["source"] for row in rows]))
     return wrap(gaps, statistics.periods).abs().numpy()
-
-
-def area(errors, limit):
-    """Returns: the area under the curve of the share of errors below x, from 0 to a limit, of 1."""
-    return float(np.clip(1 - errors / limit, 0, 1).mean())
 
 
 METHODS = {"ours": None, "proposal": proposal, "siamese": siamese}
@@ -202,7 +192,7 @@ def tell(readings, rows, statistics):
     print("| --- " * (4 + len(AREAS)) + "|")
     for method, own in readings.items():
         errors = find_errors(own["found"], rows, statistics)[:, turn]
-        areas = " | ".join(f"{area(errors, limit):.3f}" for limit in AREAS)
+        areas = " | ".join(f"{area_under(errors, limit):.3f}" for limit in AREAS)
         flagged = np.mean([bool(flags) for flags in own["flags"]])
         print(f"| {method} | {(errors <= CLOSE).mean():.0%} | {areas} | {flagged:.0%} | {own['seconds']:.2f} |")
 
@@ -220,7 +210,7 @@ def main(s):
         if method == "ours":
             readings[method] = ours(s, rows, statistics, out)
         else:
-            readings[method] = with_bars(METHODS[method](s, statistics, out), rows, validation, statistics)
+            readings[method] = with_bars(METHODS[method](s, training, statistics, out), rows, validation, statistics)
         save_json(out / REPORT, {"readings": readings})
     tell(readings, rows, statistics)
 

@@ -61,11 +61,7 @@ def calibrate(model, folder, dataset):
     truth = dataset.controls[chosen]
     errors = wrap(reading.control - truth, model.control_net.config.periods)
     missing = (errors / Z90).square() - noise  # variance that the noise does not account for
-    typical = residual.median(0).values
-    moderated = (residual + typical) / 2
-    shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
-    error_scale = (nine_in_ten(shares).clamp_min(0) / 2).sqrt()
-    bars = dict(error_scale=error_scale, error_floor=error_scale * typical.sqrt())
+    bars = dict(zip(("error_scale", "error_floor"), moderate(missing, residual)))
     learned, config = dict(bars), model.control_net.config
     reading, drawn = (replace(own, **bars) for own in (reading, drawn))
     opinions = {"proposal": lambda _: [torch.cat(own).cpu() for own in zip(*second)]} if second else {}
@@ -94,9 +90,21 @@ def calibrate(model, folder, dataset):
 
 
 def nine_in_ten(values):
-    """values: (N, d). Returns: (d,), what nine in ten stay below, at the rank of split conformal prediction."""
+    """values: (N, ...). Returns: (...), what nine in ten stay below, at the rank of split conformal prediction."""
     rank = min(len(values), math.ceil(0.9 * (len(values) + 1)))
     return values.sort(0).values[rank - 1]
+
+
+def moderate(missing, claimed):
+    """missing: (N, d), the variance that each error alone would ask for. claimed: (N, d), variances.
+
+    Returns: scale, floor: (d,), of standard deviations, with which 90% of each number lie in their 90% intervals.
+    """
+    typical = claimed.median(0).values
+    moderated = (claimed + typical) / 2
+    shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
+    scale = (nine_in_ten(shares).clamp_min(0) / 2).sqrt()
+    return scale, scale * typical.sqrt()
 
 
 def judge_opinion(reading, second, std, truth):
@@ -107,11 +115,8 @@ def judge_opinion(reading, second, std, truth):
     Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; the
     last two are `widen`'s.
     """
-    told = std.isfinite().all(1)
-    typical = std[told].square().median(0).values if told.any() else torch.ones_like(std[0])
-    shares = (wrap(second - truth, reading.periods) / Z90).square() / ((std.square() + typical) / 2)
-    scale = (nine_in_ten(shares[told]) / 2).sqrt() if told.any() else torch.ones_like(typical)
-    floor = scale * typical.sqrt()
+    told, missing = std.isfinite().all(1), (wrap(second - truth, reading.periods) / Z90).square()
+    scale, floor = moderate(missing[told], std[told].square()) if told.any() else std.new_ones(2, std.shape[1])
     joined = reading.with_opinion(second, widen(std, scale, floor))
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)

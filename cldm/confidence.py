@@ -44,7 +44,7 @@ class Reading:
     seconds: float = 0.0  # per target
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
     relief: torch.Tensor | None = None  # (B, d), share of each number's variance that other opinions take away
-    lowest: torch.Tensor | None = None  # (B, d), where the loss is lowest, if other opinions moved the control
+    unmoved: torch.Tensor | None = None  # (B, d), the control before other opinions moved it
     periods: tuple = ()  # of the d numbers, None where one does not go round; (): none does
     middle: tuple | float = 0.0  # of the circles that periodic numbers are told in
 
@@ -52,7 +52,7 @@ class Reading:
     def cat(readings):
         """Returns: the Reading of all targets of some Readings by one control, on the CPU."""
         keys = ["control", "noise_covariance", "residual_covariance", "loss"]
-        keys += [key for key in ("relief", "lowest") if getattr(readings[0], key) is not None]
+        keys += [key for key in ("relief", "unmoved") if getattr(readings[0], key) is not None]
         joined = {key: torch.cat([getattr(own, key) for own in readings]).cpu() for key in keys}
         lists = {key: [one for own in readings for one in getattr(own, key)] for key in ("others", "flags")}
         return replace(readings[0], iterations=None, **joined, **lists)
@@ -87,8 +87,12 @@ class Reading:
         moved = self.control + share * wrap(control - self.control, self.periods)
         moved = wrap(moved, self.periods, moved.new_tensor(self.middle))
         relief = share if self.relief is None else 1 - (1 - self.relief) * (1 - share)
-        lowest = self.control if self.lowest is None else self.lowest
-        return replace(self, control=moved, relief=relief, lowest=lowest)
+        return replace(self, control=moved, relief=relief, unmoved=self.lowest)
+
+    @property
+    def lowest(self):
+        """(B, d), where the loss is lowest."""
+        return self.control if self.unmoved is None else self.unmoved
 
     @property
     def std(self):
@@ -119,6 +123,12 @@ class Reading:
 def decimals(std):
     """Returns: how many decimals tell two digits of a standard error; three at least, ten at most."""
     return 3 if not 0 < std < math.inf else min(10, max(3, 1 - math.floor(math.log10(std))))
+
+
+def tell_value(value, std=None):
+    """Returns: a number as text, with its standard error if that is known."""
+    digits = decimals(std or 0)
+    return f"{value:+.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def widen(std, scale, floor):

@@ -210,8 +210,12 @@ class NumericControlNet(ControlNetModel):
 
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""
-        pictures = [target.latents] if target.reference is None else [target.reference, target.latents]
-        return self.proposal(torch.cat(pictures, 1).to(self.dtype))
+        return self.proposal(self.join(target.latents, target.reference).to(self.dtype))
+
+    @staticmethod
+    def join(latents, reference=None):
+        """latents, reference: (B, C, h, w). Returns: (B, C or 2 C, h, w), as a Proposal takes them."""
+        return latents if reference is None else torch.cat([reference, latents], 1)
 
     @property
     def uses_reference(self):

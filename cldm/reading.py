@@ -78,19 +78,17 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
     Returns: Reading; what `profile` returns at its controls.
     """
     reading = read_controls(model, target, known, draws, seed)
-    lowest = reading.control if reading.lowest is None else reading.lowest
-    profiles = profile(model, target, lowest, seed)
+    profiles = profile(model, target, reading.lowest, seed)
     config = model.control_net.config
-    lower = find_lower(search_bounds(config, known), config.periods, lowest, *profiles)
-    if (lower == lowest).all():
+    lower = find_lower(search_bounds(config, known), config.periods, reading.lowest, *profiles)
+    if (lower == reading.lowest).all():
         return reading, profiles
     most = max(map(len, reading.others))  # every target starts from as many places
     others = [own + place[None].expand(most - len(own), -1).tolist() for own, place in zip(reading.others, lower)]
     others = lower.new_tensor(others).view(len(target), most, lower.shape[1])
-    start = torch.cat([lowest[:, None], lower[:, None], others], 1)
+    start = torch.cat([reading.lowest[:, None], lower[:, None], others], 1)
     reading = read_controls(model, target, known, draws, seed, start)
-    lowest = reading.control if reading.lowest is None else reading.lowest
-    return reading, profile(model, target, lowest, seed)
+    return reading, profile(model, target, reading.lowest, seed)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from cldm.confidence import FLAGS, decimals
+from cldm.confidence import FLAGS, tell_value
 from cldm.evidence import unseen_numbers
 from cldm.hints import wrap
 from cldm.model import Sampling
@@ -229,16 +229,15 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         name, unit = plain(config.control_names[k]), plain(config.control_units[k])
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
         axes.plot(points[:, k], losses, color=BLUE, label="denoising loss")
-        value, told, read = control[k].item(), f"{control[k]:+.3f}", dict(color=VERMILION, fmt="o", label="read")
+        value, std, read = control[k].item(), None, dict(color=VERMILION, fmt="o", label="read")
         if reading.calibrated:
             std, read["label"] = reading.std[i, k].item(), "read, with its 90% interval"
-            told = f"{value:+.{decimals(std)}f} ± {std:.{decimals(std)}f}"
             read |= dict(xerr=reading.margin[i, k].item(), capsize=6, elinewidth=2.5)
         axes.errorbar(value, np.interp(value, points[:, k], losses), **read)
         ends = (config.control_low[k], config.control_high[k]) if config.periods[k] is None else points[[0, -1], k]
         axes.axvspan(*ends, color="gray", alpha=0.12, lw=0, label="trained range")
         axes.set(xlim=(points[0, k], points[-1, k]), xlabel=label(name, unit), ylim=(0, None))
-        axes.set_title(f"{name} {told} {unit}".rstrip(), fontsize=10)
+        axes.set_title(f"{name} {tell_value(value, std)} {unit}".rstrip(), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
             low = config.control_low[k]

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-from cldm.confidence import FLAGS, decimals
+from cldm.confidence import FLAGS, tell_value
 from cldm.report import describe_flags, describe_row
 from cldm.series import Series, draw_series, listed
 from ldm.files import digest, find_path, write_whole, writing
@@ -87,10 +87,10 @@ def digest_model(path, base):
 
 def tell_reading(config, reading, result):
     """Print what was read from one target, with its flags. result: as describe_reading has it."""
-    for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
-        std, digits = reading.std[0, k].item(), decimals(reading.std[0, k].item()) if reading.calibrated else 3
-        error = f" ± {std:.{digits}f}" if reading.calibrated else ""
-        print(f"{name}: {reading.control[0, k]:+.{digits}f}{error} {unit}".rstrip())
+    count = len(config.control_names)
+    errors = reading.std[0].tolist() if reading.calibrated else [None] * count
+    for name, unit, *told in zip(config.control_names, config.control_units, reading.control[0].tolist(), errors):
+        print(f"{name}: {tell_value(*told)} {unit}".rstrip())
     for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
         print(f"{flag}: {text}")
     if not result["flags"]:

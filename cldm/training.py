@@ -158,9 +158,9 @@ class ControlTraining(pl.LightningModule):
             hint = net.controlnet_cond_embedding
             losses, hint.draft = DRAFT * F.mse_loss(hint.draft.float(), latents), None
         if net.proposal is not None:
-            pictures = torch.cat([batch["reference"], latents], 1) if net.uses_reference else latents
-            noise = torch.cat([noise.flip(0), noise], 1) if net.uses_reference else noise
-            losses = losses + PROPOSAL * net.proposal.loss(pictures, noise, net.normalize(batch["control"])).mean()
+            others = noise.flip(0) if net.uses_reference else None
+            seen = net.join(latents, batch.get("reference")), net.join(noise, others)
+            losses = losses + PROPOSAL * net.proposal.loss(*seen, net.normalize(batch["control"])).mean()
         return losses
 
     def snr_weights(self, timesteps):

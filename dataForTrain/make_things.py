@@ -180,10 +180,11 @@ def render_scene(s, out, group, count, number):
 
 def make_rows(s, out, group, count):
     """Render `count` pairs of a group, s.processes scenes at a time. Returns: their rows."""
-    counts = []
-    while (missing := count - sum(counts)) > 0:
+    counts, missing = [], count
+    while missing:
         own = list_pairs(group, draw_scene(s.seed, group, len(counts), s.turn)[1], s.turn)
         counts.append(min(len(own), missing))
+        missing -= counts[-1]
     render, scenes, rows = partial(render_scene, s, out, group), range(len(counts)), []
     ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
     pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))

@@ -199,7 +199,7 @@ def test_things_are_tabled(make_model, tmp_path, capsys):
         assert printed.count(f"| {method} | ") == 3 and len(readings[method]["found"]) == 3
         assert all(0 <= light <= 360 for _, light in readings[method]["found"])
     assert readings["proposal"]["half"][0] == readings["proposal"]["half"][1]  # split conformal: one for all
-    assert things.area(np.array([0.0, 5.0, 20.0]), 10) == pytest.approx(0.5)
+    assert things.area_under(np.array([0.0, 5.0, 20.0]), 10) == pytest.approx(0.5)
 
 
 @pytest.mark.slow
