@@ -200,12 +200,13 @@ def main(s):
     check_numbers(s, max_upload_mb=(0.001, math.inf), max_megapixels=(0.001, math.inf))
     if gr is None:
         raise InputError("gradio is not installed: start the page with `make page`, or install requirements-page.txt")
-    model = load_model(s.model_path, device=s.device)
-    examples = find_examples(s, model)
     Image.MAX_IMAGE_PIXELS = int(1e6 * s.max_megapixels / 2)  # Pillow refuses what has twice as many
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that uploads are removed then too
     with tempfile.TemporaryDirectory(prefix="page-") as s.uploads, ThreadPoolExecutor(1) as worker:
         os.environ["GRADIO_TEMP_DIR"] = s.uploads
+        # In the thread that will compute: OpenMP serves a second one that computes a quarter slower.
+        model = worker.submit(load_model, s.model_path, device=s.device).result()
+        examples = find_examples(s, model)
         blocks, css = build(s, model, examples, worker)
         where = dict(server_name=s.address, server_port=s.port, max_file_size=int(1e6 * s.max_upload_mb))
         looks = dict(theme=gr.themes.Default(font=["system-ui", "sans-serif"]), css=CSS + css, footer_links=[])
