@@ -24,6 +24,7 @@ settings = dict(
     fusion="affine",  # of a fresh control with references: affine (they move), attention (they turn), or both
     modulated=False,  # of a fresh control: whether the numbers act in every block of the ControlNet
     proposals=0,  # of a fresh control: numbers that a small network suggests to start from; 0: none
+    proposal_steps=0,  # at the start, in which that network alone learns, in a fraction of the time
     out_dir="runs/control_tiny",
     overwrite=False,  # True: replace a control in out_dir that belongs to no unfinished run
     check=False,  # True: train nothing; look at all of the data, tell every problem and what training will take
@@ -97,6 +98,9 @@ def check(s):
     check_numbers(
         s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, proposals=ANY, seed=(0, 2**32 - 1)
     )
+    check_numbers(s, int, proposal_steps=(0, s.max_steps - 1))
+    if s.proposal_steps and not (s.proposals or s.resume_path):
+        raise InputError('setting "proposal_steps": with proposals=0 nothing would learn in them')
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
     check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
     expect('setting "fusion": expected', s.fusion, one_of(*FUSIONS))

@@ -132,8 +132,8 @@ class NumericControlNet(ControlNetModel):
             self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels, goes_round, fusion)
         else:
             self.controlnet_cond_embedding = DenseHint(*size, latent_size, original=hint == "original")
-        pictures = 1 + self.uses_reference
-        self.proposal = Proposal(inputs, pictures * self.config.in_channels, proposals) if proposals else None
+        size = inputs, self.config.in_channels, proposals, self.uses_reference
+        self.proposal = Proposal(*size) if proposals else None
 
     @staticmethod
     def _get_init_keys(input_class):
@@ -210,12 +210,8 @@ class NumericControlNet(ControlNetModel):
 
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""
-        return self.proposal(self.join(target.latents, target.reference).to(self.dtype))
-
-    @staticmethod
-    def join(latents, reference=None):
-        """latents, reference: (B, C, h, w). Returns: (B, C or 2 C, h, w), as a Proposal takes them."""
-        return latents if reference is None else torch.cat([reference, latents], 1)
+        latents = (own for own in (target.latents, target.reference) if own is not None)
+        return self.proposal(*(own.to(self.dtype) for own in latents))
 
     @property
     def uses_reference(self):

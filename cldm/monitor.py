@@ -140,7 +140,9 @@ class Monitor(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
-        if not mid_step(trainer, batch_index) and (step % RESPONSE_EVERY == 0 or step == trainer.max_steps):
+        if not (mid_step(trainer, batch_index) or module.proposes) and (
+            step % RESPONSE_EVERY == 0 or step == trainer.max_steps
+        ):
             self.look(trainer, module)
 
     def look(self, trainer, module):

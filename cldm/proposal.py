@@ -3,44 +3,102 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from einops import rearrange
 from torch import nn
 
 from cldm.hints import decode
 
-WIDTHS = 64, 128, 256, 256  # channels at the latents' resolution, and at a half, a quarter, an eighth of it
+SIDES = 8, 32  # of the latents that are looked at; larger ones are averaged to the second, smaller ones enlarged
+WIDTHS = 64, 96, 192, 192  # channels there, and at a half, a quarter, an eighth of it
 GROUPS = 16
+REACH = 5  # places to each side, of half of SIDES, in which the reference is compared with the target
+HEADS = 2  # parts of the features that are compared each by itself
+SHARPNESS = 4.0  # of a comparison, cosines beside features of spread 1
+POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
 NOISE = 0.1  # added to latents in training, whose spread is 1
 LEAST_STD = 0.01  # of a component, in units of a number's spread
+
+
+def blocks(before, *widths):
+    """Returns: residual blocks, each of which halves the side if it changes the width."""
+    parts = []
+    for width in widths:
+        own = dict(in_channels=before, out_channels=width, down=width != before)
+        parts.append(ResnetBlock2D(**own, temb_channels=None, groups=GROUPS))
+        before = width
+    return nn.ModuleList(parts)
+
+
+def run(parts, hidden):
+    for part in parts:
+        hidden = part(hidden, None)
+    return hidden
+
+
+def compare(target, reference):
+    """Compare every place of the target with those around it in the reference.
+
+    target, reference: (B, C, h, w). Returns: (B, HEADS * (2 REACH + 1)^2, h, w), cosines, 0 beyond the picture.
+    Source: Dosovitskiy et al. 2015, FlowNet's correlation layer.
+    """
+    size, device = target.shape[2:], target.device
+    target, reference = (
+        F.normalize(rearrange(own, "b (n c) h w -> b n (h w) c", n=HEADS), dim=3) for own in (target, reference)
+    )
+    every = target @ reference.transpose(2, 3)  # (B, n, places of the target, places of the reference)
+    moves = torch.arange(-REACH, REACH + 1, device=device)
+    y, x = (torch.arange(extent, device=device)[:, None] + moves for extent in size)  # (h, m), (w, m)
+    inside = rearrange((y >= 0) & (y < size[0]), "h m -> h 1 m 1") & rearrange((x >= 0) & (x < size[1]), "w k -> w 1 k")
+    place = rearrange(y.clamp(0, size[0] - 1) * size[1], "h m -> h 1 m 1")
+    place = place + rearrange(x.clamp(0, size[1] - 1), "w k -> w 1 k")
+    place, inside = (rearrange(own, "h w m k -> (h w) (m k)") for own in (place, inside))
+    near = every.gather(3, place.expand(*every.shape[:2], -1, -1)) * inside.to(every.dtype)
+    return rearrange(near, "b n (h w) m -> b (n m) h w", h=size[0])
 
 
 class Proposal(nn.Module):
     """A mixture of Gaussians over numbers, given latents of a target, and of a reference where there is one.
 
-    inputs: of an encoded control, as NumericControlNet.normalize has it. channels: of all latents. components: K.
+    With a reference, both go through one encoder, and their features are compared place by place.
+    inputs: of an encoded control, as NumericControlNet.normalize has it. channels: of latents. components: K.
     Source: Bishop 1994, mixture density networks; He et al. 2016, residual networks.
     """
 
-    def __init__(self, inputs, channels, components):
+    def __init__(self, inputs, channels, components, uses_reference):
         super().__init__()
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
-        parts, before = [nn.Conv2d(channels, WIDTHS[0], 3, padding=1)], WIDTHS[0]
-        for width in WIDTHS[1:]:
-            for own in (dict(in_channels=before, down=True), dict(in_channels=width)):
-                parts.append(ResnetBlock2D(**own, out_channels=width, temb_channels=None, groups=GROUPS))
-            before = width
-        self.trunk = nn.ModuleList(parts)
-        self.head = nn.Sequential(nn.GroupNorm(GROUPS, before), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.last = nn.Linear(before, math.prod(self.shape))
+        first, width, *_, last = WIDTHS
+        self.first = nn.Conv2d(channels, first, 3, padding=1)
+        self.encoder = blocks(first, first, width, width, width)
+        if uses_reference:
+            self.key = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 1))
+            self.merge = nn.Conv2d(2 * width + HEADS * (2 * REACH + 1) ** 2, width, 1)
+        self.trunk = blocks(width, width, width, *WIDTHS[2:], last)
+        self.head = nn.Sequential(
+            nn.GroupNorm(GROUPS, last),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(POOLED),
+            nn.Flatten(),
+            nn.Linear(last * POOLED**2, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, math.prod(self.shape)),
+        )
 
-    def forward(self, latents):
-        """latents: (B, channels, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
-        hidden = self.trunk[0](latents)
-        for block in self.trunk[1:]:
-            hidden = block(hidden, None)
-        hidden = self.head(hidden).to(self.last.weight.dtype)
-        with torch.autocast(latents.device.type, enabled=False):
-            weights, mean, log_std = self.last(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)
+    def encode(self, latents):
+        size = [min(max(extent, SIDES[0]), SIDES[1]) for extent in latents.shape[2:]]
+        return run(self.encoder, self.first(F.adaptive_avg_pool2d(latents, size)))
+
+    def forward(self, latents, reference=None):
+        """latents, reference: (B, C, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
+        hidden = self.encode(latents)
+        if reference is not None:
+            before = self.encode(reference)
+            near = SHARPNESS * compare(self.key(hidden), self.key(before))
+            hidden = self.merge(torch.cat([before, hidden, near.to(hidden.dtype)], 1))
+        said = self.head(run(self.trunk, hidden)).float().unflatten(1, self.shape)
+        weights, mean, log_std = said.tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD
 
     @staticmethod
@@ -65,7 +123,10 @@ class Proposal(nn.Module):
         return decode(middle.double(), config), torch.stack(spreads, 1).double()
 
     def loss(self, latents, noise, control):
-        """noise: as latents, of spread 1. control: (B, inputs), the truth, encoded. Returns: (B,), nats a number."""
-        weights, mean, std = self(latents + NOISE * noise)
+        """latents: (B, pictures, C, h, w), of a target, and of a reference where there is one. noise: as latents, of
+        spread 1.
+        control: (B, inputs), the truth, encoded. Returns: (B,), nats a number.
+        """
+        weights, mean, std = self(*(latents + NOISE * noise).unbind(1))
         each = -((control[:, None] - mean) / std).square() / 2 - std.log()
         return -(weights + each.sum(2)).logsumexp(1) / control.shape[1]

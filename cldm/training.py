@@ -78,6 +78,7 @@ class Method:
     likelihood: bool = False  # minimise that of cldm.objective in place of mean squares
     ema: float | None = None  # decay of an average of the weights, which is judged and kept as the control
     sd_locked: bool = True  # False: the decoder of the base's UNet learns too
+    proposal_steps: int = 0  # at the start, in which a Proposal alone learns
     seed: int = 0
 
 
@@ -111,6 +112,17 @@ class ControlTraining(pl.LightningModule):
         """{name: parameter} of what learns."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    @property
+    def proposes(self):
+        """Whether the Proposal alone learns yet."""
+        return self.global_step < self.method.proposal_steps
+
+    @property
+    def later(self):
+        """{name: parameter} of what does not learn from the first step on."""
+        alone = self.method.proposal_steps
+        return {name: p for name, p in self.trained.items() if alone and ".proposal." not in name}
+
     def squared_errors(self, batch, noise, timesteps, kept):
         """Mean squared errors of the predicted noise or velocity.
 
@@ -141,15 +153,24 @@ class ControlTraining(pl.LightningModule):
         timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long()
         kept = (torch.rand(size, generator=generator) >= self.method.prompt_dropout)[own]
         noise, timesteps, kept = (drawn.to(self.device, non_blocking=True) for drawn in (noise, timesteps, kept))
+        if self.proposes:
+            loss = self.proposal_loss(batch, noise)
+            self.note(loss, batch)
+            return PROPOSAL * loss + 0 * sum(
+                p.sum() for p in self.later.values()
+            )  # whose gradients other processes wait for
         squares = self.squared_errors(batch, noise, timesteps, kept)
-        self.loss, self.batch = squares.mean().detach(), batch
-        self.recent.append(self.loss)
-        self.log("loss", self.loss)
+        self.note(squares.mean(), batch)
         others = self.other_losses(batch, noise)
         if self.method.likelihood:
             return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean() + others
         weights = self.snr_weights(timesteps)[:, None] if self.method.min_snr else 1
         return (weights * squares).mean() + others
+
+    def note(self, loss, batch):
+        self.loss, self.batch = loss.detach(), batch
+        self.recent.append(self.loss)
+        self.log("loss", self.loss)
 
     def other_losses(self, batch, noise):
         """Returns: of what is trained beside the denoising, a hint's draft and a Proposal; 0 without them."""
@@ -158,10 +179,14 @@ class ControlTraining(pl.LightningModule):
             hint = net.controlnet_cond_embedding
             losses, hint.draft = DRAFT * F.mse_loss(hint.draft.float(), latents), None
         if net.proposal is not None:
-            others = noise.flip(0) if net.uses_reference else None
-            seen = net.join(latents, batch.get("reference")), net.join(noise, others)
-            losses = losses + PROPOSAL * net.proposal.loss(*seen, net.normalize(batch["control"])).mean()
+            losses = losses + PROPOSAL * self.proposal_loss(batch, noise)
         return losses
+
+    def proposal_loss(self, batch, noise):
+        """Returns: the mean loss of the Proposal. noise: (B, C, h, w)."""
+        net, seen = self.model.control_net, [batch[key] for key in ("latents", "reference") if key in batch]
+        noise = torch.stack([noise, noise.flip(0)][: len(seen)], 1)
+        return net.proposal.loss(torch.stack(seen, 1), noise, net.normalize(batch["control"])).mean()
 
     def snr_weights(self, timesteps):
         """Returns: (B,), what the squared errors at timesteps count. Source: Hang et al. 2023, eq. 9, table 4."""
@@ -187,6 +212,10 @@ class ControlTraining(pl.LightningModule):
             self.base_losses[index] = mean_loss(batch | {"control": None})
         means = dict(val_loss=mean_loss(batch), base_loss=self.base_losses[index])
         self.log_dict(means, sync_dist=True, batch_size=len(kept))
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.later.values() if self.proposes else ():
+            parameter.grad = None  # so that nothing is done to it
 
     def optimizer_step(self, *args, **kwargs):
         super().optimizer_step(*args, **kwargs)
@@ -235,15 +264,19 @@ class ControlTraining(pl.LightningModule):
 
     def configure_optimizers(self):
         method = self.method
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=method.learning_rate, weight_decay=0.01)
-        warmup = max(1, min(method.warmup_steps, method.max_steps // 10 + 1))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: (
-                min(1, (step + 1) / warmup)
-                * (half_cosine(step, method.max_steps) if method.schedule == "cosine" else 1.0)
-            ),
-        )
+        later = self.later
+        at_once = [p for name, p in self.trained.items() if name not in later]
+        parts = [(first, own) for first, own in ((0, at_once), (method.proposal_steps, [*later.values()])) if own]
+        groups = [dict(params=own) for _, own in parts]
+        optimizer = torch.optim.AdamW(groups, lr=method.learning_rate, weight_decay=0.01)
+
+        def rate(first, step):
+            """The share of its peak that the rate of a group has which learns from step `first` on."""
+            step, steps = max(0, step - first), method.max_steps - first
+            warmup = max(1, min(method.warmup_steps, steps // 10 + 1))
+            return min(1, (step + 1) / warmup) * (half_cosine(step, steps) if method.schedule == "cosine" else 1.0)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(rate, first) for first, _ in parts])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint):

@@ -25,6 +25,7 @@ from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
+from cldm.proposal import HEADS, REACH, compare
 from cldm.reading import fill_range, start_from_proposals
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from dataForTrain import make_dataset
@@ -252,6 +253,23 @@ def test_a_reading_starts_from_what_is_proposed_and_draws_best(make_model, norma
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.1)
 
 
+def test_a_proposal_compares_places(normal):
+    """A moved picture is most like the reference at the place that it was moved from, and nothing lies beyond it."""
+    reference = normal(2, 16, 6, 7)
+    target = reference.roll((1, -2), (2, 3))  # down and to the left
+    near = compare(target, reference).unflatten(1, (HEADS, 2 * REACH + 1, 2 * REACH + 1))
+    torch.testing.assert_close(near[:, :, REACH - 1, REACH + 2, 1:, :-2], torch.ones(2, HEADS, 5, 5))
+    assert (near[:, :, 0] == 0)[..., :REACH, :].all() and near.abs().max() <= 1 + 1e-6
+    assert (near.flatten(2, 3).argmax(2)[..., 1:, :-2] == (REACH - 1) * (2 * REACH + 1) + REACH + 2).all()
+
+
+@pytest.mark.parametrize("side", [2, 32, 64])
+def test_a_proposal_takes_latents_of_any_size(make_model, normal, side):
+    net = make_model(2, "reference", proposals=3).control_net
+    weights, mean, std = net.proposal(normal(2, CHANNELS, side, side), normal(2, CHANNELS, side, side))
+    assert weights.shape == (2, 3) and mean.shape == std.shape == (2, 3, 2) and std.min() > 0
+
+
 @pytest.fixture
 def nearly(make_model, photos):
     """nearly(names) -> a control's config, a pair, its change, and a Reading of it that is off by 2% of each range."""
@@ -383,7 +401,9 @@ def train(base_yaml, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [[], ["fusion=both", "modulated=true", "proposals=2"]], ids=["affine", "both"])
+@pytest.mark.parametrize(
+    "way", [[], ["fusion=both", "modulated=true", "proposals=2", "proposal_steps=2"]], ids=["affine", "both"]
+)
 def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch, way):
     """Fresh pairs in training, stopped and gone on with; pairs on disk, for training, reading and test5."""
     monkeypatch.setattr("cldm.pairs.POOL", 4)

@@ -100,7 +100,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def training(data, base_yaml):
     return [TRAIN, f"data_root={data}", f"base={base_yaml}", f"max_steps={STEPS}", "logger_freq=4", "accelerator=cpu",
-            "precision=32-true"]  # fmt: skip
+            "precision=32-true", "proposals=2", "proposal_steps=2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

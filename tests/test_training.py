@@ -34,7 +34,7 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import HANDFUL, Monitor
-from cldm.runs import SaveBestAndLast
+from cldm.runs import SaveBestAndLast, list_checkpoints
 from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
@@ -203,6 +203,22 @@ def test_checkpoints_come_by_steps_and_by_the_clock_and_the_last_are_kept(train,
     assert kept("logger_freq=4", "keep_checkpoints=9", f"out_dir={tmp_path / 'rare'}") == [4]
     often = ["checkpoint_minutes=1e-9", "logger_freq=4", "keep_checkpoints=9", f"out_dir={tmp_path / 'often'}"]
     assert kept(*often) == [1, 2, 3, 4]
+
+
+def test_a_proposal_may_learn_first(train):
+    first = [
+        "proposals=2",
+        "proposal_steps=2",
+        "checkpoint_freq=1",
+        "logger_freq=4",
+        "keep_checkpoints=3",
+        "max_steps=3",
+    ]
+    states = [torch.load(file, weights_only=True)["state_dict"] for file in list_checkpoints(train(*first))]
+    for before, after, all_learn in zip(states[:-1], states[1:], (False, True), strict=True):
+        learned = {name for name in before if not torch.equal(before[name], after[name])}
+        assert any(".proposal." in name for name in learned)
+        assert any(".proposal." not in name for name in learned) == all_learn
 
 
 @pytest.mark.slow
