@@ -13,8 +13,10 @@ from cldm.hints import decode
 SIDES = 8, 32  # of the latents that are looked at; larger ones are averaged to the second, smaller ones enlarged
 WIDTHS = 64, 96, 192, 192  # channels there, and at a half, a quarter, an eighth of it
 GROUPS = 16
-REACH = 5  # places to each side, of half of SIDES, in which the reference is compared with the target
-HEADS = 2  # parts of the features that are compared each by itself
+# The reference is compared with the target at the first two sides, finely and coarsely:
+REACHES = 4, 5  # places to each side
+HEADS = 1, 2  # parts of the features that are compared each by itself
+KEYS = 32, 96  # features
 SHARPNESS = 4.0  # of a comparison, cosines beside features of spread 1
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
 NOISE = 0.1  # added to latents in training, whose spread is 1
@@ -37,18 +39,19 @@ def run(parts, hidden):
     return hidden
 
 
-def compare(target, reference):
+def compare(target, reference, heads, reach):
     """Compare every place of the target with those around it in the reference.
 
-    target, reference: (B, C, h, w). Returns: (B, HEADS * (2 REACH + 1)^2, h, w), cosines, 0 beyond the picture.
+    target, reference: (B, C, h, w). heads: groups of the C features. reach: places to each side.
+    Returns: (B, heads * (2 reach + 1)^2, h, w), cosines, 0 beyond the picture.
     Source: Dosovitskiy et al. 2015, FlowNet's correlation layer.
     """
     size, device = target.shape[2:], target.device
     target, reference = (
-        F.normalize(rearrange(own, "b (n c) h w -> b n (h w) c", n=HEADS), dim=3) for own in (target, reference)
+        F.normalize(rearrange(own, "b (n c) h w -> b n (h w) c", n=heads), dim=3) for own in (target, reference)
     )
     every = target @ reference.transpose(2, 3)  # (B, n, places of the target, places of the reference)
-    moves = torch.arange(-REACH, REACH + 1, device=device)
+    moves = torch.arange(-reach, reach + 1, device=device)
     y, x = (torch.arange(extent, device=device)[:, None] + moves for extent in size)  # (h, m), (w, m)
     inside = rearrange((y >= 0) & (y < size[0]), "h m -> h 1 m 1") & rearrange((x >= 0) & (x < size[1]), "w k -> w 1 k")
     place = rearrange(y.clamp(0, size[0] - 1) * size[1], "h m -> h 1 m 1")
@@ -71,10 +74,19 @@ class Proposal(nn.Module):
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
         first, width, *_, last = WIDTHS
         self.first = nn.Conv2d(channels, first, 3, padding=1)
-        self.encoder = blocks(first, first, width, width, width)
+        self.encoder = nn.ModuleList([blocks(first, first), blocks(first, width, width, width)])
+        self.uses_reference = uses_reference
         if uses_reference:
-            self.key = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 1))
-            self.merge = nn.Conv2d(2 * width + HEADS * (2 * REACH + 1) ** 2, width, 1)
+            fine, coarse = (heads * (2 * reach + 1) ** 2 for heads, reach in zip(HEADS, REACHES))
+            self.keys = nn.ModuleList(
+                nn.Sequential(nn.GroupNorm(GROUPS, own), nn.SiLU(), nn.Conv2d(own, key, 1))
+                for own, key in zip(WIDTHS, KEYS)
+            )
+            halve = nn.Conv2d(KEYS[0], width, 3, 2, 1)
+            self.near = nn.ModuleList(
+                [nn.Sequential(nn.Conv2d(fine, KEYS[0], 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
+            )
+            self.merge = nn.Conv2d(2 * width, width, 1)
         self.trunk = blocks(width, width, width, *WIDTHS[2:], last)
         self.head = nn.Sequential(
             nn.GroupNorm(GROUPS, last),
@@ -87,16 +99,21 @@ class Proposal(nn.Module):
         )
 
     def encode(self, latents):
+        """Returns: features at the first two sides."""
         size = [min(max(extent, SIDES[0]), SIDES[1]) for extent in latents.shape[2:]]
-        return run(self.encoder, self.first(F.adaptive_avg_pool2d(latents, size)))
+        fine = run(self.encoder[0], self.first(F.adaptive_avg_pool2d(latents, size)))
+        return fine, run(self.encoder[1], fine)
 
     def forward(self, latents, reference=None):
         """latents, reference: (B, C, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
-        hidden = self.encode(latents)
-        if reference is not None:
+        after = self.encode(latents)
+        hidden = after[-1]
+        if self.uses_reference:
             before = self.encode(reference)
-            near = SHARPNESS * compare(self.key(hidden), self.key(before))
-            hidden = self.merge(torch.cat([before, hidden, near.to(hidden.dtype)], 1))
+            hidden = self.merge(torch.cat([before[-1], hidden], 1))
+            for part, key, *both, heads, reach in zip(self.near, self.keys, after, before, HEADS, REACHES):
+                near = compare(*map(key, both), heads, reach)
+                hidden = hidden + part(SHARPNESS * near.to(hidden.dtype))
         said = self.head(run(self.trunk, hidden)).float().unflatten(1, self.shape)
         weights, mean, log_std = said.tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD

@@ -25,7 +25,7 @@ from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
-from cldm.proposal import HEADS, REACH, compare
+from cldm.proposal import compare
 from cldm.reading import fill_range, start_from_proposals
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from dataForTrain import make_dataset
@@ -257,10 +257,10 @@ def test_a_proposal_compares_places(normal):
     """A moved picture is most like the reference at the place that it was moved from, and nothing lies beyond it."""
     reference = normal(2, 16, 6, 7)
     target = reference.roll((1, -2), (2, 3))  # down and to the left
-    near = compare(target, reference).unflatten(1, (HEADS, 2 * REACH + 1, 2 * REACH + 1))
-    torch.testing.assert_close(near[:, :, REACH - 1, REACH + 2, 1:, :-2], torch.ones(2, HEADS, 5, 5))
-    assert (near[:, :, 0] == 0)[..., :REACH, :].all() and near.abs().max() <= 1 + 1e-6
-    assert (near.flatten(2, 3).argmax(2)[..., 1:, :-2] == (REACH - 1) * (2 * REACH + 1) + REACH + 2).all()
+    near = compare(target, reference, 2, 4).unflatten(1, (2, 9, 9))
+    torch.testing.assert_close(near[:, :, 3, 6, 1:, :-2], torch.ones(2, 2, 5, 5))
+    assert not near[:, :, 0, :, :4].any() and near.abs().max() <= 1 + 1e-6
+    assert (near.flatten(2, 3).argmax(2)[..., 1:, :-2] == 3 * 9 + 6).all()
 
 
 @pytest.mark.parametrize("side", [2, 32, 64])
