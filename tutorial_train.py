@@ -101,6 +101,8 @@ def check(s):
     check_numbers(s, int, proposal_steps=(0, s.max_steps - 1))
     if s.proposal_steps and not (s.proposals or s.resume_path):
         raise InputError('setting "proposal_steps": with proposals=0 nothing would learn in them')
+    if s.proposal_steps and s.epochs:
+        raise InputError('setting "epochs": with proposal_steps, give max_steps')
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
     check_numbers(s, prompt_dropout=(0, 1), ema=(0, 0.99999))
     expect('setting "fusion": expected', s.fusion, one_of(*FUSIONS))

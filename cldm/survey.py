@@ -116,26 +116,31 @@ def rehearse(s, model, data):
     began = time.perf_counter()
     some = training_set(replace(data, train=data.train[: s.batch_size]), model.base, model.config.image_size, s.seed)
     encoding = 0 if s.pairs else (time.perf_counter() - began) / len(some)
-    module, ends = ControlTraining(model, Method(0.0, REHEARSED, sd_locked=s.sd_locked)), []
+    first = REHEARSED if s.proposal_steps else 0
+    count = first + REHEARSED
+    method = Method(0.0, count, sd_locked=s.sd_locked, proposal_steps=first)
+    module, ends = ControlTraining(model, method), []
 
     class Clock(pl.Callback):
         def on_train_batch_end(self, *_):
             ends.append(time.perf_counter())
 
-    order = [i % s.batch_size if s.pairs else i % len(some) for i in range(REHEARSED * s.batch_size)]
+    order = [i % s.batch_size if s.pairs else i % len(some) for i in range(count * s.batch_size)]
     batches = DataLoader(some, s.batch_size, sampler=order)
     with TemporaryDirectory() as folder:
         processes = make_trainer(s, folder, []).world_size
-        alone = Settings(s | dict(max_steps=REHEARSED, accumulate=1, devices=1, num_nodes=1))
-        make_trainer(alone, folder, [Clock()]).fit(module, batches)
-    step = s.accumulate * (ends[-1] - ends[0]) / (REHEARSED - 1)
+        single = Settings(s | dict(max_steps=count, accumulate=1, devices=1, num_nodes=1))
+        make_trainer(single, folder, [Clock()]).fit(module, batches)
+    alone, step = (s.accumulate * (own[-1] - own[0]) / (REHEARSED - 1) for own in (ends[:REHEARSED], ends[first:]))
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     steps, size = count_steps(s, len(data.train), processes), s.batch_size * s.accumulate
-    minutes = (encoding * (min(len(data.train), steps * size) + len(data.validation)) + step * steps) / 60
+    encoding_all = encoding * (min(len(data.train), steps * size) + len(data.validation))
+    minutes = (encoding_all + alone * s.proposal_steps + step * (steps - s.proposal_steps)) / 60
+    aside = f", {alone:.2f} s one of the proposal alone" if first else ""
     return (
-        f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {size} pictures and "
+        f"training takes about {max(1, round(minutes))} min, {step:.2f} s a step of {size} pictures{aside} and "
         f"{encoding:.2f} s to encode one, and {memory / 2**30:.1f} GiB; validations and error bars come on top"
     )

@@ -72,6 +72,9 @@ def test_the_forecast_counts_accumulated_batches_and_epochs(survey, write_datase
     monkeypatch.setattr("cldm.survey.time", SimpleNamespace(perf_counter=count(0, 60).__next__))
     survey(write_dataset([1, 2, 3, 4, 5, 6]), "accumulate=3", "epochs=10", "devices=1")
     assert "training takes about 34 min, 180.00 s a step of 6 pictures and 30.00 s to" in capsys.readouterr().out
+    survey(write_dataset([1, 2, 3, 4, 5, 6]), "proposals=2", "proposal_steps=10", "max_steps=20", "devices=1")
+    told = "training takes about 24 min, 60.00 s a step of 2 pictures, 60.00 s one of the proposal alone and 30.00 s to"
+    assert told in capsys.readouterr().out
 
 
 def test_numbers_and_prompts_in_a_few_lines():
