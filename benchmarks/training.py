@@ -44,6 +44,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import tutorial_train
 from cldm.conversion import add_control, fit_statistics
@@ -150,6 +151,7 @@ class InTurn(pl.Callback):
             hooks[1].register_forward_hook(lambda *_: self.mark("ControlNet")),
             hooks[2].register_forward_hook(lambda *_: self.mark("base, decoder")),
         ]
+        self.progress = tqdm(total=self.steps, desc="steps of both")
         self.begin()
 
     def on_train_batch_start(self, trainer, module, batch, index):
@@ -186,12 +188,14 @@ class InTurn(pl.Callback):
             if self.every and trainer.global_step % self.every == 0:
                 for name, model in ((OURS, module.model), (THEIRS, self.recipe.model)):
                     self.errors[name].append((trainer.global_step, read_handful(model, self.dataset)[1]))
+            self.progress.update()
         self.begin()
 
     def take(self, name, began, ended):
         self.seconds[name].append([end - start for start, end in zip(began, ended)])
 
     def on_train_end(self, trainer, module):
+        self.progress.close()
         for hook in self.hooks:
             hook.remove()
 
