@@ -133,7 +133,7 @@ def save_series(out_dir, config, count):
 def summarize(config, series):
     """Print the errors of a Series where they are known, its flags, model calls and seconds."""
     count, unread = len(series), series.flags["unreadable"]
-    _, _, bars, errors, _ = series.arrays()
+    _, _, bars, errors, *_ = series.arrays()
     known = ~np.isnan(errors[:, 0])
     numbers = zip(config.control_names, config.control_units, np.abs(errors[known]).T, bars[known].T)
     for name, unit, error, bar in numbers if known.any() else ():

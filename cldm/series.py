@@ -1,5 +1,6 @@
 """The numbers of many readings, some bytes each, and their curve over time."""
 
+import textwrap
 from array import array
 from collections import Counter
 from datetime import UTC
@@ -13,10 +14,11 @@ from matplotlib.ticker import MaxNLocator
 from cldm.confidence import Z90
 from cldm.dataset import parse_time
 from cldm.hints import wrap
-from cldm.report import BLUE, VERMILION, WIDTH, label, plain
+from cldm.report import COLOURS, VERMILION, WIDTH, label, plain
 
 POINTS, BINS = 2000, 1000  # most readings that are drawn one by one; bins of the axis else, of about a pixel each
 SPREAD = 0.05, 0.95  # quantiles of a bin's readings between which its bar reaches
+HUES = [colour for colour in COLOURS if colour != VERMILION]  # of prompts, as far as they go; else all look alike
 
 
 def listed(value, count, nothing=np.nan):
@@ -32,6 +34,7 @@ class Series:
         self.x, self.clock = array("d"), ""  # (n,), seconds of a clock, else numbers of rows
         self.control, self.std, self.errors = array("d"), array("f"), array("f")  # (n, d)
         self.flagged, self.flags = array("b"), Counter()  # (n,)
+        self.prompts, self.prompt = {}, array("l")  # their places; (n,)
         self.iterations, self.model_calls, self.seconds = 0, 0.0, 0.0  # at most; in all
 
     def __len__(self):
@@ -47,16 +50,21 @@ class Series:
             column.extend(listed(result.get(key), self.count))
         self.flagged.append(bool(result["flags"]))
         self.flags.update(result["flags"])
+        self.prompt.append(self.prompts.setdefault(result.get("prompt", ""), len(self.prompts)))
         if "problem" not in result:
             self.iterations = max(self.iterations, result["iterations"])
             self.model_calls += result["model_calls"]
             self.seconds += result["seconds"]
 
     def arrays(self):
-        """Returns: x (n,); control, half of its 90% interval, error (n, d) each; flagged (n,); in the order of x."""
+        """Returns: x (n,); control, half of its 90% interval, error (n, d) each; flagged and place of the prompt (n,).
+
+        All in the order of x.
+        """
         order = np.argsort(self.x, kind="stable")
         control, std, errors = (np.reshape(own, (-1, self.count)) for own in (self.control, self.std, self.errors))
-        return [own[order] for own in (np.array(self.x), control, Z90 * std, errors, np.array(self.flagged, bool))]
+        flagged, prompt = np.array(self.flagged, bool), np.array(self.prompt)
+        return [own[order] for own in (np.array(self.x), control, Z90 * std, errors, flagged, prompt)]
 
 
 def unroll(values, trusted, period):
@@ -88,15 +96,21 @@ def thin(x, values, bars):
 
 
 def draw_series(series):
-    """Returns: a matplotlib Figure of a Series' numbers over time, or over rows; what is flagged looks different."""
-    config, (x, control, bars, _, flagged) = series.config, series.arrays()
-    read = ~np.isnan(control[:, 0])
+    """Returns: a matplotlib Figure of a Series' numbers over time, or over rows; what is flagged looks different.
+
+    So does every prompt, such as that of one dial of several, if they are few, and each has a curve of its own.
+    """
+    config, (x, control, bars, _, flagged, prompt) = series.config, series.arrays()
+    read, several = ~np.isnan(control[:, 0]), 1 < len(series.prompts) <= len(HUES)
+    prompt = prompt if several else np.zeros_like(prompt)
     flags = dict(color=VERMILION, fmt="s", markersize=6, markerfacecolor="none")
     named = ", ".join(f"{count:,} {flag}" for flag, count in series.flags.items() if flag != "unreadable")
     groups = {
         f"flagged ({named})": (read & flagged, flags),
-        "readings": (read & ~flagged, dict(color=BLUE, fmt="o", markersize=3)),
     }
+    for i, (text, colour) in enumerate(zip(series.prompts, HUES) if several else [("", HUES[0])]):
+        said = f"readings of {plain(textwrap.shorten(text, 32) or 'no prompt')}" if several else "readings"
+        groups[said] = read & ~flagged & (prompt == i), dict(color=colour, fmt="o", markersize=3)
 
     def place(x):
         return (1e6 * x).round().astype("datetime64[us]") if series.clock else x
@@ -105,7 +119,8 @@ def draw_series(series):
     panels = figure.subplots(series.count, 1, sharex=True, squeeze=False)[:, 0]
     for k, (axes, name, unit) in enumerate(zip(panels, config.control_names, config.control_units)):
         if config.periods[k]:
-            control[read, k] = unroll(control[read, k], ~flagged[read], config.periods[k])
+            for own in (read & (prompt == i) for i in np.unique(prompt)):
+                control[own, k] = unroll(control[own, k], ~flagged[own], config.periods[k])
         for what, (own, style) in groups.items():
             where, values, sides = thin(x[own], control[own, k], bars[own, k])
             said = f"{own.sum():,} {what}"
@@ -127,5 +142,5 @@ def draw_series(series):
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(series.clock or "row")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2 if several else 3, fontsize=9)
     return figure

@@ -14,8 +14,11 @@ START = datetime(2019, 6, 21, 14, tzinfo=UTC)
 FLOW = np.array([0.0, 2.0, 4.5, 6.0, 8.9, 11.0, 12.5, 12.4, 15.0])  # litres, of which a dial shows the last digit
 
 
-def gather(controls, periods=(10,), flagged=(), minutes=None):
-    """Returns: the Series of readings (n, d), None where nothing was read, give or take 0.5; at minutes from START."""
+def gather(controls, periods=(10,), flagged=(), minutes=None, prompts=None):
+    """Returns: the Series of readings (n, d), None where nothing was read, give or take 0.5; at minutes from START.
+
+    prompts: of each.
+    """
     names, units = [f"number {k}" for k in range(len(periods))], ["l"] * len(periods)
     series = Series(Settings(control_names=names, control_units=units, periods=list(periods)))
     for i, control in enumerate(controls):
@@ -26,6 +29,8 @@ def gather(controls, periods=(10,), flagged=(), minutes=None):
             result |= dict(std=[0.5 / Z90] * len(control), iterations=3, model_calls=4, seconds=1)
         if minutes is not None:
             result["time"] = (START + timedelta(minutes=minutes[i])).isoformat()
+        if prompts is not None:
+            result["prompt"] = prompts[i]
         series.add(result)
     return series
 
@@ -90,3 +95,16 @@ def test_without_times_the_curve_is_over_rows():
     figure = draw_series(gather([[5.0], None, [6.0]], periods=(None,)))
     assert figure.axes[0].get_xlabel() == "row"
     assert list(drawn(figure.axes[0])["readings"][0].get_xdata()) == [1, 3]
+
+
+def test_every_prompt_has_a_curve_of_its_own():
+    """Of two dials, one runs ten times as fast; none is continued from the other."""
+    slow = FLOW / 10
+    controls = np.stack([FLOW % 10, slow], 1).reshape(-1, 1).tolist()
+    minutes = np.repeat(np.arange(9), 2).tolist()
+    figure = draw_series(gather(controls, minutes=minutes, prompts=["litres", "tens"] * 9))
+    lines = {own.get_label().split()[3].strip(":"): own[0] for own in figure.axes[0].containers}
+    assert lines["litres"].get_ydata() == pytest.approx(FLOW) and lines["tens"].get_ydata() == pytest.approx(slow)
+    assert lines["litres"].get_color() != lines["tens"].get_color()
+    many = draw_series(gather(controls, minutes=minutes, prompts=[str(i) for i in range(18)]))
+    assert len(many.axes[0].containers) == 1
