@@ -21,6 +21,7 @@ from tests.conftest import randomize_zero_convolutions, trained_state
 
 ROWS, STEPS = 8, 6
 NOISE = 2**-23  # of float32, relative
+TINY = 1e-30  # what is zero is so for both
 TRAIN = f"""
 import os, signal, sys
 
@@ -100,7 +101,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def training(data, base_yaml):
     return [TRAIN, f"data_root={data}", f"base={base_yaml}", f"max_steps={STEPS}", "logger_freq=4", "accelerator=cpu",
-            "precision=32-true", "proposals=2", "proposal_steps=2"]  # fmt: skip
+            "precision=32-true"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,12 @@ def learned(folder):
     return found["state_dict"] | {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
 
 
+def check_alike(one, both):
+    assert one.keys() == both.keys()
+    worst = max(((one[name] - both[name]).norm() / one[name].norm().clamp_min(TINY)).item() for name in one)
+    assert worst < 400 * NOISE, worst / NOISE  # 130 of a bias that began at zero, by Adam; 0.8 in the median
+
+
 def same(state, other):
     return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
 
@@ -136,10 +143,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(training, two, tmp_path
     assert epochs == [[str(number) for number in range(ROWS)]] * (STEPS // 2)
     one = [line.split() for line in (tmp_path / "seen0").read_text().splitlines()]
     assert [sorted(turn) for turn in turns] == [sorted(turn) for turn in one]
-    one, both = learned(tmp_path), learned(two)
-    assert one.keys() == both.keys()
-    worst = max(((one[name] - both[name]).norm() / one[name].norm()).item() for name in one)
-    assert worst < 400 * NOISE, worst / NOISE  # 130 of a bias that began at zero, by Adam; 0.8 in the median
+    check_alike(learned(tmp_path), learned(two))
+
+
+@pytest.mark.slow
+def test_two_processes_let_a_proposal_learn_first(training, tmp_path):
+    first = ["max_steps=3", "proposals=2", "proposal_steps=2"]
+    for name, how in dict(one=["devices=1", "batch_size=4"], two=["devices=2", "strategy=ddp", "batch_size=2"]).items():
+        (tmp_path / name).mkdir()
+        assert finish(start(tmp_path / name, *training, *first, *how))[0] == [0]
+    check_alike(learned(tmp_path / "one"), learned(tmp_path / "two"))
 
 
 @pytest.mark.slow
