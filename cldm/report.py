@@ -23,6 +23,7 @@ DRAWN = Sampling(ddim_steps=16)  # pictures that are only looked at
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's colours, which colour-blind people tell apart too
 COLOURS = BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 WIDTH = 10  # inches of a figure, so that it can be read at the width of a README
+ROOM = 2.1  # height of a plot of the loss, over the highest loss, where a compass lies above the curve
 
 
 def number(values):
@@ -207,6 +208,17 @@ def describe_reading(config, reading, i, row, seed):
     return result
 
 
+def draw_compass(axes, value, margin, low, period):
+    """Add a small dial to axes: where a number that goes round points, clockwise from the top, and its interval."""
+    compass = axes.inset_axes([0.8, 0.58, 0.18, 0.32], projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
+    angle = 2 * math.pi * value / period
+    compass.bar(angle, 1, min(2 * math.pi, 4 * math.pi * margin / period), color=VERMILION, alpha=0.3)
+    compass.plot([angle, angle], [0, 1], color=VERMILION)
+    names = [f"{low + (period * quarter / 4 - low) % period:.6g}" for quarter in range(4)]
+    compass.set(ylim=(0, 1), yticks=[], xticks=np.arange(4) * math.pi / 2, xticklabels=names)
+    compass.tick_params(labelsize=8, pad=-3)
+
+
 def draw_reading(config, reading, i, profiles, row, pictures):
     """Returns: a matplotlib Figure, the pictures of target i above, the loss over every number's range below.
 
@@ -243,6 +255,8 @@ def draw_reading(config, reading, i, profiles, row, pictures):
             low = config.control_low[k]
             axes.xaxis.set_major_locator(MultipleLocator(period / 4))
             axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.6g}")
+            axes.set_ylim(top=ROOM * axes.get_ylim()[1])
+            draw_compass(axes, value, reading.margin[i, k].item() if reading.calibrated else 0.0, low, period)
         axes.tick_params(labelsize=9)
     for axes in first:
         axes.set_ylabel("loss")

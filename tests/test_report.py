@@ -1,5 +1,6 @@
 """Figures say what is what: flags in words, intervals as read, and nothing lies on anything else."""
 
+import math
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -60,6 +61,11 @@ def test_a_reading(config):
         (bars,) = axes.containers[0].lines[2]
         ends = torch.stack([control[0, k] - margin[0, k], control[0, k] + margin[0, k]])
         assert bars.get_segments()[0][:, 0] == pytest.approx(ends.tolist())
+        for compass in axes.child_axes:
+            (interval,), (hand,) = compass.patches, compass.lines
+            assert hand.get_xdata() == pytest.approx([2 * math.pi * 11.5 / 12] * 2)
+            assert [interval.get_x(), interval.get_width()] == pytest.approx([2 * math.pi * 10.5 / 12, math.pi / 3])
+    assert [len(axes.child_axes) for axes in figure.axes if axes.containers] == [0, 0, 0, 0, 1]
 
 
 def test_an_inversion_of_several_numbers(config):
