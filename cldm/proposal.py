@@ -114,8 +114,9 @@ class Proposal(nn.Module):
             for part, key, *both, heads, reach in zip(self.near, self.keys, after, before, HEADS, REACHES):
                 near = compare(*map(key, both), heads, reach)
                 hidden = hidden + part(SHARPNESS * near.to(hidden.dtype))
-        said = self.head(run(self.trunk, hidden)).float().unflatten(1, self.shape)
-        weights, mean, log_std = said.tensor_split(self.ends, 2)
+        hidden = run(self.trunk, hidden).to(self.head[-1].weight.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
+            weights, mean, log_std = self.head(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD
 
     @staticmethod
