@@ -99,8 +99,6 @@ def check(s):
         s, int, **dict.fromkeys((*counts, "num_nodes"), COUNT), warmup_steps=ANY, proposals=ANY, seed=(0, 2**32 - 1)
     )
     check_numbers(s, int, proposal_steps=(0, s.max_steps - 1))
-    if s.proposal_steps and not (s.proposals or s.resume_path):
-        raise InputError('setting "proposal_steps": with proposals=0 nothing would learn in them')
     if s.proposal_steps and s.epochs:
         raise InputError('setting "epochs": with proposal_steps, give max_steps')
     check_numbers(s, learning_rate=SOME, epochs=SOME, min_snr=SOME, checkpoint_minutes=ANY, gradient_clip=ANY)
@@ -153,6 +151,8 @@ def make_model(s, data):
             for n, r, p in (own, given)
         )
         raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
+    if s.proposal_steps and model.control_net.proposal is None:
+        raise InputError('setting "proposal_steps": the control has no proposal (proposals=0) that would learn in them')
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts)
     return model

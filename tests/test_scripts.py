@@ -454,7 +454,7 @@ class TestTraining:
             ("fusion=none", 'setting "fusion": expected affine or attention or both, got "none"'),
             ("fusion=both", 'setting "fusion": has no effect without references'),
             ("proposals=-1", "proposals"),
-            ("max_steps=2 proposal_steps=1", 'setting "proposal_steps": with proposals=0 nothing would learn in them'),
+            ("max_steps=2 proposal_steps=1", 'setting "proposal_steps": the control has no proposal'),
             ("proposals=2 proposal_steps=1000000", "proposal_steps"),
             ("batch_size=0", "batch_size"),
             ("max_steps=0", "max_steps"),
