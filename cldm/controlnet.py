@@ -160,9 +160,9 @@ class NumericControlNet(ControlNetModel):
         return len(self.config.control_mean)
 
     def to_precision(self, dtype):
-        """Convert all weights but the hint's, in place. Returns: self."""
+        """Convert all weights but those that take or tell numbers, in place. Returns: self."""
         for name, part in self.named_children():
-            if name != "controlnet_cond_embedding":
+            if name not in ("controlnet_cond_embedding", "proposal"):
                 part.to(dtype)
         self.controlnet_cond_embedding.output_dtype = dtype
         return self
@@ -211,7 +211,7 @@ class NumericControlNet(ControlNetModel):
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""
         latents = (own for own in (target.latents, target.reference) if own is not None)
-        return self.proposal(*(own.to(self.dtype) for own in latents))
+        return self.proposal(*(own.to(self.proposal.first.weight.dtype) for own in latents))
 
     @property
     def uses_reference(self):

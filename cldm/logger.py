@@ -162,16 +162,25 @@ class Progress(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         self.losses.append(module.loss)
+        if trainer.global_step == module.method.proposal_steps and not mid_step(trainer, batch_index):
+            self.began, self.first = time.monotonic(), trainer.global_step
+            self.losses.clear()  # which was another one
+            return
         last = trainer.global_step == trainer.max_steps and not trainer.val_dataloaders
         if last or time.monotonic() - self.told > TOLD_EVERY:
             self.tell(trainer)
 
     def on_validation_end(self, trainer, module):
-        self.tell(trainer, f", val_loss {trainer.callback_metrics['val_loss'].item():.4f}, reads {self.monitor.said}")
+        if not module.untrained:
+            val_loss = trainer.callback_metrics["val_loss"].item()
+            self.tell(trainer, f", val_loss {val_loss:.4f}, reads {self.monitor.said}")
 
     def tell(self, trainer, more=""):
         self.told, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
+        alone = trainer.lightning_module.proposes
+        steps = trainer.lightning_module.method.proposal_steps if alone else steps
         left = (self.told - self.began) / max(1, step - self.first) * (steps - step)
         more = f", response {self.monitor.response:.0%}{more}" if self.monitor.history else more
         left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
+        steps = f"{steps} of the proposal alone" if alone else steps
         print(f"step {step} of {steps}, loss {torch.stack([*self.losses]).mean():.4f}{more}, {left}", flush=True)

@@ -140,7 +140,7 @@ class Monitor(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
-        if not (mid_step(trainer, batch_index) or module.proposes) and (
+        if not (mid_step(trainer, batch_index) or module.untrained) and (
             step % RESPONSE_EVERY == 0 or step == trainer.max_steps
         ):
             self.look(trainer, module)
@@ -155,6 +155,8 @@ class Monitor(pl.Callback):
             print(f"step {trainer.global_step}: the control has caught, drawings begin to follow the numbers")
 
     def on_validation_end(self, trainer, module):
+        if module.untrained:
+            return
         losses = {key: trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss")}
         if not math.isfinite(losses["val_loss"]):
             raise module.diverged("the val_loss is not finite", losses["val_loss"])

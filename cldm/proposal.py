@@ -11,7 +11,7 @@ from torch import nn
 from cldm.hints import decode
 
 SIDES = 8, 32  # of the latents that are looked at; larger ones are averaged to the second, smaller ones enlarged
-WIDTHS = 64, 96, 192, 192  # channels there, and at a half, a quarter, an eighth of it
+WIDTHS = 64, 96, 192  # channels there, and at a half and a quarter of it
 GROUPS = 16
 # The reference is compared with the target at the first two sides, finely and coarsely:
 REACHES = 4, 5  # places to each side
@@ -72,7 +72,7 @@ class Proposal(nn.Module):
     def __init__(self, inputs, channels, components, uses_reference):
         super().__init__()
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
-        first, width, *_, last = WIDTHS
+        first, width, last = WIDTHS
         self.first = nn.Conv2d(channels, first, 3, padding=1)
         self.encoder = nn.ModuleList([blocks(first, first), blocks(first, width, width, width)])
         self.uses_reference = uses_reference
@@ -87,7 +87,7 @@ class Proposal(nn.Module):
                 [nn.Sequential(nn.Conv2d(fine, KEYS[0], 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
             )
             self.merge = nn.Conv2d(2 * width, width, 1)
-        self.trunk = blocks(width, width, width, *WIDTHS[2:], last)
+        self.trunk = blocks(width, width, width, last, last, last)
         self.head = nn.Sequential(
             nn.GroupNorm(GROUPS, last),
             nn.SiLU(),
@@ -100,7 +100,7 @@ class Proposal(nn.Module):
 
     def encode(self, latents):
         """Returns: features at the first two sides."""
-        size = [min(max(extent, SIDES[0]), SIDES[1]) for extent in latents.shape[2:]]
+        size = [min(max(extent, SIDES[0]), SIDES[1]) // 2 * 2 for extent in latents.shape[2:]]
         fine = run(self.encoder[0], self.first(F.adaptive_avg_pool2d(latents, size)))
         return fine, run(self.encoder[1], fine)
 

@@ -100,7 +100,7 @@ def find_checkpoint(out_dir, run):
         return None, 0
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        step, before = checkpoint["global_step"], checkpoint["run"]
+        step, before = checkpoint["global_step"], {f.name: f.default for f in fields(Method)} | checkpoint["run"]
     except Exception as error:  # zip, pickle, key: torch raises many kinds
         remedy = f"delete it to {f'go on from {earlier[-1].name}' if earlier else 'start anew'}"
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); {remedy}") from None
@@ -113,7 +113,8 @@ def find_checkpoint(out_dir, run):
         raise InputError(f"{file}: {problem}; start as before to go on, {remedy}")
     print(f"going on from step {step} of {file}")
     if before["max_steps"] != run["max_steps"] and run["schedule"] == "cosine":
-        rate = half_cosine(step, run["max_steps"])
+        first = min(step, run["proposal_steps"])
+        rate = half_cosine(step - first, run["max_steps"] - first)
         print(f"max_steps was {before['max_steps']}: the learning rate goes on at {rate:.0%} of its peak")
     return file, step
 
@@ -177,6 +178,8 @@ class SaveBestAndLast(pl.Callback):
             self.checkpoint(trainer)
 
     def on_validation_end(self, trainer, module):
+        if module.untrained:
+            return self.checkpoint(trainer)
         loss, base_loss = (trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss"))
         error, least = self.monitor.error, min((earlier for *_, earlier in self.history), default=math.inf)
         self.since = 0 if error <= HARDLY * least else self.since + 1

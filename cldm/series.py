@@ -105,12 +105,10 @@ def draw_series(series):
     prompt = prompt if several else np.zeros_like(prompt)
     flags = dict(color=VERMILION, fmt="s", markersize=6, markerfacecolor="none")
     named = ", ".join(f"{count:,} {flag}" for flag, count in series.flags.items() if flag != "unreadable")
-    groups = {
-        f"flagged ({named})": (read & flagged, flags),
-    }
+    groups = [(f"flagged ({named})", read & flagged, flags)]
     for i, (text, colour) in enumerate(zip(series.prompts, HUES) if several else [("", HUES[0])]):
         said = f"readings of {plain(textwrap.shorten(text, 32) or 'no prompt')}" if several else "readings"
-        groups[said] = read & ~flagged & (prompt == i), dict(color=colour, fmt="o", markersize=3)
+        groups.append((said, read & ~flagged & (prompt == i), dict(color=colour, fmt="o", markersize=3)))
 
     def place(x):
         return (1e6 * x).round().astype("datetime64[us]") if series.clock else x
@@ -121,7 +119,7 @@ def draw_series(series):
         if config.periods[k]:
             for own in (read & (prompt == i) for i in np.unique(prompt)):
                 control[own, k] = unroll(control[own, k], ~flagged[own], config.periods[k])
-        for what, (own, style) in groups.items():
+        for what, own, style in groups:
             where, values, sides = thin(x[own], control[own, k], bars[own, k])
             said = f"{own.sum():,} {what}"
             if own.sum() > POINTS:

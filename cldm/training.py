@@ -118,6 +118,11 @@ class ControlTraining(pl.LightningModule):
         return self.global_step < self.method.proposal_steps
 
     @property
+    def untrained(self):
+        """Whether nothing but the Proposal has learned so far."""
+        return self.method.proposal_steps > 0 and self.global_step <= self.method.proposal_steps
+
+    @property
     def later(self):
         """{name: parameter} of what does not learn from the first step on."""
         alone = self.method.proposal_steps
@@ -159,6 +164,8 @@ class ControlTraining(pl.LightningModule):
             return PROPOSAL * loss + 0 * sum(
                 p.sum() for p in self.later.values()
             )  # whose gradients other processes wait for
+        if self.average and self.untrained:
+            self.average.optimization_step = 0  # its warm-up is anew, for what begins to learn
         squares = self.squared_errors(batch, noise, timesteps, kept)
         self.note(squares.mean(), batch)
         others = self.other_losses(batch, noise)
@@ -169,7 +176,8 @@ class ControlTraining(pl.LightningModule):
 
     def note(self, loss, batch):
         self.loss, self.batch = loss.detach(), batch
-        self.recent.append(self.loss)
+        if not self.proposes:
+            self.recent.append(self.loss)
         self.log("loss", self.loss)
 
     def other_losses(self, batch, noise):
@@ -246,7 +254,7 @@ class ControlTraining(pl.LightningModule):
         rescaled = self.trainer.precision == "16-mixed"  # its scaler skips steps with infinite gradients
         if anywhere(self.trainer, not (rescaled or norm.isfinite()) or not self.loss.isfinite()):
             raise self.diverged("the loss or its gradient is not finite", self.loss, self.batch)
-        mean = torch.stack([*self.recent]).mean()
+        mean = torch.stack([*self.recent, self.loss][:RECENT]).mean()
         if anywhere(self.trainer, len(self.recent) == RECENT and mean > EXPLODED):
             raise self.diverged(
                 f"the loss explodes, over the last {RECENT} batches it is far above 1", mean, self.batch

@@ -263,7 +263,7 @@ def test_a_proposal_compares_places(normal):
     assert (near.flatten(2, 3).argmax(2)[..., 1:, :-2] == 3 * 9 + 6).all()
 
 
-@pytest.mark.parametrize("side", [2, 32, 64])
+@pytest.mark.parametrize("side", [2, 9, 25, 32, 64])
 def test_a_proposal_takes_latents_of_any_size(make_model, normal, side):
     net = make_model(2, "reference", proposals=3).control_net
     weights, mean, std = net.proposal(normal(2, CHANNELS, side, side), normal(2, CHANNELS, side, side))
