@@ -176,11 +176,11 @@ class Progress(pl.Callback):
             self.tell(trainer, f", val_loss {val_loss:.4f}, reads {self.monitor.said}")
 
     def tell(self, trainer, more=""):
-        self.told, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
-        alone = trainer.lightning_module.proposes
-        steps = trainer.lightning_module.method.proposal_steps if alone else steps
+        self.told, step, module = time.monotonic(), trainer.global_step, trainer.lightning_module
+        steps, alone = trainer.max_steps, ""
+        if module.proposes:
+            steps, alone = module.method.proposal_steps, " of the proposal alone"
         left = (self.told - self.began) / max(1, step - self.first) * (steps - step)
         more = f", response {self.monitor.response:.0%}{more}" if self.monitor.history else more
         left = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
-        steps = f"{steps} of the proposal alone" if alone else steps
-        print(f"step {step} of {steps}, loss {torch.stack([*self.losses]).mean():.4f}{more}, {left}", flush=True)
+        print(f"step {step} of {steps}{alone}, loss {torch.stack([*self.losses]).mean():.4f}{more}, {left}", flush=True)

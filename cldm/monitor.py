@@ -140,9 +140,8 @@ class Monitor(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
         step = trainer.global_step
-        if not (mid_step(trainer, batch_index) or module.untrained) and (
-            step % RESPONSE_EVERY == 0 or step == trainer.max_steps
-        ):
+        due = step % RESPONSE_EVERY == 0 or step == trainer.max_steps
+        if due and not (mid_step(trainer, batch_index) or module.untrained):
             self.look(trainer, module)
 
     def look(self, trainer, module):

@@ -161,9 +161,8 @@ class ControlTraining(pl.LightningModule):
         if self.proposes:
             loss = self.proposal_loss(batch, noise)
             self.note(loss, batch)
-            return PROPOSAL * loss + 0 * sum(
-                p.sum() for p in self.later.values()
-            )  # whose gradients other processes wait for
+            unused = sum(p.sum() for p in self.later.values())  # whose gradients other processes wait for
+            return PROPOSAL * loss + 0 * unused
         if self.average and self.untrained:
             self.average.optimization_step = 0  # its warm-up is anew, for what begins to learn
         squares = self.squared_errors(batch, noise, timesteps, kept)
@@ -205,6 +204,8 @@ class ControlTraining(pl.LightningModule):
 
     def validation_step(self, batch, index):
         """Log val_loss and, without the control, base_loss, by the same noise and noise levels every time."""
+        if self.untrained:
+            return
         total = self.model.base.scheduler.config.num_train_timesteps
         generator = torch.Generator().manual_seed(self.method.seed)
         latents, draws = batch["latents"], []
@@ -254,7 +255,7 @@ class ControlTraining(pl.LightningModule):
         rescaled = self.trainer.precision == "16-mixed"  # its scaler skips steps with infinite gradients
         if anywhere(self.trainer, not (rescaled or norm.isfinite()) or not self.loss.isfinite()):
             raise self.diverged("the loss or its gradient is not finite", self.loss, self.batch)
-        mean = torch.stack([*self.recent, self.loss][:RECENT]).mean()
+        mean = sum(self.recent) / RECENT
         if anywhere(self.trainer, len(self.recent) == RECENT and mean > EXPLODED):
             raise self.diverged(
                 f"the loss explodes, over the last {RECENT} batches it is far above 1", mean, self.batch
