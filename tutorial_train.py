@@ -4,8 +4,8 @@ The base: models/tiny.yaml, models/cldm_v15.yaml, models/cldm_v21.yaml, a folder
 The data: data_root/prompt.json, one JSON object a line, {"source": 5 or "5" or [5, 0.8], "target": "x.png",
 "prompt": "a text"}; targets are relative to data_root. Its controls.yaml may name the numbers and say which go round:
 names: [hour, size], units: [h, m], periods: [12, null]. With "reference": "y.png" in every row, source is the change
-from that picture to the target; pairs=FOLDER cuts such pairs from any pictures. All results go to out_dir, which is
-then the model_path of test5.py, test5_s1.py and invert.py.
+from that picture to the target, or, with absolute: [false, true], the target's own size; pairs=FOLDER cuts pairs from
+any pictures. All results go to out_dir, which is then the model_path of test5.py, test5_s1.py and invert.py.
 A run that was killed goes on when started again with the same out_dir.
 """
 
@@ -154,7 +154,7 @@ def make_model(s, data):
     if s.proposal_steps and model.control_net.proposal is None:
         raise InputError('setting "proposal_steps": the control has no proposal (proposals=0) that would learn in them')
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
-    fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts)
+    fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts, data.absolute)
     return model
 
 

@@ -204,7 +204,7 @@ def main(s):
     out = start_report(s.out_dir, REPORT, "readings", "targets.json", "ours", "siamese.safetensors")
     rows, validation = load_rows(root / TEST_FILE, s.pairs), load_rows(root / VALIDATION_FILE)
     training = load_rows(root / TRAINING_FILE)
-    names, units, periods = read_control_names(root, len(rows[0]["source"]))
+    names, units, periods, _ = read_control_names(root, len(rows[0]["source"]))
     statistics, readings = find_statistics(training, names, units, periods), {}
     for method in methods:
         if method == "ours":

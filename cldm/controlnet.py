@@ -39,6 +39,7 @@ def check_control(file):
         "fusion": one_of(*FUSIONS),
         "proposals": number(0, whole=True),
         "periods": or_null(each(or_null(POSITIVE), control_dim)),
+        "absolute": or_null(each(FLAG, control_dim)),
         "control_low": or_null(each(number(), control_dim)),
         "control_high": or_null(each(number(), control_dim)),
         "error_scale": or_null(each(number(0), control_dim)),
@@ -78,6 +79,7 @@ class NumericControlNet(ControlNetModel):
     proposals: components of a Proposal that is trained beside; 0: none. class_embed_type: "projection": the numbers
     modulate every block, too, by way of the time embedding (Perez et al. 2018, FiLM).
     control_names, control_units: d texts. periods: d numbers, None where one does not go round; None: none does.
+    absolute: with "reference", d bools, whether a number is the target's own; the others are changes; None: all are.
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
@@ -102,6 +104,7 @@ class NumericControlNet(ControlNetModel):
         control_mean: tuple[float, ...] = (0.0,),
         control_std: tuple[float, ...] = (1.0,),
         periods: tuple[float | None, ...] | None = None,
+        absolute: tuple[bool, ...] | None = None,
         control_low: tuple[float, ...] | None = None,
         control_high: tuple[float, ...] | None = None,
         prompts: tuple[str, ...] | None = None,

@@ -101,12 +101,13 @@ def export_control(control_net, file):
     write_whole(Path(file), lambda partial: save_file(weights, partial, metadata))
 
 
-def fit_statistics(control_net, controls, names, units, prompts=()):
+def fit_statistics(control_net, controls, names, units, prompts=(), absolute=None):
     """Take over what a training set says of its numbers, their names, units, mean, spread and range, and its prompts.
 
     A control that was trained before keeps the mean and spread that its weights rely on, and its range only grows.
     Those of a periodic number are a whole circle's.
     controls: (N, d) numbers. names, units: d texts, or None where nobody named the numbers. prompts: one for each row.
+    absolute: as NumericControlNet has it; None: as it was.
     Raises: InputError if the control was trained on other numbers, or if a number never changes.
     """
     config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
@@ -147,6 +148,7 @@ def fit_statistics(control_net, controls, names, units, prompts=()):
         control_units=units,
         control_low=low.tolist(),
         control_high=high.tolist(),
+        absolute=absolute or config.absolute,
         prompts=list(dict.fromkeys(prompts))[:MOST_PROMPTS],
         **dict.fromkeys(CALIBRATED),  # they were learned for weights that training will change
     )

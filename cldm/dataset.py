@@ -26,7 +26,7 @@ from cldm.hints import circle_middle, wrap
 from cldm.latents import CachedLatents, identify
 from ldm.files import digest
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tell_fit
-from ldm.schema import POSITIVE, TEXT, Rule, check, each, or_null, read_config
+from ldm.schema import FLAG, POSITIVE, TEXT, Rule, check, each, or_null, read_config
 from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
@@ -173,6 +173,7 @@ class TrainingData:
     names: list | None  # d texts; None where nobody named the numbers
     units: list | None
     periods: list | None = None  # d numbers, None where a number does not go round
+    absolute: list | None = None  # d bools, of pairs: whether a number is of the target alone, no change
     ranges: dict | None = None  # of pairs: {name: (low, high)}
 
     @property
@@ -357,20 +358,26 @@ def hold_out(controls, prompts, periods=()):
 def read_data(data_root):
     """Returns: the TrainingData in a folder: prompt.json, perhaps validation.json and controls.yaml."""
     train, validation = split_rows(data_root)
-    return TrainingData(train, validation, train.controls, *read_control_names(data_root, train.controls.shape[1]))
+    data = TrainingData(train, validation, train.controls, *read_control_names(data_root, train.controls.shape[1]))
+    if any(data.absolute or ()) and not data.has_references:
+        where = Path(data_root) / CONTROLS_FILE
+        raise InputError(f'{where}: "absolute" is said of pairs, but no row has a "reference"; leave it out')
+    return data
 
 
 def read_control_names(data_root, control_dim):
-    """Returns: the control_dim names, units and periods in a dataset's controls.yaml; three None without the file."""
+    """Returns: the control_dim names, units and periods of a dataset, and which are absolute; None without the file."""
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
-        return None, None, None
+        return None, None, None, None
     config = read_config(file)
     schema = dict.fromkeys(("names", "units"), each(TEXT, control_dim))
-    check(file, config, schema | {"periods": each(or_null(POSITIVE), control_dim)}, schema, complete=False)
+    own = {"periods": each(or_null(POSITIVE), control_dim), "absolute": each(FLAG, control_dim)}
+    check(file, config, schema | own, schema, complete=False)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
-    return config.names, config.units, config.get("periods") or [None] * control_dim
+    periods, absolute = config.get("periods") or [None] * control_dim, config.get("absolute") or [False] * control_dim
+    return config.names, config.units, periods, absolute
 
 
 @lru_cache  # prints every message once

@@ -18,7 +18,15 @@ from cldm.confidence import decimals, is_outside
 from cldm.dataset import Row
 from cldm.model import Sampling
 from cldm.readers import load, read, read_each
-from cldm.report import describe_control, describe_flags, describe_reading, draw_pictures, draw_strip, label
+from cldm.report import (
+    describe_control,
+    describe_flags,
+    describe_reading,
+    draw_pictures,
+    draw_strip,
+    label,
+    tell_names,
+)
 from cldm.results import write_table
 from cldm.rows import find_rows, parse_known
 from cldm.series import Series, draw_series, listed
@@ -131,7 +139,8 @@ def read_picture(model, s, reference, target, prompt, known):
     reading, figure = read(model, s, known, [row], [load(row, model.config.image_size)], figures=True)
     result = describe_reading(config, reading, 0, row, s.seed)
     result |= {key: Path(result[key]).name for key in ("reference", "target") if key in result}
-    table = [[*cells, unit] for cells, unit in zip(tell_numbers(result, known), config.control_units)]
+    lines = zip(tell_names(config), tell_numbers(result, known), config.control_units)
+    table = [[name, *cells, unit] for name, (_, *cells), unit in lines]
     flags = describe_flags(result["flags"], result.get("no_effect", ()))
     png, text = to_png(figure(0).savefig), (json.dumps(result, indent=1) + "\n").encode()
     yield (
@@ -216,5 +225,5 @@ def tabulate_results(config, results):
         numbers = [f"{value} {bar}" if value else "" for _, value, bar, _ in tell_numbers(result)]
         said = result.get("problem", ", ".join(result["flags"]))
         rows.append([result["target"], *[result.get("time", "")] * timed, *numbers, said])
-    names = [*map(label, config.control_names, config.control_units)]
+    names = [*map(label, tell_names(config), config.control_units)]
     return tabulate(["file", *["time"] * timed, *names, "flags"], rows)

@@ -4,6 +4,7 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def label(name, unit):
     return f"{name} ({unit})" if unit else name
 
 
+def tell_names(config):
+    """Returns: d texts, the names of numbers; of those that are no changes, whose they are."""
+    return [name + " of B" * own for name, own in zip(config.control_names, config.absolute or repeat(False))]
+
+
 def describe_flags(flags, unseen=()):
     """unseen: names of the numbers that have no effect. Returns: {flag: what it says}."""
     of = {"no_effect": f" ({', '.join(unseen)})"} if unseen else {}
@@ -55,7 +61,7 @@ def show_flags(figure, flags):
 
 def describe_control(config, control):
     """control: d numbers. Returns: a line with their names and units."""
-    numbers = zip(config.control_names, control, config.control_units)
+    numbers = zip(tell_names(config), control, config.control_units)
     return ", ".join(f"{name} {value:+.6g} {unit}".rstrip() for name, value, unit in numbers)
 
 
@@ -182,6 +188,7 @@ def describe_row(config, row):
     given |= dict(prompt=row.prompt, source=row.control and list(row.control))
     given |= dict(names=list(config.control_names), units=list(config.control_units))
     given |= dict(periods=list(config.periods)) if any(config.periods) else {}
+    given |= dict(absolute=list(config.absolute)) if any(config.absolute or ()) else {}
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -238,7 +245,7 @@ def draw_reading(config, reading, i, profiles, row, pictures):
     above.colorbar(image, ax=axes, shrink=0.8)  # of the difference
     plots, first = make_panels(below, len(control))
     for k, axes in enumerate(plots):
-        name, unit = plain(config.control_names[k]), plain(config.control_units[k])
+        name, unit = plain(tell_names(config)[k]), plain(config.control_units[k])
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
         axes.plot(points[:, k], losses, color=BLUE, label="denoising loss")
         value, std, read = control[k].item(), None, dict(color=VERMILION, fmt="o", label="read")

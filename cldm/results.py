@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cldm.confidence import FLAGS, tell_value
-from cldm.report import describe_flags, describe_row
+from cldm.report import describe_flags, describe_row, tell_names
 from cldm.series import Series, draw_series, listed
 from ldm.files import digest, find_path, write_whole, writing
 from ldm.settings import InputError
@@ -89,7 +89,7 @@ def tell_reading(config, reading, result):
     """Print what was read from one target, with its flags. result: as describe_reading has it."""
     count = len(config.control_names)
     errors = reading.std[0].tolist() if reading.calibrated else [None] * count
-    for name, unit, *told in zip(config.control_names, config.control_units, reading.control[0].tolist(), errors):
+    for name, unit, *told in zip(tell_names(config), config.control_units, reading.control[0].tolist(), errors):
         print(f"{name}: {tell_value(*told)} {unit}".rstrip())
     for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
         print(f"{flag}: {text}")

@@ -60,12 +60,12 @@ FLAT = 0.05  # of a thing's largest extent: what is thinner shows too little whe
 FILES = {"training": TRAINING_FILE, "validation": VALIDATION_FILE, "test": "test/targets.json"}
 PHOTOS = {"validation": "validation", "test": "held_out"}  # others than training's
 TARGETS = 4  # pictures beside the reference of every scene in training, each of which may be the reference of others
-CONTROLS = {  # unit and period
-    "turn": ("degrees", None),
-    "height": ("degrees", None),
-    "distance": ("ratio", None),
-    "light": ("degrees", 360.0),
-    "light height": ("degrees", None),
+CONTROLS = {  # unit, period, and whether it is of the target alone
+    "turn": ("degrees", None, False),
+    "height": ("degrees", None, False),
+    "distance": ("ratio", None, False),
+    "light": ("degrees", 360.0, True),
+    "light height": ("degrees", None, True),
 }
 HEIGHTS, HEIGHT_CHANGE = (17.0, 43.0), 12.0  # of the reference's camera, degrees
 DISTANCE_CHANGE = 1.25  # times, or one part in it
@@ -231,9 +231,10 @@ def main(s):
             lines = [json.dumps(row) + "\n" for row in make_rows(s, (out / file).parent, group, count)]
             write_whole(out / file, partial(Path.write_text, data="".join(lines)))
             print(f"{len(lines)} pairs: {out / file}")
-    units, periods = map(list, zip(*CONTROLS.values()))
+    units, periods, absolute = map(list, zip(*CONTROLS.values()))
     periods[0] = 360.0 if s.turn == 180 else None
-    write_whole(out / CONTROLS_FILE, partial(write_yaml, {"names": [*CONTROLS], "units": units, "periods": periods}))
+    told = dict(names=[*CONTROLS], units=units, periods=periods, absolute=absolute)
+    write_whole(out / CONTROLS_FILE, partial(write_yaml, told))
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def test_drawn_things_are_a_dataset(tmp_path):
     rows = read_rows(tmp_path / "prompt.json")
     assert len(rows) == 2 * len(drawn.THINGS) == len({row.control for row in rows})
     assert all(0 < row.control[0] < drawn.HIGHEST and row.control[0] % 1 for row in rows)
-    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None])
+    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None], [False])
 
 
 def test_hands_of_the_clock_are_as_near_to_the_trained_beside_the_seam_as_elsewhere(tmp_path):
@@ -329,7 +329,7 @@ def test_hands_of_the_clock_are_as_near_to_the_trained_beside_the_seam_as_elsewh
     assert all(min(h, 360 - h) <= drawn.NEAR for h in hands["seam"]) and len({*hands["seam"]}) == drawn.HANDS
     assert all(drawn.NEAR < h < 360 - drawn.NEAR for h in hands["elsewhere"])
     drawn.draw_dataset(tmp_path, {"hand": [0, 90, 360]}, clock=True)
-    assert read_control_names(tmp_path, 1) == (["hand"], ["degrees"], [360])
+    assert read_control_names(tmp_path, 1) == (["hand"], ["degrees"], [360], [False])
     start, quarter, round_about = (
         np.asarray(Image.open(row.target), float) for row in read_rows(tmp_path / "prompt.json")
     )

@@ -268,16 +268,16 @@ def test_picture_to_tensor_and_back(picture):
 
 def test_controls_have_the_names_of_their_file(write_dataset):
     folder = write_dataset([[1, 2]])
-    assert read_control_names(folder, 2) == (None, None, None)
+    assert read_control_names(folder, 2) == (None, None, None, None)
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
-    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""], [None, None])
+    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""], [None, None], [False, False])
     with pytest.raises(InputError, match='controls.yaml: "names" must be a list of length 3'):
         read_control_names(folder, 3)
     (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
     with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
         read_control_names(folder, 2)
     (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: ['1e-3', '']\n")
-    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""], [None, None])
+    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""], [None, None], [False, False])
     for text in (
         "names:\nunits: [a, b]",
         "names: ab\nunits: [a, b]",
@@ -299,6 +299,21 @@ def test_periodic_numbers_are_brought_into_one_turn(write_dataset, capsys):
         (folder / "controls.yaml").write_text(f"names: [hour, size]\nunits: ['', '']\nperiods: {text}\n")
         with pytest.raises(InputError, match='controls.yaml: "periods" must be a list of length 2'):
             read_data(folder)
+
+
+def test_numbers_may_be_the_targets_own(write_dataset):
+    folder, said = write_dataset([[1, 2], [3, 4]]), "names: [turn, light]\nunits: ['', '']\nabsolute: "
+    for text in ("[1, 0]", "[true]", "yes"):
+        (folder / "controls.yaml").write_text(said + text)
+        with pytest.raises(InputError, match='controls.yaml: "absolute" must be a list of length 2'):
+            read_data(folder)
+    (folder / "controls.yaml").write_text(said + "[false, true]")
+    with pytest.raises(InputError, match='controls.yaml: "absolute" is said of pairs'):
+        read_data(folder)
+    rows = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+    lines = [json.dumps(row | {"reference": rows[0]["target"]}) + "\n" for row in rows]
+    (folder / "prompt.json").write_text("".join(lines))
+    assert read_data(folder).absolute == [False, True]
 
 
 def test_a_circle_around_zero_is_kept(write_dataset, capsys):

@@ -230,5 +230,5 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     first, second = data.train[:2]
     assert len(data.train) == 9 and (first.target, first.reference) == (second.reference, second.target)
     assert data.names == ["turn", "height", "distance", "light", "light height"]
-    assert data.periods == [None, None, None, 360, None]
+    assert data.periods == [None, None, None, 360, None] and data.absolute == [False, False, False, True, True]
     assert read_rows(tmp_path / "one" / "test" / "targets.json")[0].load()[0].size == (16, 16)

@@ -19,7 +19,8 @@ PICTURE = Image.new("RGB", (32, 32), "gray")
 def config():
     names, units = ["rotation", "zoom", "shift x", "exposure", "hour"], ["degrees", "ratio", "widths", "stops", "h"]
     ends = dict(control_low=[-10.0, 0.8, -0.1, -1.0, 0.0], control_high=[10.0, 1.25, 0.1, 1.0, 12.0])
-    return SimpleNamespace(control_names=names, control_units=units, periods=[None] * 4 + [12.0], hint="dense", **ends)
+    kinds = dict(periods=[None] * 4 + [12.0], absolute=[False] * 4 + [True])
+    return SimpleNamespace(control_names=names, control_units=units, hint="dense", **kinds, **ends)
 
 
 def boxes(figure):
@@ -57,6 +58,7 @@ def test_a_reading(config):
     assert FLAGS["outside_range"] in figure.subfigs[0].get_suptitle()
     titles = [axes.get_title() for axes in figure.axes]
     assert [title[:2] for title in titles[:3]] == ["A:", "B:", "B "]
+    assert titles[-1].startswith("hour of B 11.5") and titles[-2].startswith("exposure 0.5")
     for k, axes in enumerate(axes for axes in figure.axes if axes.containers):
         (bars,) = axes.containers[0].lines[2]
         ends = torch.stack([control[0, k] - margin[0, k], control[0, k] + margin[0, k]])
