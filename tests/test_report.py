@@ -58,7 +58,7 @@ def test_a_reading(config):
     assert FLAGS["outside_range"] in figure.subfigs[0].get_suptitle()
     titles = [axes.get_title() for axes in figure.axes]
     assert [title[:2] for title in titles[:3]] == ["A:", "B:", "B "]
-    assert titles[-1].startswith("hour of B 11.5") and titles[-2].startswith("exposure 0.5")
+    assert titles[-1].startswith("hour of B +11.5") and titles[-2].startswith("exposure +0.5")
     for k, axes in enumerate(axes for axes in figure.axes if axes.containers):
         (bars,) = axes.containers[0].lines[2]
         ends = torch.stack([control[0, k] - margin[0, k], control[0, k] + margin[0, k]])
