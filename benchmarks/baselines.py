@@ -1,12 +1,7 @@
-"""What this project's methods are compared with: another objective, another solver, CNNs trained for as long."""
-
-import math
-import time
+"""What this project's methods are compared with: another objective, another solver."""
 
 import torch
 from einops import rearrange, repeat
-from torch import nn
-from tqdm import tqdm
 
 from cldm.denoising import DenoisingObjective
 from cldm.objective import Objective
@@ -72,37 +67,3 @@ def read_by_adam(model, target, starts=4, iterations=100, learning_rate=0.1):
     found = position.detach() * unit
     best = objective.losses(found, index).view(-1, starts).argmin(1) + starts * torch.arange(len(target))
     return found[best], 2 * iterations * len(index) * len(draw_index)
-
-
-def train_regressor(network, minutes, draw_batch, loss):
-    """Train a network for some minutes, at a rate that falls by a cosine.
-
-    draw_batch: function(step) -> inputs, a tuple of tensors, and what the network should return for them.
-    loss: function(found, wanted) -> number.
-    """
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
-    began, share, step = time.perf_counter(), 0.0, 0
-    with tqdm(total=100, desc="training a CNN", leave=False) as bar:
-        while share < 1:
-            inputs, wanted = draw_batch(step)
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-            with torch.autocast("cpu", torch.bfloat16):
-                found = network(*inputs)
-            optimizer.zero_grad()
-            loss(found.float(), wanted).backward()
-            optimizer.step()
-            step, share = step + 1, min(1.0, (time.perf_counter() - began) / (60 * minutes))
-            bar.n = round(100 * share)
-            bar.refresh()
-    network.eval()
-
-
-def augment(pictures):
-    """Returns: (B, 3, H, W) pictures moved by up to 2 pixels of 128, 3% of their size and 10% of their brightness."""
-    count = len(pictures)
-    move = torch.zeros(count, 2, 3)
-    move[:, 0, 0] = move[:, 1, 1] = 1 + 0.06 * torch.rand(count) - 0.03
-    move[:, :, 2] = (torch.rand(count, 2) - 0.5) / 16
-    grid = nn.functional.affine_grid(move, pictures.shape, align_corners=False)
-    moved = nn.functional.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
-    return moved * (0.9 + 0.2 * torch.rand(count, 1, 1, 1))

@@ -57,6 +57,27 @@ def read_targets(model_path, rows, out_dir):
     return read_lines(out_dir / "results.jsonl")
 
 
+def read_by_control(model_path, rows, config, out):
+    """Read Rows as invert.py does, in a folder `out`.
+
+    Returns: found (n, d), half the 90% intervals (n, d), covariance (n, d, d), n lists of flags, seconds a row.
+    """
+    keys = ("target", "reference") if rows[0].reference else ("target",)
+    lines = [dict(prompt=row.prompt) | {key: str(getattr(row, key)) for key in keys} for row in rows]
+    write_lines(out / "targets.json", lines)
+    results = read_targets(model_path, out / "targets.json", out / "ours")
+    low, high = np.moveaxis(np.array([result["interval90"] for result in results]), 2, 0)
+    period = np.array([period or np.inf for period in config.periods])
+    width = np.where(high > low, high - low, high - low + period)  # through the seam; equal ends: the whole circle
+    return dict(
+        found=np.reshape([result["control"] for result in results], width.shape).tolist(),
+        half=(width / 2).tolist(),
+        covariance=[result["covariance"] for result in results],
+        flags=[result["flags"] for result in results],
+        seconds=float(np.mean([result["seconds"] for result in results])),
+    )
+
+
 def quantiles(errors, shares, digits=3):
     """Returns: a list of texts, quantiles of absolute errors."""
     return [f"{value:.{digits}f}" for value in np.quantile(np.abs(errors), shares)]

@@ -47,8 +47,9 @@ from torchvision.models import resnet18
 
 import test5
 import test5_s1
-from benchmarks.baselines import augment, read_by_adam, read_by_sampling, train_regressor
+from benchmarks.baselines import read_by_adam, read_by_sampling
 from benchmarks.common import choose, quantiles, read_lines
+from benchmarks.regressors import augment, train_regressor
 from cldm.dataset import split_rows
 from cldm.model import Sampling, load_model
 from cldm.reading import read_controls

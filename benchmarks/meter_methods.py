@@ -17,8 +17,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import tutorial_train
-from benchmarks.baselines import augment, train_regressor
 from benchmarks.common import read_lines, read_targets, write_lines
+from benchmarks.regressors import augment, train_regressor
 from cldm.calibration import nine_in_ten
 from cldm.dataset import TRAINING_FILE, split_rows
 from dataForTrain.make_meter import PERIOD, shortest

@@ -47,7 +47,6 @@ from torch import nn
 from torchvision.models import resnet18
 from tqdm import tqdm
 
-from benchmarks.baselines import train_regressor
 from benchmarks.classical import SIZE, Answer, chain, ecc, log_polar, sift, start_motions
 from benchmarks.common import choose, compose, decompose, read_lines, save_json, start_report
 from benchmarks.doubt import (
@@ -60,6 +59,7 @@ from benchmarks.doubt import (
     ranks,
     risk_curve,
 )
+from benchmarks.regressors import train_regressor
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes, similarity
 from cldm.evidence import check_evidence
 from cldm.fit import LOW, NAMES, WIDTHS, refine_reading

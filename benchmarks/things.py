@@ -1,11 +1,13 @@
 """Reading how a thing turned, was seen and was lit, from two pictures of it: every method on the same held-out pairs.
 
-    python benchmarks/things.py                              # all, about an hour on two cores
-    python benchmarks/things.py methods=ours pairs=48
+    python benchmarks/things.py                              # all; the network alone learns for minutes=150
+    python benchmarks/things.py methods=ours,proposal pairs=48
 
-data_root: as make_things.py renders it. A Siamese ResNet-18 learns from the pairs that the control learned from, for
-minutes; its error bars, and the proposal's, are split conformal, by validation pairs. Prints the tables of
-docs/things.md, and leaves every reading in out_dir/readings.json.
+data_root: as make_things.py renders it. Beside invert.py's readings (ours) and what the control's proposal says by
+itself: a Siamese ResNet-18 that learns for minutes from the pairs that the control learned from; neural posterior
+estimation on what that network sees; and SIFT with an essential matrix, which knows the camera. Error bars of those
+that tell none are split conformal, by validation pairs. Prints the tables of docs/things.md; leaves every reading in
+out_dir/readings.json, to which a later run adds.
 """
 
 import sys
@@ -25,176 +27,170 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__)
 
+import json
+import math
 import time
-from functools import partial
 
+import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torchvision.models import resnet18
-from tqdm import tqdm
+from scipy.spatial.transform import Rotation
+from scipy.stats import kstest
 
-from benchmarks.baselines import train_regressor
-from benchmarks.common import choose, read_lines, read_targets, save_json, start_report, write_lines
-from benchmarks.doubt import area_under
-from cldm.calibration import nine_in_ten
-from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, read_control_names
+from benchmarks.common import choose, read_by_control, save_json, start_report
+from benchmarks.doubt import area_under, distance_ranks, middle_shares
+from benchmarks.regressors import BATCH, find_errors, regress, with_bars
+from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, read_rows
 from cldm.hints import decode, encode, wrap
 from cldm.model import load_model
 from cldm.proposal import Proposal
-from ldm.files import find_path, write_whole
-from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
-from ldm.settings import Settings
+from dataForTrain.solids import FIELD_DEG
+from ldm.files import find_path
+from ldm.pictures import fit_picture
 
-SIZE, BATCH = 128, 12  # pixels; pairs read together
 TEST_FILE, REPORT = "test/targets.json", "readings.json"
 CLOSE = 15.0  # degrees, within which a turn is found
 AREAS = 5, 10, 20  # degrees, up to which the area under the curve of errors is taken
+RATIO, FEWEST, INLIER = 0.85, 8, 1.0  # of SIFT's matches: Lowe's ratio, how many are needed, pixels of 128
+DRAWS = 500  # of a posterior
 
 
-def load_rows(file, count=None):
-    """Returns: rows of a prompt.json, with whole paths; `count` from the first to the last, or all."""
-    rows = read_lines(file)
-    which = np.linspace(0, len(rows) - 1, min(count or len(rows), len(rows))).round().astype(int)
-    rows = [rows[i] for i in which]
-    return [row | {key: str(file.parent / row[key]) for key in ("target", "reference")} for row in rows]
-
-
-def find_statistics(rows, names, units, periods):
-    """Returns: what cldm.hints.decode needs to know of the numbers of rows, as a control's config has it."""
-    controls = np.array([row["source"] for row in rows])
-    mean, std = controls.mean(0), controls.std(0)
-    for k, period in enumerate(periods):
-        if period:
-            mean[k], std[k] = period / 2, period / 12**0.5
-    return Settings(names=names, units=units, periods=periods, control_mean=mean.tolist(), control_std=std.tolist())
-
-
-class SiameseNetwork(nn.Module):
-    """A ResNet-18 that sees both pictures, and three layers from what it says of them to the numbers."""
-
-    def __init__(self, outputs):
-        super().__init__()
-        self.trunk = resnet18(num_classes=256)
-        self.head = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, outputs))
-
-    def forward(self, reference, target):
-        """reference, target: (B, 3, H, W). Returns: (B, outputs)."""
-        return self.head(torch.cat(self.trunk(torch.cat([reference, target])).chunk(2), 1))
-
-
-def siamese(s, training, statistics, out):
-    """Returns: function(rows) -> controls (n, d), of a SiameseNetwork that was trained for s.minutes."""
-    periods, file = statistics.periods, out / "siamese.safetensors"
-    network = SiameseNetwork(len(periods) + sum(map(bool, periods)))
-
-    def load(rows):
-        keys = [[row[key] for row in rows] for key in ("reference", "target")]
-        seen = {path: None for own in keys for path in own}
-        for path in tqdm(seen, desc="reading pictures", disable=len(seen) < 1000):
-            tensor = pictures_to_tensor([fit_picture(load_picture(path), SIZE)])[0]
-            seen[path] = ((tensor + 1) * 127.5).round().byte()  # a quarter of the memory
-        return [[seen[path] for path in own] for own in keys]
-
-    def pair(pictures, which):
-        return [torch.stack([own[i] for i in which]).float() / 127.5 - 1 for own in pictures]
-
-    if not file.exists():
-        pictures, control = load(training), torch.tensor([row["source"] for row in training])
-        wanted = encode(control, statistics.control_mean, statistics.control_std, periods)
-
-        def draw_batch(step):
-            chosen = torch.randint(len(training), (64,))
-            gain, light = 0.85 + 0.3 * torch.rand(64, 3, 1, 1), 0.2 * torch.rand(64, 1, 1, 1) - 0.1
-            return [own * gain + light for own in pair(pictures, chosen.tolist())], wanted[chosen]
-
-        torch.manual_seed(0)
-        train_regressor(network, s.minutes, draw_batch, nn.functional.mse_loss)
-        write_whole(file, partial(save_file, network.state_dict()))
-    network.load_state_dict(load_file(file))
-    network.eval()
-
-    @torch.no_grad()
-    def read(rows):
-        pictures, found = load(rows), []
-        for first in range(0, len(rows), BATCH):
-            found.append(network(*pair(pictures, range(first, min(first + BATCH, len(rows))))))
-        return decode(torch.cat(found).double(), statistics).numpy()
-
-    return read
-
-
-def proposal(s, training, statistics, out):
+def proposal(s, model, training, out):
     """Returns: function(rows) -> controls (n, d), the mean of what the control's Proposal says."""
-    model = load_model(s.model_path)
 
     @torch.no_grad()
     def read(rows):
         found = []
-        for first in range(0, len(rows), BATCH):
-            some = rows[first : first + BATCH]
-            pictures = ([load_picture(row[key]) for row in some] for key in ("target", "reference"))
-            target = model.encode([row["prompt"] for row in some], *pictures)
+        for first in range(0, len(rows), BATCH[1]):
+            some = [rows[i] for i in range(first, min(first + BATCH[1], len(rows)))]
+            pictures = zip(*(row.load() for row in some))
+            target = model.encode([row.prompt for row in some], *pictures)
             found.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config)[0])
-        return torch.cat(found).numpy()
+        return torch.cat(found)
 
     return read
 
 
-def with_bars(read, rows, validation, statistics):
-    """Give a method split conformal error bars. Returns: as `ours`. Source: Angelopoulos & Bates 2021, eq. 1."""
-    half = nine_in_ten(torch.from_numpy(find_errors(read(validation), validation, statistics)))
-    began = time.perf_counter()
-    found = read(rows)
-    seconds = (time.perf_counter() - began) / len(rows)
-    return dict(found=found.tolist(), half=[half.tolist()] * len(rows), flags=[[]] * len(rows), seconds=seconds)
+def siamese(s, model, training, out):
+    """Returns: function(rows) -> controls (n, d) of a Regressor that is trained for s.minutes."""
+    return learn(s, model, training, out)[0]
 
 
-def ours(s, rows, statistics, out):
-    """Returns: what the control reads: found and half the intervals (n, d), n lists of flags, seconds a pair."""
-    write_lines(out / "targets.json", rows)
-    results = read_targets(s.model_path, out / "targets.json", out / "ours")
-    interval = np.array([result["interval90"] for result in results])
-    width, periods = interval[..., 1] - interval[..., 0], [period or np.inf for period in statistics.periods]
-    width = np.where(width < 0, width + periods, width)
-    return dict(
-        found=[result["control"] for result in results],
-        half=(width / 2).tolist(),
-        flags=[result["flags"] for result in results],
-        seconds=float(np.mean([result["seconds"] for result in results])),
+def learn(s, model, training, out):
+    return regress(training, model.control_net.config, model.config.image_size, s.minutes, out / "siamese.safetensors")
+
+
+def posterior(s, model, training, out):
+    """Neural posterior estimation, by sbi's flow, on what the Siamese network sees.
+
+    Returns: function(rows) -> controls (n, d), covariances (n, d, d), 90% intervals' halves (n, d).
+    Source: Greenberg et al. 2019; Tejero-Cantero et al. 2020, sbi.
+    """
+    from sbi.inference import NPE
+
+    config, (_, see) = model.control_net.config, learn(s, model, training, out)
+    features = see(training)
+    control = torch.from_numpy(training.controls)
+    wanted = encode(control, config.control_mean, config.control_std, config.periods).float()
+    torch.manual_seed(0)
+    flow = NPE(density_estimator="zuko_nsf").append_simulations(wanted, features).train(training_batch_size=200)
+
+    @torch.no_grad()
+    def read(rows):
+        drawn = decode(flow.sample((DRAWS,), condition=see(rows)).double(), config)  # (DRAWS, n, d)
+        middle = decode(encode(drawn, config.control_mean, config.control_std, config.periods).mean(0), config)
+        away = wrap(drawn - middle, config.periods)
+        return middle, torch.einsum("kni,knj->nij", away, away) / DRAWS, away.abs().quantile(0.9, 0)
+
+    return read
+
+
+def match_points(reference, target):
+    """Returns: (n, 2) places in the reference that SIFT matches with (n, 2) places in the target, pixels."""
+    detector = cv2.SIFT_create(contrastThreshold=0.01)
+    (points, features), (others, theirs) = (
+        detector.detectAndCompute(np.asarray(own.convert("L")), None) for own in (reference, target)
     )
+    pairs = cv2.BFMatcher().knnMatch(features, theirs, 2) if min(len(points), len(others)) >= FEWEST else []
+    good = [first for first, second in pairs if first.distance < RATIO * second.distance]
+    here, there = ([points[own.queryIdx].pt for own in good], [others[own.trainIdx].pt for own in good])
+    return np.reshape(here, (-1, 2)), np.reshape(there, (-1, 2))
 
 
-def find_errors(found, rows, statistics):
-    """Returns: (n, d), absolute errors, the short way round."""
-    gaps = torch.tensor(np.asarray(found) - np.array([row["source"] for row in rows]))
-    return wrap(gaps, statistics.periods).abs().numpy()
+def find_pose(here, there, size):
+    """Find how a thing turned before the camera of make_things.py, and how much higher this was, by matched places.
+
+    here, there: (n, 2), pixels of size x size. Returns: degrees of turn and height; None if no essential matrix fits.
+    Source: Nister 2004.
+    """
+    focal, middle = size / 2 / math.tan(math.radians(FIELD_DEG / 2)), (size - 1) / 2
+    camera = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1]])
+    if len(here) < FEWEST:
+        return None
+    matrix, inside = cv2.findEssentialMat(here, there, camera, cv2.RANSAC, 0.999, INLIER)
+    if matrix is None or matrix.shape != (3, 3) or inside.sum() < FEWEST:
+        return None
+    _, rotation, _, _ = cv2.recoverPose(matrix, here, there, camera, mask=inside)
+    first, turn, last = Rotation.from_matrix(rotation).as_euler("XYX", degrees=True)  # of camera, thing, camera
+    if abs(first) > 90:  # the same rotation, as an upright camera sees it
+        first, turn, last = first % 360 - 180, -turn, last % 360 - 180
+    return -turn, first + last  # y points down
 
 
-METHODS = {"ours": None, "proposal": proposal, "siamese": siamese}
+def essential(s, model, training, out):
+    """Returns: function(rows) -> controls (n, d), turn and height by find_pose; NaN where it does not answer."""
+    names, size = model.control_net.config.control_names, model.config.image_size
+
+    def read(rows):
+        found = torch.full((len(rows), len(names)), math.nan, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            target, reference = (fit_picture(own, size) for own in row.load())
+            if pose := find_pose(*match_points(reference, target), size):
+                found[i, [names.index("turn"), names.index("height")]] = found.new_tensor(pose)
+        return found
+
+    return read
 
 
-def tell(readings, rows, statistics):
-    """Prints the tables."""
-    turn = statistics["names"].index("turn")
+METHODS = {"ours": None, "proposal": proposal, "siamese": siamese, "posterior": posterior, "essential": essential}
+
+
+def tell(readings, rows, config):
+    """Prints the tables. readings: {method: as read_by_control returns them}."""
+    turn = config.control_names.index("turn")
     print("\n| | number | median | 90% | intervals hold | median half width |\n| --- | --- | --- | --- | --- | --- |")
+    errors = {name: find_errors(own["found"], rows, config).numpy() for name, own in readings.items()}
     for method, own in readings.items():
-        errors, half = find_errors(own["found"], rows, statistics), np.array(own["half"])
-        for k, (name, unit) in enumerate(zip(statistics["names"], statistics.units)):
-            middle, most = np.quantile(errors[:, k], [0.5, 0.9])
-            held = (errors[:, k] <= half[:, k]).mean()
-            print(
-                f"| {method} | {name} ({unit}) | {middle:.3g} | {most:.3g} | {held:.0%} | {np.median(half[:, k]):.3g} |"
-            )
+        half = np.array(own["half"], float)
+        for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
+            if not np.isnan(errors[method][:, k]).all():
+                told = np.nanquantile(errors[method][:, k], [0.5, 0.9])
+                held, width = (errors[method][:, k] <= half[:, k]).mean(), np.median(half[:, k])
+                cells = [f"{value:.3g}" for value in told] + [f"{held:.0%}", f"{width:.3g}"]
+                print(f"| {method} | {name} ({unit}) | {' | '.join(cells)} |")
     heads = [f"AUC at {limit}" for limit in AREAS]
-    print(f"\n| turn | within {CLOSE:g} degrees | {' | '.join(heads)} | flagged | seconds a pair |")
-    print("| --- " * (4 + len(AREAS)) + "|")
+    print(f"\n| turn | within {CLOSE:g} degrees | {' | '.join(heads)} | answered | flagged | seconds a pair |")
+    print("| --- " * (5 + len(AREAS)) + "|")
     for method, own in readings.items():
-        errors = find_errors(own["found"], rows, statistics)[:, turn]
-        areas = " | ".join(f"{area_under(errors, limit):.3f}" for limit in AREAS)
-        flagged = np.mean([bool(flags) for flags in own["flags"]])
-        print(f"| {method} | {(errors <= CLOSE).mean():.0%} | {areas} | {flagged:.0%} | {own['seconds']:.2f} |")
+        far = np.nan_to_num(errors[method][:, turn], nan=math.inf)
+        areas = " | ".join(f"{area_under(far, limit):.3f}" for limit in AREAS)
+        shares = f"{np.isfinite(far).mean():.0%} | {np.mean([bool(flags) for flags in own['flags']]):.0%}"
+        print(f"| {method} | {(far <= CLOSE).mean():.0%} | {areas} | {shares} | {own['seconds']:.2f} |")
+    tell_ranks(readings, rows, config)
+
+
+def tell_ranks(readings, rows, config):
+    """Print where truths lie among draws of the posteriors: TARP's ranks, of all numbers at once."""
+    low, high = np.array([config.control_low, config.control_high])
+    for method, own in readings.items():
+        if own["covariance"]:
+            width, truth = high - low, rows.controls
+            error = wrap(torch.tensor(own["found"]) - torch.from_numpy(truth), config.periods).numpy()
+            covariance = np.array(own["covariance"]) / (width[:, None] * width)
+            ranks = distance_ranks(error / width, covariance, (truth - low) / width, np.random.default_rng(0))
+            half, most, mean = middle_shares(ranks)
+            told = f"{half:.0%} / {most:.0%} / {mean:.2f} / {kstest(ranks, 'uniform').pvalue:.2g}"
+            print(f"\nTARP of {method}, truths in the middle 50% / 90% / mean rank / p of uniform ranks: {told}")
 
 
 def main(s):
@@ -202,17 +198,19 @@ def main(s):
     check_numbers(s, minutes=(1e-3, 1e4))
     methods, root = choose(s.methods, METHODS, "methods"), find_path(s.data_root)
     out = start_report(s.out_dir, REPORT, "readings", "targets.json", "ours", "siamese.safetensors")
-    rows, validation = load_rows(root / TEST_FILE, s.pairs), load_rows(root / VALIDATION_FILE)
-    training = load_rows(root / TRAINING_FILE)
-    names, units, periods, _ = read_control_names(root, len(rows[0]["source"]))
-    statistics, readings = find_statistics(training, names, units, periods), {}
+    training, validation, rows = (read_rows(root / file) for file in (TRAINING_FILE, VALIDATION_FILE, TEST_FILE))
+    rows = rows[np.linspace(0, len(rows) - 1, min(s.pairs, len(rows))).round().astype(int)]
+    model, readings = load_model(s.model_path), json.loads((out / REPORT).read_text())["readings"] or {}
     for method in methods:
+        began = time.perf_counter()
         if method == "ours":
-            readings[method] = ours(s, rows, statistics, out)
+            readings[method] = read_by_control(s.model_path, rows, model.control_net.config, out)
         else:
-            readings[method] = with_bars(METHODS[method](s, training, statistics, out), rows, validation, statistics)
+            read = METHODS[method](s, model, training, out)
+            readings[method] = with_bars(read, rows, validation, model.control_net.config)
         save_json(out / REPORT, {"readings": readings})
-    tell(readings, rows, statistics)
+        print(f"{method}: {(time.perf_counter() - began) / 60:.0f} minutes")
+    tell({name: readings[name] for name in methods}, rows, model.control_net.config)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy.stats import kstest
 
 from benchmarks import (
     base,
+    control,
     drawn,
     gpu,
     inversion,
@@ -47,6 +49,7 @@ from cldm.model import Sampling, load_model, save_model
 from cldm.pairs import draw_pair
 from dataForTrain.make_dataset import TRAIN, find_pictures
 from dataForTrain.make_meter import shortest
+from dataForTrain.solids import FIELD_DEG, direction
 from ldm.files import ROOT
 from ldm.schema import Settings, read_config, write_yaml
 from ldm.settings import InputError, run_script
@@ -170,9 +173,9 @@ def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
     assert "added to the time of 1400 steps: 14 responses " in printed and ", 3 readings " in printed
 
 
-@pytest.mark.slow
-def test_things_are_tabled(make_model, tmp_path, capsys):
-    """Two numbers, one of which goes round, by every method; as make_things.py leaves its pairs."""
+@pytest.fixture
+def things_folder(make_model, tmp_path):
+    """A folder as make_things.py leaves it, of two numbers, one of which goes round; control/ reads them."""
     noise, rows = np.random.default_rng(0), []
     for i in range(12):
         Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
@@ -180,26 +183,69 @@ def test_things_are_tabled(make_model, tmp_path, capsys):
         files = dict(target=str(tmp_path / f"{i}.png"), reference=str(tmp_path / f"{(i + 1) % 12}.png"))
         rows.append(json.dumps(dict(source=[3.0 * i - 18, 30.0 * i], prompt="", **files)) + "\n")
     (tmp_path / "test").mkdir()
-    for file in (things.TRAINING_FILE, things.VALIDATION_FILE, things.TEST_FILE):
+    for file in ("prompt.json", "validation.json", "test/targets.json"):
         (tmp_path / file).write_text("".join(rows))
-    said = {"names": ["turn", "light"], "units": ["degrees"] * 2, "periods": [None, 360]}
+    said = {"names": ["turn", "height"], "units": ["degrees"] * 2, "periods": [None, 360]}
     write_yaml(said, tmp_path / "controls.yaml")
     model = make_model(2, "reference", periods=[None, 360.0], fusion="both", proposals=2)
     ranges = dict(control_low=[-18.0, 0.0], control_high=[15.0, 360.0])
-    names = dict(control_names=["turn", "light"], control_units=["degrees"] * 2)
+    names = dict(control_names=["turn", "height"], control_units=["degrees"] * 2)
     learned = dict(error_scale=[0.1] * 2, error_floor=[1.0] * 2, proposal_scale=[2.0] * 2, proposal_floor=[1.0] * 2)
     statistics = dict(control_mean=[0.0, 180.0], control_std=[10.0, 360 / 12**0.5])
     model.control_net.register_to_config(**ranges, **names, **learned, **statistics)
     save_model(model, tmp_path / "control")
-    arguments = [f"data_root={tmp_path}", f"model_path={tmp_path / 'control'}", "pairs=3", "minutes=0.02"]
-    run_script(things.main, things.settings, [*arguments, f"out_dir={tmp_path / 'out'}"])
-    readings = json.loads((tmp_path / "out" / "readings.json").read_text())["readings"]
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_things_are_tabled(things_folder, capsys):
+    """Two numbers by every method; pictures of noise have nothing that matches."""
+    arguments = [f"data_root={things_folder}", f"model_path={things_folder / 'control'}", "pairs=3", "minutes=0.02"]
+    run_script(things.main, things.settings, [*arguments, f"out_dir={things_folder / 'out'}"])
+    readings = json.loads((things_folder / "out" / "readings.json").read_text())["readings"]
     printed = capsys.readouterr().out
     for method in things.METHODS:
-        assert printed.count(f"| {method} | ") == 3 and len(readings[method]["found"]) == 3
-        assert all(0 <= light <= 360 for _, light in readings[method]["found"])
+        assert len(readings[method]["found"]) == 3
+        if method != "essential":
+            assert printed.count(f"| {method} | ") == 3
+            assert all(0 <= height <= 360 for _, height in readings[method]["found"])
+    assert "| essential | 0% | 0.000 | 0.000 | 0.000 | 0% | 0% |" in printed
     assert readings["proposal"]["half"][0] == readings["proposal"]["half"][1]  # split conformal: one for all
+    assert "TARP of ours" in printed and "TARP of posterior" in printed and "TARP of siamese" not in printed
     assert things.area_under(np.array([0.0, 5.0, 20.0]), 10) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("turn, height", [(12.0, 5.0), (-25.0, 8.0), (2.0, -10.0)])
+def test_an_essential_matrix_tells_turn_and_height(turn, height):
+    """Of points in space, as make_things.py's camera sees them, from 30 degrees above the horizon at first."""
+    points, seen = np.random.default_rng(0).uniform(-0.5, 0.5, (60, 3)), []
+    for turned, above in ((40.0, 30.0), (40.0 + turn, 30.0 + height)):
+        back = direction(-turned, above)
+        right = np.cross([0, 1, 0], back) / np.linalg.norm(np.cross([0, 1, 0], back))
+        x, up, depth = np.array([right, np.cross(back, right), -back]) @ (points - 3 * back).T
+        focal = 64 / math.tan(math.radians(FIELD_DEG / 2))
+        seen.append(np.stack([63.5 + focal * x / depth, 63.5 - focal * up / depth], 1))
+    assert things.find_pose(*seen, 128) == pytest.approx((turn, height), abs=0.1)
+    assert things.find_pose(seen[0][:5], seen[1][:5], 128) is None
+
+
+@pytest.mark.slow
+def test_drawings_are_read_back(things_folder, capsys):
+    """By the control and by a network; a second control joins the first in the plot."""
+    shutil.copytree(things_folder / "control", things_folder / "again")
+    for name in ("control", "again"):
+        where = [f"data_root={things_folder}", f"model_path={things_folder / name}", f"out_dir={things_folder / 'out'}"]
+        run_script(control.main, control.settings, [*where, "count=3", "ddim_steps=2", "minutes=0.02"])
+    report = json.loads((things_folder / "out" / "asked.json").read_text())["controls"]
+    assert [*report] == ["control", "again"]
+    for own in report.values():
+        asked = np.array(own["asked"])
+        assert asked.shape == (3, 2) and (asked >= [-18, 0]).all() and (asked <= [15, 360]).all()
+        for reader in control.READERS:
+            assert np.isfinite(own[reader]["found"]).all() and len(own[reader]["half"]) == 3
+    printed = capsys.readouterr().out
+    assert printed.count("| turn (degrees) |") == 6 and printed.count("true pictures") == 4
+    assert Image.open(things_folder / "out" / "asked.png").width > 300
 
 
 @pytest.mark.slow

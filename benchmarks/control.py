@@ -1,0 +1,147 @@
+"""Asked against read back: are pictures drawn at a number what the number asks for?
+
+    python benchmarks/control.py                        # the shipped angle; a network learns for minutes=10 first
+    python dataForTrain/make_dataset.py views=300 out_dir=runs/views
+    python benchmarks/control.py model_path=models/control_views data_root=runs/views augment=false
+    python dataForTrain/make_dataset.py pairs=4000 out_dir=runs/pairs
+    python benchmarks/control.py model_path=models/control_tiny_pair data_root=runs/pairs augment=false
+
+Pictures are drawn at random numbers of the trained range and read back: by the control itself, as invert.py reads, and
+by a network that has never seen the control: a ResNet-18 that learns, from the pictures of data_root that the control
+learned from, what their numbers are. Its errors on true pictures, of validation, say how good a judge it is. Prints a
+table; asked.png in out_dir shows all controls that were read there, whose readings lie beside it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ldm.schema import FLAG, expect
+from ldm.settings import InputError, answer, check_numbers, run_script
+
+settings = dict(
+    model_path="models/control_tiny",
+    data_root="dataForTrain",  # what the control was trained on
+    count=60,  # pictures that are drawn
+    ddim_steps=32,
+    minutes=10.0,  # of the network's training
+    augment=True,  # it learns from pictures moved, zoomed and tinted a little; False: where these are the numbers
+    seed=0,
+    out_dir="outputs/control",
+)
+if __name__ == "__main__":
+    answer(__file__)
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from benchmarks.common import read_by_control, save_json, start_report
+from benchmarks.regressors import BATCH, augment, find_errors, regress, tint, with_bars
+from cldm.dataset import TRAINING_FILE, read_rows, split_rows
+from cldm.hints import wrap
+from cldm.model import Sampling, load_model
+from cldm.report import COLOURS, draw_pictures, label, plain, tell_names
+from ldm.files import find_path, write_whole
+
+REPORT, PLOT = "asked.json", "asked.png"
+ROW = 6  # panels of the plot in a line
+READERS = {"ours": "the control itself", "network": "a network that never saw the control"}
+
+
+def ask(s, model, validation, folder):
+    """Draw pictures at random numbers, with the prompts and references of validation. Returns: their Rows."""
+    config, lines = model.control_net.config, []
+    low, high = torch.tensor([config.control_low, config.control_high], dtype=torch.float64)
+    asked = low + (high - low) * torch.rand(s.count, len(low), generator=torch.Generator().manual_seed(s.seed)).double()
+    rows = [validation[i] for i in np.linspace(0, len(validation) - 1, s.count).round().astype(int)]
+    for first in tqdm(range(0, s.count, BATCH[1]), "drawing", leave=False):
+        some, control = rows[first : first + BATCH[1]], asked[first : first + BATCH[1]]
+        references = [row.load()[1] for row in some] if some[0].reference else None
+        target = model.encode([row.prompt for row in some], None, references)
+        pictures = draw_pictures(model, target, control, s.seed + first, Sampling(s.ddim_steps))
+        for i, (row, own, picture) in enumerate(zip(some, control.tolist(), pictures), first):
+            picture.save(folder / f"{i:03d}.png")
+            line = dict(source=own, target=f"{i:03d}.png", prompt=row.prompt)
+            lines.append(json.dumps(line | ({"reference": str(row.reference)} if row.reference else {})) + "\n")
+    (folder / TRAINING_FILE).write_text("".join(lines))
+    return read_rows(folder / TRAINING_FILE)
+
+
+def tell(found, rows, truths, config):
+    """Print a table. found: {reader: of drawings, as read_by_control returns it}. truths: of the network, likewise."""
+    print("\n| number | read by | of | median | 90% | worst | intervals hold |\n|" + " --- |" * 7)
+    every = [(READERS[name], "drawings", own, rows[0]) for name, own in found.items()]
+    every.append((READERS["network"], "true pictures", truths, rows[1]))
+    for k, (name, unit) in enumerate(zip(tell_names(config), config.control_units)):
+        for reader, what, own, asked in every:
+            errors = find_errors(own["found"], asked, config)[:, k].numpy()
+            held = (errors <= np.array(own["half"])[:, k]).mean()
+            cells = [np.format_float_positional(q, 3, fractional=False) for q in np.quantile(errors, [0.5, 0.9, 1])]
+            print(f"| {label(name, unit)} | {reader} | {what} | {' | '.join(cells)} | {held:.0%} |")
+
+
+def draw(report, file):
+    """Plot asked against read. report: {control: its entry of asked.json}."""
+    panels = [(name, k) for name, own in report.items() for k in range(len(own["names"]))]
+    lines = math.ceil(len(panels) / ROW)
+    figure = Figure(figsize=(2.2 * min(ROW, len(panels)) + 1, 2.3 * lines + 0.4), layout="constrained")
+    table = figure.subplots(lines, min(ROW, len(panels)), squeeze=False)
+    for spare in table.flat[len(panels) :]:
+        spare.remove()
+    for axes, (name, k) in zip(table.flat, panels):
+        own = report[name]
+        asked, (low, high) = np.array(own["asked"]), own["ranges"][k]
+        axes.plot([low, high], [low, high], color="gray", lw=0.8)
+        for reader, colour in zip(READERS, COLOURS):
+            gaps = wrap(torch.tensor(own[reader]["found"]) - torch.from_numpy(asked), own["periods"])[:, k].numpy()
+            half = np.array(own[reader]["half"])[:, k]
+            bars = dict(elinewidth=0.7, alpha=0.7, color=colour, label=READERS[reader])
+            axes.errorbar(asked[:, k], asked[:, k] + gaps, half, fmt=".", markersize=3, **bars)
+        axes.set_title(plain(f"{name}\n{label(own['names'][k], own['units'][k])}"), fontsize=8)
+        margin = 0.15 * (high - low)
+        axes.set(xlim=(low, high), ylim=(low - margin, high + margin))
+        axes.tick_params(labelsize=7)
+    for axes in table[:, 0]:
+        axes.set_ylabel("read back", fontsize=8)
+    figure.supxlabel("asked", fontsize=8)
+    figure.legend(*table[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, fontsize=8)
+    write_whole(file, partial(figure.savefig, format="png", dpi=100))
+
+
+def main(s):
+    check_numbers(s, int, count=(2, 10**4), ddim_steps=(1, 1000), seed=(0, 2**63 - 1))
+    check_numbers(s, minutes=(1e-3, 1e4))
+    expect('setting "augment": expected', s.augment, FLAG)
+    out = start_report(s.out_dir, REPORT, "controls", PLOT)
+    report, name = json.loads((out / REPORT).read_text())["controls"] or {}, find_path(s.model_path).name
+    model, (training, validation) = load_model(s.model_path), split_rows(find_path(s.data_root))
+    config, folder = model.control_net.config, out / name
+    if training.controls.shape[1] != model.control_net.control_dim or not len(validation):
+        expected = f"{model.control_net.control_dim} number(s) and rows for validation"
+        has = f"{training.controls.shape[1]} and {len(validation)} rows"
+        raise InputError(f"data_root {s.data_root}: expected {expected}, found {has}")
+    folder.mkdir(exist_ok=True)
+    rows = ask(s, model, validation, folder)
+    found = {"ours": read_by_control(s.model_path, rows, config, folder)}
+    change = tint if rows[0].reference else (lambda own: augment(own[:, 0])[:, None])
+    change = change if s.augment else (lambda own: own)
+    read, _ = regress(training, config, model.config.image_size, s.minutes, folder / "network.safetensors", change)
+    found["network"] = with_bars(read, rows, validation, config)
+    truths = with_bars(read, validation, validation, config)
+    ranges = [*zip(config.control_low, config.control_high)]
+    told = dict(names=tell_names(config), units=config.control_units, periods=config.periods, ranges=ranges)
+    report[name] = told | found | dict(asked=rows.controls.tolist())
+    save_json(out / REPORT, {"controls": report})
+    tell(found, (rows, validation), truths, config)
+    draw(report, out / PLOT)
+    print(f"see {out / PLOT}")
+
+
+if __name__ == "__main__":
+    run_script(main, settings)
