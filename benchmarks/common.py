@@ -57,13 +57,28 @@ def read_targets(model_path, rows, out_dir):
     return read_lines(out_dir / "results.jsonl")
 
 
+def check_fits(model, data, where):
+    """Raises: InputError if a control is not calibrated, or was not trained on numbers as a dataset has them.
+
+    model: ControlLDM. data: TrainingData. where: the dataset's folder.
+    """
+    config = model.control_net.config
+    if config.error_scale is None:
+        raise InputError("model_path: expected a control that was trained to its end, with error bars")
+    numbers = list(config.control_names), list(config.periods), model.control_net.uses_reference
+    found = data.names or numbers[0], data.periods or numbers[1], data.has_references
+    if numbers != found or data.controls.shape[1] != len(numbers[0]):
+        expected = f"{', '.join(numbers[0])}, periods {numbers[1]}, {'with' if numbers[2] else 'without'} references"
+        raise InputError(f"data_root {where}: expected rows as the control was trained on: {expected}")
+
+
 def read_by_control(model_path, rows, config, out):
     """Read Rows as invert.py does, in a folder `out`.
 
     Returns: found (n, d), half the 90% intervals (n, d), covariance (n, d, d), n lists of flags, seconds a row.
     """
     keys = ("target", "reference") if rows[0].reference else ("target",)
-    lines = [dict(prompt=row.prompt) | {key: str(getattr(row, key)) for key in keys} for row in rows]
+    lines = [dict(prompt=row.prompt) | {key: str(getattr(row, key).absolute()) for key in keys} for row in rows]
     write_lines(out / "targets.json", lines)
     results = read_targets(model_path, out / "targets.json", out / "ours")
     low, high = np.moveaxis(np.array([result["interval90"] for result in results]), 2, 0)

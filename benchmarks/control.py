@@ -7,16 +7,15 @@
     python benchmarks/control.py model_path=models/control_tiny_pair data_root=runs/pairs augment=false
 
 Pictures are drawn at random numbers of the trained range and read back: by the control itself, as invert.py reads, and
-by a network that has never seen the control: a ResNet-18 that learns, from the pictures of data_root that the control
-learned from, what their numbers are. Its errors on true pictures, of validation, say how good a judge it is. Prints a
-table; asked.png in out_dir shows all controls that were read there, whose readings lie beside it.
+by a network that has never seen the control: a ResNet-18 that learns, from pictures as the control learned from, what
+their numbers are. Its errors on true pictures, those of validation, say how good a judge it is; they make its error
+bars, too. Prints a table; asked.png in out_dir shows all controls that were read there.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.schema import FLAG, expect
 from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
@@ -34,6 +33,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import shutil
 from functools import partial
 
 import numpy as np
@@ -41,15 +41,16 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.common import read_by_control, save_json, start_report
-from benchmarks.regressors import BATCH, augment, find_errors, regress, tint, with_bars
-from cldm.dataset import TRAINING_FILE, read_rows, split_rows
+from benchmarks.common import check_fits, read_by_control, save_json, start_report
+from benchmarks.regressors import augment, find_errors, regress, tint, with_bars
+from cldm.dataset import TRAINING_FILE, read_data, read_rows
 from cldm.hints import wrap
 from cldm.model import Sampling, load_model
 from cldm.report import COLOURS, draw_pictures, label, plain, tell_names
 from ldm.files import find_path, write_whole
 
-REPORT, PLOT = "asked.json", "asked.png"
+REPORT, PLOT, DRAWINGS = "asked.json", "asked.png", "drawings"
+FEWEST = 9  # rows of validation, that bars of 90% can be made from
 ROW = 6  # panels of the plot in a line
 READERS = {"ours": "the control itself", "network": "a network that never saw the control"}
 
@@ -58,32 +59,43 @@ def ask(s, model, validation, folder):
     """Draw pictures at random numbers, with the prompts and references of validation. Returns: their Rows."""
     config, lines = model.control_net.config, []
     low, high = torch.tensor([config.control_low, config.control_high], dtype=torch.float64)
-    asked = low + (high - low) * torch.rand(s.count, len(low), generator=torch.Generator().manual_seed(s.seed)).double()
-    rows = [validation[i] for i in np.linspace(0, len(validation) - 1, s.count).round().astype(int)]
-    for first in tqdm(range(0, s.count, BATCH[1]), "drawing", leave=False):
-        some, control = rows[first : first + BATCH[1]], asked[first : first + BATCH[1]]
-        references = [row.load()[1] for row in some] if some[0].reference else None
-        target = model.encode([row.prompt for row in some], None, references)
-        pictures = draw_pictures(model, target, control, s.seed + first, Sampling(s.ddim_steps))
-        for i, (row, own, picture) in enumerate(zip(some, control.tolist(), pictures), first):
-            picture.save(folder / f"{i:03d}.png")
-            line = dict(source=own, target=f"{i:03d}.png", prompt=row.prompt)
-            lines.append(json.dumps(line | ({"reference": str(row.reference)} if row.reference else {})) + "\n")
+    shares = torch.rand(s.count, len(low), generator=torch.Generator().manual_seed(s.seed), dtype=torch.float64)
+    which = np.linspace(0, len(validation) - 1, s.count).round().astype(int)
+    for i, control in enumerate(tqdm(low + (high - low) * shares, "drawing", leave=False)):
+        row = validation[which[i]]
+        reference = [row.load()[1]] if row.reference else None
+        target = model.encode([row.prompt], None, reference)
+        (picture,) = draw_pictures(model, target, control[None], s.seed + i, Sampling(s.ddim_steps))
+        picture.save(folder / f"{i:03d}.png")
+        line = dict(source=control.tolist(), target=f"{i:03d}.png", prompt=row.prompt)
+        lines.append(json.dumps(line | ({"reference": str(row.reference.absolute())} if reference else {})) + "\n")
     (folder / TRAINING_FILE).write_text("".join(lines))
     return read_rows(folder / TRAINING_FILE)
 
 
-def tell(found, rows, truths, config):
-    """Print a table. found: {reader: of drawings, as read_by_control returns it}. truths: of the network, likewise."""
+def without_change(pictures):
+    return pictures
+
+
+def augment_single(pictures):
+    return augment(pictures[:, 0])[:, None]
+
+
+def tell(found, rows, judged, validation, config):
+    """Print a table. found: {reader: of drawings, as read_by_control returns it}. judged: controls (n, d) that the
+    network reads from true pictures, `validation`.
+    """
     print("\n| number | read by | of | median | 90% | worst | intervals hold |\n|" + " --- |" * 7)
-    every = [(READERS[name], "drawings", own, rows[0]) for name, own in found.items()]
-    every.append((READERS["network"], "true pictures", truths, rows[1]))
+    every = [(READERS[name], "drawings", find_errors(own["found"], rows, config), own) for name, own in found.items()]
+    every.append((READERS["network"], "true pictures", find_errors(judged, validation, config), None))
     for k, (name, unit) in enumerate(zip(tell_names(config), config.control_units)):
-        for reader, what, own, asked in every:
-            errors = find_errors(own["found"], asked, config)[:, k].numpy()
-            held = (errors <= np.array(own["half"])[:, k]).mean()
-            cells = [np.format_float_positional(q, 3, fractional=False) for q in np.quantile(errors, [0.5, 0.9, 1])]
-            print(f"| {label(name, unit)} | {reader} | {what} | {' | '.join(cells)} | {held:.0%} |")
+        for reader, what, errors, own in every:
+            one = errors[:, k].numpy()
+            cells = [
+                np.format_float_positional(q, 3, fractional=False, trim="-") for q in np.quantile(one, [0.5, 0.9, 1])
+            ]
+            held = f"{(one <= np.array(own['half'])[:, k]).mean():.0%}" if own else "—"
+            print(f"| {label(name, unit)} | {reader} | {what} | {' | '.join(cells)} | {held} |")
 
 
 def draw(report, file):
@@ -99,7 +111,7 @@ def draw(report, file):
         asked, (low, high) = np.array(own["asked"]), own["ranges"][k]
         axes.plot([low, high], [low, high], color="gray", lw=0.8)
         for reader, colour in zip(READERS, COLOURS):
-            gaps = wrap(torch.tensor(own[reader]["found"]) - torch.from_numpy(asked), own["periods"])[:, k].numpy()
+            gaps = wrap(torch.from_numpy(np.array(own[reader]["found"]) - asked), own["periods"])[:, k].numpy()
             half = np.array(own[reader]["half"])[:, k]
             bars = dict(elinewidth=0.7, alpha=0.7, color=colour, label=READERS[reader])
             axes.errorbar(asked[:, k], asked[:, k] + gaps, half, fmt=".", markersize=3, **bars)
@@ -117,29 +129,27 @@ def draw(report, file):
 def main(s):
     check_numbers(s, int, count=(2, 10**4), ddim_steps=(1, 1000), seed=(0, 2**63 - 1))
     check_numbers(s, minutes=(1e-3, 1e4))
-    expect('setting "augment": expected', s.augment, FLAG)
-    out = start_report(s.out_dir, REPORT, "controls", PLOT)
-    report, name = json.loads((out / REPORT).read_text())["controls"] or {}, find_path(s.model_path).name
-    model, (training, validation) = load_model(s.model_path), split_rows(find_path(s.data_root))
-    config, folder = model.control_net.config, out / name
-    if training.controls.shape[1] != model.control_net.control_dim or not len(validation):
-        expected = f"{model.control_net.control_dim} number(s) and rows for validation"
-        has = f"{training.controls.shape[1]} and {len(validation)} rows"
-        raise InputError(f"data_root {s.data_root}: expected {expected}, found {has}")
-    folder.mkdir(exist_ok=True)
+    out, root = start_report(s.out_dir, REPORT, "controls", PLOT, DRAWINGS), find_path(s.data_root)
+    model, data, report = load_model(s.model_path), read_data(root), json.loads((out / REPORT).read_text())
+    check_fits(model, data, root)
+    config, validation = model.control_net.config, data.validation
+    if len(validation) < FEWEST:
+        raise InputError(f"data_root {root}: expected at least {FEWEST} rows for validation, found {len(validation)}")
+    name = find_path(s.model_path).resolve().name
+    folder = out / DRAWINGS / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     rows = ask(s, model, validation, folder)
     found = {"ours": read_by_control(s.model_path, rows, config, folder)}
-    change = tint if rows[0].reference else (lambda own: augment(own[:, 0])[:, None])
-    change = change if s.augment else (lambda own: own)
-    read, _ = regress(training, config, model.config.image_size, s.minutes, folder / "network.safetensors", change)
+    change = (tint if data.has_references else augment_single) if s.augment else without_change
+    read, _ = regress(data.train, config, model.config.image_size, s.minutes, out, change)
     found["network"] = with_bars(read, rows, validation, config)
-    truths = with_bars(read, validation, validation, config)
     ranges = [*zip(config.control_low, config.control_high)]
     told = dict(names=tell_names(config), units=config.control_units, periods=config.periods, ranges=ranges)
-    report[name] = told | found | dict(asked=rows.controls.tolist())
-    save_json(out / REPORT, {"controls": report})
-    tell(found, (rows, validation), truths, config)
-    draw(report, out / PLOT)
+    controls = (report["controls"] or {}) | {name: told | found | dict(asked=rows.controls.tolist())}
+    save_json(out / REPORT, {"controls": controls})
+    tell(found, rows, read(validation), validation, config)
+    draw(controls, out / PLOT)
     print(f"see {out / PLOT}")
 
 

@@ -53,17 +53,20 @@ def ranks(errors, covariances):
     return ndtr(-np.asarray(errors) / np.sqrt(np.where(variance > 0, variance, np.nan)))
 
 
-def distance_ranks(errors, covariances, truths, rng):
+def distance_ranks(errors, covariances, truths, rng, goes_round=False):
     """Shares of draws of normal posteriors nearer to a random place than the truth is; uniform if these are right.
 
     errors, truths: (N, d), in units of the ranges, from 0 to 1. covariances: (N, d, d). rng: numpy's.
+    goes_round: (d,) bool, numbers whose range is a circle, on which the short way counts.
     Returns: (N,). Source: Lemos et al. 2023, TARP.
     """
     shares = []
     for error, covariance, truth in zip(errors, covariances, truths):
         place = rng.uniform(size=len(truth))
         draws = rng.multivariate_normal(truth + error, covariance, DRAWS, method="eigh")
-        shares.append((np.linalg.norm(draws - place, axis=1) < np.linalg.norm(truth - place)).mean())
+        gaps = np.vstack([truth, draws]) - place
+        distance = np.linalg.norm(np.where(goes_round, gaps - gaps.round(), gaps), axis=1)
+        shares.append((distance[1:] < distance[0]).mean())
     return np.array(shares)
 
 

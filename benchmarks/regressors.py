@@ -1,5 +1,6 @@
 """What one might train instead of a control: CNNs from pictures to numbers."""
 
+import hashlib
 import math
 import time
 from functools import partial
@@ -82,13 +83,15 @@ class Regressor(nn.Module):
         return self.trunk(pictures.flatten(0, 1)).view(len(pictures), -1)
 
 
-def regress(rows, config, size, minutes, file, change=tint):
-    """Train a Regressor on rows of a dataset for some minutes, or take the one that lies in a file.
+def regress(rows, config, size, minutes, folder, change=tint):
+    """Train a Regressor on rows of a dataset for some minutes, or take the one of such a training from a folder.
 
     rows: Rows. config: of a control on their numbers. size: pixels of a picture's side. change: function of pictures
     that leaves their numbers alone.
     Returns: function(rows) -> controls (n, d); function(rows) -> what its trunk says of them, (n, 256 or 512).
     """
+    about = repr((rows.digest(), rows.digest_pictures(), size, minutes, change.__name__, config.control_mean))
+    file = folder / f"network_{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
     prompts = sorted(set(rows.prompts))
     outputs = rows.controls.shape[1] + sum(map(bool, config.periods))
     network = Regressor(len(rows[0].pictures), len(prompts), outputs)
@@ -135,22 +138,29 @@ def regress(rows, config, size, minutes, file, change=tint):
 
 def find_errors(found, rows, config):
     """found: (n, d). Returns: (n, d) tensor, absolute errors, the short way round; NaN where nothing was found."""
-    return wrap(torch.as_tensor(found) - torch.from_numpy(rows.controls), config.periods).abs()
+    found = torch.as_tensor(np.asarray(found, float))  # None: NaN
+    return wrap(found - torch.from_numpy(rows.controls), config.periods).abs()
 
 
 def with_bars(read, rows, validation, config):
-    """Read rows, with split conformal error bars where a method has none.
+    """Read rows, with error bars by split conformal prediction.
 
-    read: function(rows) -> controls (n, d), or these, covariances (n, d, d) and halves of 90% intervals (n, d).
-    validation: rows that it has not learned from.
-    Returns: as read_by_control. Source: Angelopoulos & Bates 2021, eq. 1.
+    read: function(rows) -> controls (n, d), NaN where it does not answer; or these, covariances (n, d, d) or None, and
+    halves of 90% intervals (n, d), which are scaled. validation: rows that it has not learned from.
+    Returns: as read_by_control, None in place of NaN. Source: Angelopoulos & Bates 2021, eq. 1; Lei et al. 2018.
     """
+
+    def told(rows):
+        found = read(rows)
+        return found if isinstance(found, tuple) else (found, None, torch.ones_like(found))
+
+    before, _, width = told(validation)
+    errors = (find_errors(before, validation, config) / width).unbind(1)
+    scale = torch.stack([nine_in_ten(own[own.isfinite()]) if own.isfinite().any() else own[0] for own in errors])
     began = time.perf_counter()
-    found = read(rows)
-    seconds, covariance = (time.perf_counter() - began) / len(rows), None
-    if isinstance(found, tuple):
-        found, covariance, half = found
-    else:
-        half = nine_in_ten(find_errors(read(validation), validation, config)).expand(len(rows), -1)
-    own = dict(found=found.tolist(), half=half.tolist(), covariance=covariance is not None and covariance.tolist())
-    return own | dict(flags=[[]] * len(rows), seconds=seconds)
+    found, covariance, half = told(rows)
+    seconds = (time.perf_counter() - began) / len(rows)
+    if covariance is not None:
+        covariance = (covariance * scale[:, None] * scale).tolist()
+    found, half = (np.where(own.isfinite(), own.numpy(), None).tolist() for own in (found, half * scale))
+    return dict(found=found, half=half, covariance=covariance, flags=[[]] * len(rows), seconds=seconds)

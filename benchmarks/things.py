@@ -5,16 +5,17 @@
 
 data_root: as make_things.py renders it. Beside invert.py's readings (ours) and what the control's proposal says by
 itself: a Siamese ResNet-18 that learns for minutes from the pairs that the control learned from; neural posterior
-estimation on what that network sees; and SIFT with an essential matrix, which knows the camera. Error bars of those
-that tell none are split conformal, by validation pairs. Prints the tables of docs/things.md; leaves every reading in
-out_dir/readings.json, to which a later run adds.
+estimation on what that network sees; and SIFT with an essential matrix, which knows the camera and does not always
+answer: its medians are of the pairs where it does. All error bars but ours are split conformal, by validation pairs.
+Prints the tables of docs/things.md; leaves every reading in out_dir/readings.json, to which a later run of the same
+pairs and control adds.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import answer, check_numbers, run_script
+from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     data_root="runs/things",
@@ -29,46 +30,56 @@ if __name__ == "__main__":
 
 import json
 import math
+import shutil
 import time
 
 import cv2
 import numpy as np
 import torch
+from sbi.inference import NPE
+from sbi.utils.tracking import TensorBoardTracker
 from scipy.spatial.transform import Rotation
 from scipy.stats import kstest
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks.common import choose, read_by_control, save_json, start_report
+from benchmarks.common import check_fits, choose, read_by_control, save_json, start_report
 from benchmarks.doubt import area_under, distance_ranks, middle_shares
 from benchmarks.regressors import BATCH, find_errors, regress, with_bars
-from cldm.dataset import TRAINING_FILE, VALIDATION_FILE, read_rows
+from cldm.dataset import read_data, read_rows
 from cldm.hints import decode, encode, wrap
 from cldm.model import load_model
 from cldm.proposal import Proposal
+from cldm.report import label, tell_names
+from cldm.results import digest_model
 from dataForTrain.solids import FIELD_DEG
 from ldm.files import find_path
 from ldm.pictures import fit_picture
 
 TEST_FILE, REPORT = "test/targets.json", "readings.json"
-CLOSE = 15.0  # degrees, within which a turn is found
+TURN, CLOSE = "turn", 15.0  # degrees, within which it is found
 AREAS = 5, 10, 20  # degrees, up to which the area under the curve of errors is taken
 RATIO, FEWEST, INLIER = 0.85, 8, 1.0  # of SIFT's matches: Lowe's ratio, how many are needed, pixels of 128
 DRAWS = 500  # of a posterior
 
 
 def proposal(s, model, training, out):
-    """Returns: function(rows) -> controls (n, d), the mean of what the control's Proposal says."""
+    """Returns: function(rows) -> controls (n, d), None, spreads (n, d), by the moments of what the Proposal says."""
 
     @torch.no_grad()
     def read(rows):
         found = []
-        for first in range(0, len(rows), BATCH[1]):
-            some = [rows[i] for i in range(first, min(first + BATCH[1], len(rows)))]
-            pictures = zip(*(row.load() for row in some))
-            target = model.encode([row.prompt for row in some], *pictures)
-            found.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config)[0])
-        return torch.cat(found)
+        for some in torch.arange(len(rows)).split(BATCH[1]):
+            some = [rows[i] for i in some.tolist()]
+            target = model.encode([row.prompt for row in some], *zip(*(row.load() for row in some)))
+            found.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config))
+        middle, std = map(torch.cat, zip(*found))
+        return middle, None, std
 
     return read
+
+
+def learn(s, model, training, out):
+    return regress(training, model.control_net.config, model.config.image_size, s.minutes, out)
 
 
 def siamese(s, model, training, out):
@@ -76,29 +87,24 @@ def siamese(s, model, training, out):
     return learn(s, model, training, out)[0]
 
 
-def learn(s, model, training, out):
-    return regress(training, model.control_net.config, model.config.image_size, s.minutes, out / "siamese.safetensors")
-
-
 def posterior(s, model, training, out):
-    """Neural posterior estimation, by sbi's flow, on what the Siamese network sees.
+    """Neural posterior estimation, by sbi's flow, on what the Siamese network sees of the pairs that it learned from.
 
     Returns: function(rows) -> controls (n, d), covariances (n, d, d), 90% intervals' halves (n, d).
     Source: Greenberg et al. 2019; Tejero-Cantero et al. 2020, sbi.
     """
-    from sbi.inference import NPE
-
     config, (_, see) = model.control_net.config, learn(s, model, training, out)
-    features = see(training)
-    control = torch.from_numpy(training.controls)
-    wanted = encode(control, config.control_mean, config.control_std, config.periods).float()
+    circles = config.control_mean, config.control_std, config.periods
+    wanted = encode(torch.from_numpy(training.controls), *circles).float()
     torch.manual_seed(0)
-    flow = NPE(density_estimator="zuko_nsf").append_simulations(wanted, features).train(training_batch_size=200)
+    tracker = TensorBoardTracker(SummaryWriter(out / "tensorboard"))
+    trainer = NPE(density_estimator="zuko_nsf", tracker=tracker).append_simulations(wanted, see(training))
+    flow = trainer.train(training_batch_size=200)
 
     @torch.no_grad()
     def read(rows):
         drawn = decode(flow.sample((DRAWS,), condition=see(rows)).double(), config)  # (DRAWS, n, d)
-        middle = decode(encode(drawn, config.control_mean, config.control_std, config.periods).mean(0), config)
+        middle = decode(encode(drawn, *circles).mean(0), config)
         away = wrap(drawn - middle, config.periods)
         return middle, torch.einsum("kni,knj->nij", away, away) / DRAWS, away.abs().quantile(0.9, 0)
 
@@ -127,7 +133,7 @@ def find_pose(here, there, size):
     camera = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1]])
     if len(here) < FEWEST:
         return None
-    matrix, inside = cv2.findEssentialMat(here, there, camera, cv2.RANSAC, 0.999, INLIER)
+    matrix, inside = cv2.findEssentialMat(here, there, camera, cv2.RANSAC, 0.999, INLIER * size / 128)
     if matrix is None or matrix.shape != (3, 3) or inside.sum() < FEWEST:
         return None
     _, rotation, _, _ = cv2.recoverPose(matrix, here, there, camera, mask=inside)
@@ -157,60 +163,78 @@ METHODS = {"ours": None, "proposal": proposal, "siamese": siamese, "posterior": 
 
 def tell(readings, rows, config):
     """Prints the tables. readings: {method: as read_by_control returns them}."""
-    turn = config.control_names.index("turn")
+    errors = {method: find_errors(own["found"], rows, config).numpy() for method, own in readings.items()}
     print("\n| | number | median | 90% | intervals hold | median half width |\n| --- | --- | --- | --- | --- | --- |")
-    errors = {name: find_errors(own["found"], rows, config).numpy() for name, own in readings.items()}
+    for k, (name, unit) in enumerate(zip(tell_names(config), config.control_units)):
+        for method, own in readings.items():
+            answered = np.isfinite(errors[method][:, k])
+            if answered.any():
+                error, half = errors[method][answered, k], np.array(own["half"], float)[answered, k]
+                told = [f"{value:.3g}" for value in (*np.quantile(error, [0.5, 0.9]), np.median(half))]
+                told.insert(2, f"{(error <= half).mean():.0%}")
+                print(f"| {method} | {label(name, unit)} | {' | '.join(told)} |")
+    if TURN in config.control_names:
+        tell_turns({name: own[:, config.control_names.index(TURN)] for name, own in errors.items()}, readings)
     for method, own in readings.items():
-        half = np.array(own["half"], float)
-        for k, (name, unit) in enumerate(zip(config.control_names, config.control_units)):
-            if not np.isnan(errors[method][:, k]).all():
-                told = np.nanquantile(errors[method][:, k], [0.5, 0.9])
-                held, width = (errors[method][:, k] <= half[:, k]).mean(), np.median(half[:, k])
-                cells = [f"{value:.3g}" for value in told] + [f"{held:.0%}", f"{width:.3g}"]
-                print(f"| {method} | {name} ({unit}) | {' | '.join(cells)} |")
+        if own["covariance"]:
+            tell_ranks(method, own, rows, config)
+
+
+def tell_turns(errors, readings):
+    """errors: {method: (n,) of the turn}, NaN where there is no answer."""
     heads = [f"AUC at {limit}" for limit in AREAS]
     print(f"\n| turn | within {CLOSE:g} degrees | {' | '.join(heads)} | answered | flagged | seconds a pair |")
     print("| --- " * (5 + len(AREAS)) + "|")
     for method, own in readings.items():
-        far = np.nan_to_num(errors[method][:, turn], nan=math.inf)
+        far = np.nan_to_num(errors[method], nan=math.inf)
         areas = " | ".join(f"{area_under(far, limit):.3f}" for limit in AREAS)
         shares = f"{np.isfinite(far).mean():.0%} | {np.mean([bool(flags) for flags in own['flags']]):.0%}"
         print(f"| {method} | {(far <= CLOSE).mean():.0%} | {areas} | {shares} | {own['seconds']:.2f} |")
-    tell_ranks(readings, rows, config)
 
 
-def tell_ranks(readings, rows, config):
-    """Print where truths lie among draws of the posteriors: TARP's ranks, of all numbers at once."""
+def tell_ranks(method, own, rows, config):
+    """Print where truths lie among draws of normal distributions with a method's covariances: TARP's ranks."""
     low, high = np.array([config.control_low, config.control_high])
-    for method, own in readings.items():
-        if own["covariance"]:
-            width, truth = high - low, rows.controls
-            error = wrap(torch.tensor(own["found"]) - torch.from_numpy(truth), config.periods).numpy()
-            covariance = np.array(own["covariance"]) / (width[:, None] * width)
-            ranks = distance_ranks(error / width, covariance, (truth - low) / width, np.random.default_rng(0))
-            half, most, mean = middle_shares(ranks)
-            told = f"{half:.0%} / {most:.0%} / {mean:.2f} / {kstest(ranks, 'uniform').pvalue:.2g}"
-            print(f"\nTARP of {method}, truths in the middle 50% / 90% / mean rank / p of uniform ranks: {told}")
+    width, truth = high - low, rows.controls
+    error = wrap(torch.from_numpy(np.array(own["found"]) - truth), config.periods).numpy()
+    covariance, goes_round = np.array(own["covariance"]) / (width[:, None] * width), [*map(bool, config.periods)]
+    ranks = distance_ranks(error / width, covariance, (truth - low) / width, np.random.default_rng(0), goes_round)
+    half, most, mean = middle_shares(ranks)
+    told = f"{half:.0%} / {most:.0%} / {mean:.2f} / {kstest(ranks, 'uniform').pvalue:.2g}"
+    print(f"\nTARP of {method}, truths in the middle 50% / 90% / mean rank / p of uniform ranks: {told}")
 
 
 def main(s):
     check_numbers(s, int, pairs=(1, 10**6))
     check_numbers(s, minutes=(1e-3, 1e4))
     methods, root = choose(s.methods, METHODS, "methods"), find_path(s.data_root)
-    out = start_report(s.out_dir, REPORT, "readings", "targets.json", "ours", "siamese.safetensors")
-    training, validation, rows = (read_rows(root / file) for file in (TRAINING_FILE, VALIDATION_FILE, TEST_FILE))
+    out = start_report(s.out_dir, REPORT, "readings", "targets.json", "ours", "network_*", "tensorboard")
+    model, data, rows = load_model(s.model_path), read_data(root), read_rows(root / TEST_FILE)
+    check_fits(model, data, root)
+    config = model.control_net.config
+    if "proposal" in methods and model.control_net.proposal is None:
+        raise InputError('setting "methods": the control has no proposal (proposals=0); leave it out')
+    if "essential" in methods and not {TURN, "height"} <= {*config.control_names}:
+        raise InputError('setting "methods": essential tells "turn" and "height", which the control does not read')
     rows = rows[np.linspace(0, len(rows) - 1, min(s.pairs, len(rows))).round().astype(int)]
-    model, readings = load_model(s.model_path), json.loads((out / REPORT).read_text())["readings"] or {}
+    about, before = (
+        [rows.digest(), digest_model(s.model_path, model.config.base)],
+        json.loads((out / REPORT).read_text()),
+    )
+    same = before.get("about") == about
+    readings = before["readings"] if same else {}
+    if not same:
+        shutil.rmtree(out / "ours", ignore_errors=True)
+    save_json(out / REPORT, {"about": about, "readings": readings})
     for method in methods:
         began = time.perf_counter()
         if method == "ours":
-            readings[method] = read_by_control(s.model_path, rows, model.control_net.config, out)
+            readings[method] = read_by_control(s.model_path, rows, config, out)
         else:
-            read = METHODS[method](s, model, training, out)
-            readings[method] = with_bars(read, rows, validation, model.control_net.config)
-        save_json(out / REPORT, {"readings": readings})
+            readings[method] = with_bars(METHODS[method](s, model, data.train, out), rows, data.validation, config)
+        save_json(out / REPORT, {"about": about, "readings": readings})
         print(f"{method}: {(time.perf_counter() - began) / 60:.0f} minutes")
-    tell({name: readings[name] for name in methods}, rows, model.control_net.config)
+    tell({name: readings[name] for name in methods}, rows, config)
 
 
 if __name__ == "__main__":

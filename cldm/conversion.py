@@ -107,7 +107,7 @@ def fit_statistics(control_net, controls, names, units, prompts=(), absolute=Non
     A control that was trained before keeps the mean and spread that its weights rely on, and its range only grows.
     Those of a periodic number are a whole circle's.
     controls: (N, d) numbers. names, units: d texts, or None where nobody named the numbers. prompts: one for each row.
-    absolute: as NumericControlNet has it; None: as it was.
+    absolute: as NumericControlNet has it; None where nobody says.
     Raises: InputError if the control was trained on other numbers, or if a number never changes.
     """
     config, controls = control_net.config, torch.tensor(controls, dtype=torch.float64)
@@ -135,6 +135,9 @@ def fit_statistics(control_net, controls, names, units, prompts=(), absolute=Non
                 "controls.yaml, else train a fresh control (no resume_path)"
             )
         names, units = (names, units) if names else own
+        if absolute and absolute != list(config.absolute or absolute):
+            what = f"absolute: {list(config.absolute)}, the data has {absolute}"
+            raise InputError(f"resume_path: was trained with {what}; train a fresh control")
         if config.control_low is not None:
             before = [low.new_tensor(bound) for bound in (config.control_low, config.control_high)]
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])

@@ -366,7 +366,7 @@ def read_data(data_root):
 
 
 def read_control_names(data_root, control_dim):
-    """Returns: the control_dim names, units and periods of a dataset, and which are absolute; None without the file."""
+    """Returns: control_dim names, units and periods of a dataset, and which are absolute; None where nobody says."""
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
         return None, None, None, None
@@ -376,8 +376,7 @@ def read_control_names(data_root, control_dim):
     check(file, config, schema | own, schema, complete=False)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
-    periods, absolute = config.get("periods") or [None] * control_dim, config.get("absolute") or [False] * control_dim
-    return config.names, config.units, periods, absolute
+    return config.names, config.units, config.get("periods") or [None] * control_dim, config.get("absolute")
 
 
 @lru_cache  # prints every message once

@@ -5,6 +5,8 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +44,7 @@ from benchmarks.doubt import (
 )
 from benchmarks.meter_methods import find_needle
 from benchmarks.mishaps import MISHAPS, draw_meter
+from benchmarks.regressors import with_bars
 from cldm.changes import choose_changes
 from cldm.dataset import read_control_names, read_rows
 from cldm.fit import NAMES
@@ -174,45 +177,73 @@ def test_trainings_are_timed_in_turn(base_yaml, write_dataset, capsys):
 
 
 @pytest.fixture
-def things_folder(make_model, tmp_path):
-    """A folder as make_things.py leaves it, of two numbers, one of which goes round; control/ reads them."""
+def things_folder(make_model, tmp_path, monkeypatch):
+    """A folder as make_things.py leaves it, of two numbers, one of which goes round; control/ reads them.
+
+    It lies where the test works, so that paths may be relative.
+    """
+    monkeypatch.chdir(tmp_path)
+    (folder := Path("data")).mkdir()
     noise, rows = np.random.default_rng(0), []
     for i in range(12):
-        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    for i in range(12):
-        files = dict(target=str(tmp_path / f"{i}.png"), reference=str(tmp_path / f"{(i + 1) % 12}.png"))
-        rows.append(json.dumps(dict(source=[3.0 * i - 18, 30.0 * i], prompt="", **files)) + "\n")
-    (tmp_path / "test").mkdir()
-    for file in ("prompt.json", "validation.json", "test/targets.json"):
-        (tmp_path / file).write_text("".join(rows))
+        Image.fromarray(noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        row = dict(source=[3.0 * i - 18, 30.0 * i], target=f"{i}.png", reference=f"{(i + 1) % 12}.png", prompt="")
+        rows.append(json.dumps(row) + "\n")
+    for file in ("prompt.json", "validation.json", "targets.json"):
+        (folder / file).write_text("".join(rows))
     said = {"names": ["turn", "height"], "units": ["degrees"] * 2, "periods": [None, 360]}
-    write_yaml(said, tmp_path / "controls.yaml")
+    write_yaml(said, folder / "controls.yaml")
     model = make_model(2, "reference", periods=[None, 360.0], fusion="both", proposals=2)
     ranges = dict(control_low=[-18.0, 0.0], control_high=[15.0, 360.0])
     names = dict(control_names=["turn", "height"], control_units=["degrees"] * 2)
     learned = dict(error_scale=[0.1] * 2, error_floor=[1.0] * 2, proposal_scale=[2.0] * 2, proposal_floor=[1.0] * 2)
     statistics = dict(control_mean=[0.0, 180.0], control_std=[10.0, 360 / 12**0.5])
     model.control_net.register_to_config(**ranges, **names, **learned, **statistics)
-    save_model(model, tmp_path / "control")
-    return tmp_path
+    save_model(model, Path("control"))
+    return folder
 
 
 @pytest.mark.slow
-def test_things_are_tabled(things_folder, capsys):
-    """Two numbers by every method; pictures of noise have nothing that matches."""
-    arguments = [f"data_root={things_folder}", f"model_path={things_folder / 'control'}", "pairs=3", "minutes=0.02"]
-    run_script(things.main, things.settings, [*arguments, f"out_dir={things_folder / 'out'}"])
-    readings = json.loads((things_folder / "out" / "readings.json").read_text())["readings"]
-    printed = capsys.readouterr().out
+def test_things_are_tabled(things_folder, capsys, monkeypatch):
+    """Two numbers by every method; pictures of noise have nothing that matches. A second run adds to the first."""
+    monkeypatch.setattr(things, "TEST_FILE", "targets.json")
+    arguments = ["data_root=data", "model_path=control", "pairs=3", "minutes=0.02", "out_dir=out"]
+    run_script(things.main, things.settings, [*arguments, "methods=siamese"])
+    before = json.loads(Path("out/readings.json").read_text())["readings"]["siamese"]
+    run_script(things.main, things.settings, [*arguments, "methods=ours,proposal,posterior,essential"])
+    readings, printed = json.loads(Path("out/readings.json").read_text())["readings"], capsys.readouterr().out
+    assert readings["siamese"] == before
     for method in things.METHODS:
         assert len(readings[method]["found"]) == 3
         if method != "essential":
             assert printed.count(f"| {method} | ") == 3
             assert all(0 <= height <= 360 for _, height in readings[method]["found"])
     assert "| essential | 0% | 0.000 | 0.000 | 0.000 | 0% | 0% |" in printed
-    assert readings["proposal"]["half"][0] == readings["proposal"]["half"][1]  # split conformal: one for all
+    assert readings["siamese"]["half"][0] == readings["siamese"]["half"][1]  # split conformal: one for all
     assert "TARP of ours" in printed and "TARP of posterior" in printed and "TARP of siamese" not in printed
-    assert things.area_under(np.array([0.0, 5.0, 20.0]), 10) == pytest.approx(0.5)
+    run_script(things.main, things.settings, [*arguments[:2], "pairs=2", "out_dir=out", "methods=ours"])
+    assert [*json.loads(Path("out/readings.json").read_text())["readings"]] == ["ours"]
+
+
+def test_bars_are_scaled_by_validation():
+    """What tells no spread has one width; what does not answer is left out."""
+
+    class Truths:
+        controls = np.stack([np.arange(20.0), np.full(20, 359.0)], 1)
+
+        def __len__(self):
+            return len(self.controls)
+
+    config, rows = SimpleNamespace(periods=[None, 360.0]), Truths()
+    off = torch.from_numpy(rows.controls) + torch.stack([torch.arange(20) / 10, torch.full((20,), 3.0)], 1)
+    off[0, 0] = math.nan
+    told = with_bars(lambda rows: off, rows, rows, config)
+    assert told["found"][0][0] is None and told["half"][3] == [pytest.approx(1.8), pytest.approx(3)]
+    spread = torch.stack([torch.full((20,), 2.0), torch.full((20,), 6.0)], 1)
+    covariance = torch.eye(2).double().expand(20, 2, 2)
+    told = with_bars(lambda rows: (off, covariance, spread), rows, rows, config)
+    assert told["half"][3] == [pytest.approx(1.8), pytest.approx(3)]
+    assert told["covariance"][3] == [[pytest.approx(0.81), 0], [0, pytest.approx(0.25)]]
 
 
 @pytest.mark.parametrize("turn, height", [(12.0, 5.0), (-25.0, 8.0), (2.0, -10.0)])
@@ -231,12 +262,12 @@ def test_an_essential_matrix_tells_turn_and_height(turn, height):
 
 @pytest.mark.slow
 def test_drawings_are_read_back(things_folder, capsys):
-    """By the control and by a network; a second control joins the first in the plot."""
-    shutil.copytree(things_folder / "control", things_folder / "again")
-    for name in ("control", "again"):
-        where = [f"data_root={things_folder}", f"model_path={things_folder / name}", f"out_dir={things_folder / 'out'}"]
-        run_script(control.main, control.settings, [*where, "count=3", "ddim_steps=2", "minutes=0.02"])
-    report = json.loads((things_folder / "out" / "asked.json").read_text())["controls"]
+    """By the control and by a network; a second control joins the first in the plot, its second run replaces its first."""
+    shutil.copytree("control", "again")
+    for name, count in (("control", 3), ("again", 2), ("again", 3)):
+        where = ["data_root=data", f"model_path={name}", "out_dir=out", "ddim_steps=2", "minutes=0.02"]
+        run_script(control.main, control.settings, [*where, f"count={count}"])
+    report = json.loads(Path("out/asked.json").read_text())["controls"]
     assert [*report] == ["control", "again"]
     for own in report.values():
         asked = np.array(own["asked"])
@@ -244,8 +275,12 @@ def test_drawings_are_read_back(things_folder, capsys):
         for reader in control.READERS:
             assert np.isfinite(own[reader]["found"]).all() and len(own[reader]["half"]) == 3
     printed = capsys.readouterr().out
-    assert printed.count("| turn (degrees) |") == 6 and printed.count("true pictures") == 4
-    assert Image.open(things_folder / "out" / "asked.png").width > 300
+    assert printed.count("| turn (degrees) |") == 9 and printed.count("true pictures") == 6
+    assert Image.open("out/asked.png").width > 300 and len(list(Path("out").glob("network_*"))) == 1
+    write_yaml({"names": ["hour", "height"], "units": ["h"] * 2, "periods": [None, 360]}, Path("data/controls.yaml"))
+    with pytest.raises(SystemExit, match="2"):
+        run_script(control.main, control.settings, where)
+    assert "expected rows as the control was trained on: turn, height" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -313,6 +348,11 @@ def test_posteriors_that_are_too_narrow_or_too_wide_are_told():
         said = np.tile(scale * covariance, (400, 1, 1))
         for own in (*ranks(errors, said).T, distance_ranks(errors, said, truths, rng)):
             assert low <= middle_shares(own)[1] <= high and (kstest(own, "uniform").pvalue > 0.001) == (scale == 1)
+    errors = rng.normal(0, 0.3, (400, 1))
+    errors -= errors.round()  # of a number that goes round and is hardly known, the short way
+    told, truths = np.full((400, 1, 1), 0.3**2), rng.uniform(size=(400, 1))
+    right, straight = (distance_ranks(errors, told, truths, rng, goes_round) for goes_round in (True, False))
+    assert kstest(right, "uniform").pvalue > 0.001 > kstest(straight, "uniform").pvalue
 
 
 @pytest.mark.slow
@@ -365,7 +405,7 @@ def test_drawn_things_are_a_dataset(tmp_path):
     rows = read_rows(tmp_path / "prompt.json")
     assert len(rows) == 2 * len(drawn.THINGS) == len({row.control for row in rows})
     assert all(0 < row.control[0] < drawn.HIGHEST and row.control[0] % 1 for row in rows)
-    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None], [False])
+    assert read_control_names(tmp_path, 1) == (["value"], ["of 9"], [None], None)
 
 
 def test_hands_of_the_clock_are_as_near_to_the_trained_beside_the_seam_as_elsewhere(tmp_path):
@@ -375,7 +415,7 @@ def test_hands_of_the_clock_are_as_near_to_the_trained_beside_the_seam_as_elsewh
     assert all(min(h, 360 - h) <= drawn.NEAR for h in hands["seam"]) and len({*hands["seam"]}) == drawn.HANDS
     assert all(drawn.NEAR < h < 360 - drawn.NEAR for h in hands["elsewhere"])
     drawn.draw_dataset(tmp_path, {"hand": [0, 90, 360]}, clock=True)
-    assert read_control_names(tmp_path, 1) == (["hand"], ["degrees"], [360], [False])
+    assert read_control_names(tmp_path, 1) == (["hand"], ["degrees"], [360], None)
     start, quarter, round_about = (
         np.asarray(Image.open(row.target), float) for row in read_rows(tmp_path / "prompt.json")
     )

@@ -270,14 +270,14 @@ def test_controls_have_the_names_of_their_file(write_dataset):
     folder = write_dataset([[1, 2]])
     assert read_control_names(folder, 2) == (None, None, None, None)
     (folder / "controls.yaml").write_text("names: [angle, zoom]\nunits: [degrees, '']\n")
-    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""], [None, None], [False, False])
+    assert read_control_names(folder, 2) == (["angle", "zoom"], ["degrees", ""], [None, None], None)
     with pytest.raises(InputError, match='controls.yaml: "names" must be a list of length 3'):
         read_control_names(folder, 3)
     (folder / "controls.yaml").write_text("names: [angle, angle]\nunits: [degrees, '']\n")
     with pytest.raises(InputError, match="controls.yaml: expected 2 different names"):
         read_control_names(folder, 2)
     (folder / "controls.yaml").write_text("names: [2024-05-01, '${seed}']\nunits: ['1e-3', '']\n")
-    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""], [None, None], [False, False])
+    assert read_control_names(folder, 2) == (["2024-05-01", "${seed}"], ["1e-3", ""], [None, None], None)
     for text in (
         "names:\nunits: [a, b]",
         "names: ab\nunits: [a, b]",
