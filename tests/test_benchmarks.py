@@ -262,7 +262,7 @@ def test_an_essential_matrix_tells_turn_and_height(turn, height):
 
 @pytest.mark.slow
 def test_drawings_are_read_back(things_folder, capsys):
-    """By the control and by a network; a second control joins the first in the plot, its second run replaces its first."""
+    """By the control and by a network; a second control joins the first in the plot, once."""
     shutil.copytree("control", "again")
     for name, count in (("control", 3), ("again", 2), ("again", 3)):
         where = ["data_root=data", f"model_path={name}", "out_dir=out", "ddim_steps=2", "minutes=0.02"]
