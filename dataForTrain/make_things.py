@@ -17,7 +17,8 @@ from ldm.settings import InputError, answer, check_numbers, run_script
 
 settings = dict(
     folder="outputs/furniture",  # with the archives *.sh3f in it or below it
-    pairs=12800,  # of things to train on, about 13 from five pictures of a thing
+    pairs=40000,  # of things to train on, about 13 from five pictures of a thing
+    mirrored=True,  # each of them mirrored, too
     validation=400,  # pairs of other things, for error bars
     test=400,  # pairs of things that are held out
     only="",  # things with this in their names, such as blendswap-cc-0, all of which are CC0
@@ -171,11 +172,25 @@ def render_scene(s, out, group, count, number):
             seed = random.Random(f"{s.seed} {group} {number} {i}").getrandbits(32)
             picture = render_view(solid, studio, views[i], floor, background, s.image_size, s.samples, seed)
             write_whole(out / files[i], partial(picture.save, format="png"))
-    return [
+    rows = [
         {"source": describe_change(views[i], views[j]), "target": files[j], "prompt": "", "reference": files[i]}
         | {"thing": thing.name}
         for i, j in pairs
     ]
+    return rows + [mirror(out, row) for row in rows if s.mirrored and group == "training"]
+
+
+def mirror(out, row):
+    """Returns: the row of a pair's mirror images, which are written if they are not there yet."""
+    turn, height, distance, light, light_height = row["source"]
+    mirrored = row | {"source": [-turn, height, distance, round(-light % 360, 4), light_height]}
+    for key in ("target", "reference"):
+        mirrored[key] = row[key].replace(".png", "_mirrored.png")
+        if not (out / mirrored[key]).exists():
+            with Image.open(out / row[key]) as picture:
+                save = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save
+            write_whole(out / mirrored[key], partial(save, format="png"))
+    return mirrored
 
 
 def make_rows(s, out, group, count):
@@ -189,9 +204,9 @@ def make_rows(s, out, group, count):
     ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
     pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))
     with pool, tqdm(total=count, desc=f"{group} pairs") as progress:
-        for own in (pool.map if s.processes > 1 else map)(render, counts, scenes):
+        for number, own in zip(counts, (pool.map if s.processes > 1 else map)(render, counts, scenes)):
             rows += own
-            progress.update(len(own))
+            progress.update(number)
     return rows
 
 

@@ -91,6 +91,17 @@ def test_turn_height_and_distance_are_changes_and_the_light_is_where_it_is():
     assert list_pairs("test", [a, b], 30) == [(0, 1)]
 
 
+def test_a_mirrored_pair_turns_the_other_way(tmp_path):
+    for name in "ab":
+        Image.linear_gradient("L").rotate(90).save(tmp_path / f"{name}.png")
+    row = dict(source=[20.0, 5.0, 1.1, 90.0, 40.0], target="b.png", reference="a.png", prompt="", thing="box")
+    mirrored = make_things.mirror(tmp_path, row)
+    assert mirrored["source"] == [-20.0, 5.0, 1.1, 270.0, 40.0] and mirrored["thing"] == "box"
+    assert make_things.mirror(tmp_path, row | {"source": [0, 0, 1, 0, 25]})["source"] == [0, 0, 1, 0, 25]
+    before, after = (np.asarray(Image.open(tmp_path / own["target"])) for own in (row, mirrored))
+    assert (after == before[:, ::-1]).all() and (after != before).any()
+
+
 def test_surfaces_are_plain_or_cut_from_photographs(tmp_path):
     photo = Image.merge("RGB", [Image.linear_gradient("L")] * 3)
     photo.save(tmp_path / "photo.png")
@@ -205,6 +216,14 @@ def test_a_positive_turn_is_counterclockwise_from_above_and_light_at_90_comes_fr
 
 @rendered
 @pytest.mark.slow
+def test_a_mirror_image_is_what_is_rendered_of_a_mirrored_change(box):
+    """The box is the same on both sides of its middle."""
+    one, other = (see(box, View(turn, 20, 1, light, 40)) for turn, light in ((30, 60), (-30, 300)))
+    assert np.abs(one[:, ::-1] - other).mean() < 3 < np.abs(one - other).mean()
+
+
+@rendered
+@pytest.mark.slow
 def test_distance_and_height_move_the_camera(box):
     def extent(view):
         picture = see(box, view)
@@ -220,7 +239,7 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     run(folder, tmp_path / "one", "pairs=9")
     run(folder, tmp_path / "two", "pairs=3")
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.png")}
-    assert len(kept) == 3 + 2 + 2
+    assert len(kept) == 2 * 3 + 2 + 2  # those of training mirrored, too
     run(folder, tmp_path / "two", "pairs=9", "processes=2")
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.png")}.items()
     files = {file.relative_to(tmp_path / "one") for file in tmp_path.glob("one/**/*.*")}
@@ -228,7 +247,7 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
     data = read_data(tmp_path / "one")
     first, second = data.train[:2]
-    assert len(data.train) == 9 and (first.target, first.reference) == (second.reference, second.target)
+    assert len(data.train) == 2 * 9 and (first.target, first.reference) == (second.reference, second.target)
     assert data.names == ["turn", "height", "distance", "light", "light height"]
     assert data.periods == [None, None, None, 360, None] and data.absolute == [False, False, False, True, True]
     assert read_rows(tmp_path / "one" / "test" / "targets.json")[0].load()[0].size == (16, 16)
