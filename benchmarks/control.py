@@ -102,7 +102,7 @@ def draw(report, file):
     """Plot asked against read. report: {control: its entry of asked.json}."""
     panels = [(name, k) for name, own in report.items() for k in range(len(own["names"]))]
     lines = math.ceil(len(panels) / ROW)
-    figure = Figure(figsize=(2.2 * min(ROW, len(panels)) + 1, 2.3 * lines + 0.4), layout="constrained")
+    figure = Figure(figsize=(max(4, 2.2 * min(ROW, len(panels))), 2.3 * lines + 0.4), layout="constrained")
     table = figure.subplots(lines, min(ROW, len(panels)), squeeze=False)
     for spare in table.flat[len(panels) :]:
         spare.remove()

@@ -133,7 +133,7 @@ def tell_value(value, std=None):
 
 def widen(std, scale, floor):
     """std: (B, d), as an estimate claims them. scale, floor: d numbers, learned. Returns: (B, d), as they are."""
-    return torch.hypot(std * std.new_tensor(scale), std.new_tensor(floor))
+    return torch.hypot(std * torch.as_tensor(scale).to(std), torch.as_tensor(floor).to(std))
 
 
 def standard_errors(found, paired, width):
