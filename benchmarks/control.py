@@ -4,12 +4,13 @@
     python dataForTrain/make_dataset.py views=300 out_dir=runs/views
     python benchmarks/control.py model_path=models/control_views data_root=runs/views augment=false
     python dataForTrain/make_dataset.py pairs=4000 out_dir=runs/pairs
-    python benchmarks/control.py model_path=models/control_tiny_pair data_root=runs/pairs augment=false
+    python benchmarks/control.py model_path=models/control_tiny_pair data_root=runs/pairs
 
 Pictures are drawn at random numbers of the trained range and read back: by the control itself, as invert.py reads, and
-by a network that has never seen the control: a ResNet-18 that learns, from pictures as the control learned from, what
-their numbers are. Its errors on true pictures, those of validation, say how good a judge it is; they make its error
-bars, too. Prints a table; asked.png in out_dir shows all controls that were read there.
+by a reader that has never seen the control: a ResNet-18 that learns, from pictures as the control learned from, what
+their numbers are; or, where a formula knows every number, the classical chain of pairs.py. Its errors on true pictures,
+those of validation, say how good a judge it is; they make its error bars, too. Prints a table; asked.png in out_dir
+shows all controls that were read there.
 """
 
 import sys
@@ -41,18 +42,21 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from benchmarks.classical import SIZE, chain
 from benchmarks.common import check_fits, read_by_control, save_json, start_report
 from benchmarks.regressors import augment, find_errors, regress, tint, with_bars
 from cldm.dataset import TRAINING_FILE, read_data, read_rows
+from cldm.fit import has_formula
 from cldm.hints import wrap
 from cldm.model import Sampling, load_model
 from cldm.report import COLOURS, draw_pictures, label, plain, tell_names
 from ldm.files import find_path, write_whole
+from ldm.pictures import fit_picture
 
 REPORT, PLOT, DRAWINGS = "asked.json", "asked.png", "drawings"
-FEWEST = 9  # rows of validation, that bars of 90% can be made from
+FEWEST, MOST = 9, 100  # rows of validation: that bars of 90% can be made from; that the classical chain reads
 ROW = 6  # panels of the plot in a line
-READERS = {"ours": "the control itself", "network": "a network that never saw the control"}
+READERS = {"ours": "the control itself", "other": "a reader that never saw the control"}
 
 
 def ask(s, model, validation, folder):
@@ -73,6 +77,16 @@ def ask(s, model, validation, folder):
     return read_rows(folder / TRAINING_FILE)
 
 
+def read_by_formula(names, rows):
+    """Returns: controls (n, d) of pairs, by the classical chain. names: of their numbers."""
+    found = []
+    for row in tqdm(rows, "reading by formula", leave=False):
+        target, reference = (fit_picture(picture, SIZE) for picture in row.load())
+        answer = chain(reference, target, names).found
+        found.append([answer[name] for name in names])
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def without_change(pictures):
     return pictures
 
@@ -83,11 +97,11 @@ def augment_single(pictures):
 
 def tell(found, rows, judged, validation, config):
     """Print a table. found: {reader: of drawings, as read_by_control returns it}. judged: controls (n, d) that the
-    network reads from true pictures, `validation`.
+    other reader finds in true pictures, `validation`.
     """
     print("\n| number | read by | of | median | 90% | worst | intervals hold |\n|" + " --- |" * 7)
     every = [(READERS[name], "drawings", find_errors(own["found"], rows, config), own) for name, own in found.items()]
-    every.append((READERS["network"], "true pictures", find_errors(judged, validation, config), None))
+    every.append((READERS["other"], "true pictures", find_errors(judged, validation, config), None))
     for k, (name, unit) in enumerate(zip(tell_names(config), config.control_units)):
         for reader, what, errors, own in every:
             one = errors[:, k].numpy()
@@ -141,9 +155,15 @@ def main(s):
     folder.mkdir(parents=True)
     rows = ask(s, model, validation, folder)
     found = {"ours": read_by_control(s.model_path, rows, config, folder)}
-    change = (tint if data.has_references else augment_single) if s.augment else without_change
-    read, _ = regress(data.train, config, model.config.image_size, s.minutes, out, change)
-    found["network"] = with_bars(read, rows, validation, config)
+    if has_formula(config):
+        read, validation = (
+            partial(read_by_formula, [*config.control_names]),
+            validation[:: math.ceil(len(validation) / MOST)],
+        )
+    else:
+        change = (tint if data.has_references else augment_single) if s.augment else without_change
+        read, _ = regress(data.train, config, model.config.image_size, s.minutes, out, change)
+    found["other"] = with_bars(read, rows, validation, config)
     ranges = [*zip(config.control_low, config.control_high)]
     told = dict(names=tell_names(config), units=config.control_units, periods=config.periods, ranges=ranges)
     controls = (report["controls"] or {}) | {name: told | found | dict(asked=rows.controls.tolist())}

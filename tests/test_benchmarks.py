@@ -46,7 +46,7 @@ from benchmarks.meter_methods import find_needle
 from benchmarks.mishaps import MISHAPS, draw_meter
 from benchmarks.regressors import with_bars
 from cldm.changes import choose_changes
-from cldm.dataset import read_control_names, read_rows
+from cldm.dataset import Row, read_control_names, read_rows
 from cldm.fit import NAMES
 from cldm.model import Sampling, load_model, save_model
 from cldm.pairs import draw_pair
@@ -281,6 +281,14 @@ def test_drawings_are_read_back(things_folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_script(control.main, control.settings, where)
     assert "expected rows as the control was trained on: turn, height" in capsys.readouterr().err
+
+
+def test_drawn_pairs_are_read_by_the_classical_chain():
+    """Only what a control knows: the other numbers do not change."""
+    ranges = choose_changes(["rotation", "exposure"])
+    reference, target, change = draw_pair(random.Random(2), find_pictures("train"), SIZE, ranges)
+    found = control.read_by_formula(["rotation", "exposure"], [Row(None, target, "", reference)])
+    assert found.tolist()[0] == pytest.approx([change["rotation"], change["exposure"]], abs=0.05)
 
 
 @pytest.mark.slow
