@@ -81,16 +81,26 @@ def read_by_control(model_path, rows, config, out):
     lines = [dict(prompt=row.prompt) | {key: str(getattr(row, key).absolute()) for key in keys} for row in rows]
     write_lines(out / "targets.json", lines)
     results = read_targets(model_path, out / "targets.json", out / "ours")
-    low, high = np.moveaxis(np.array([result["interval90"] for result in results]), 2, 0)
-    period = np.array([period or np.inf for period in config.periods])
-    width = np.where(high > low, high - low, high - low + period)  # through the seam; equal ends: the whole circle
+    half = half_widths(results, config.periods)
     return dict(
-        found=np.reshape([result["control"] for result in results], width.shape).tolist(),
-        half=(width / 2).tolist(),
+        found=np.reshape([result["control"] for result in results], half.shape).tolist(),
+        half=half.tolist(),
         covariance=[result["covariance"] for result in results],
         flags=[result["flags"] for result in results],
         seconds=float(np.mean([result["seconds"] for result in results])),
     )
+
+
+def half_widths(results, periods):
+    """Returns: (n, d), halves of the 90% intervals of dicts of results.jsonl. periods: as in the config."""
+    low, high = np.moveaxis(np.array([result["interval90"] for result in results]), 2, 0)
+    circle = np.array([period or np.inf for period in periods])
+    return np.where(high > low, high - low, high - low + circle) / 2  # through the seam; equal ends: the whole circle
+
+
+def significant(values):
+    """Returns: a list of texts, numbers with three digits."""
+    return [np.format_float_positional(value, 3, fractional=False, trim="-") for value in values]
 
 
 def quantiles(errors, shares, digits=3):

@@ -43,7 +43,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from benchmarks.classical import SIZE, chain
-from benchmarks.common import check_fits, read_by_control, save_json, start_report
+from benchmarks.common import check_fits, read_by_control, save_json, significant, start_report
 from benchmarks.regressors import augment, find_errors, regress, tint, with_bars
 from cldm.dataset import TRAINING_FILE, read_data, read_rows
 from cldm.fit import has_formula
@@ -105,9 +105,7 @@ def tell(found, rows, judged, validation, config):
     for k, (name, unit) in enumerate(zip(tell_names(config), config.control_units)):
         for reader, what, errors, own in every:
             one = errors[:, k].numpy()
-            cells = [
-                np.format_float_positional(q, 3, fractional=False, trim="-") for q in np.quantile(one, [0.5, 0.9, 1])
-            ]
+            cells = significant(np.quantile(one, [0.5, 0.9, 1]))
             held = f"{(one <= np.array(own['half'])[:, k]).mean():.0%}" if own else "—"
             print(f"| {label(name, unit)} | {reader} | {what} | {' | '.join(cells)} | {held} |")
 
@@ -156,19 +154,18 @@ def main(s):
     rows = ask(s, model, validation, folder)
     found = {"ours": read_by_control(s.model_path, rows, config, folder)}
     if has_formula(config):
-        read, validation = (
-            partial(read_by_formula, [*config.control_names]),
-            validation[:: math.ceil(len(validation) / MOST)],
-        )
+        validation = validation[:: math.ceil(len(validation) / MOST)]
+        read = partial(read_by_formula, [*config.control_names])
     else:
         change = (tint if data.has_references else augment_single) if s.augment else without_change
         read, _ = regress(data.train, config, model.config.image_size, s.minutes, out, change)
-    found["other"] = with_bars(read, rows, validation, config)
+    judged = read(validation)
+    found["other"] = with_bars(read, rows, judged, validation, config)
     ranges = [*zip(config.control_low, config.control_high)]
     told = dict(names=tell_names(config), units=config.control_units, periods=config.periods, ranges=ranges)
     controls = (report["controls"] or {}) | {name: told | found | dict(asked=rows.controls.tolist())}
     save_json(out / REPORT, {"controls": controls})
-    tell(found, rows, read(validation), validation, config)
+    tell(found, rows, judged, validation, config)
     draw(controls, out / PLOT)
     print(f"see {out / PLOT}")
 

@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import tutorial_train
-from benchmarks.common import read_lines, read_targets, write_lines
+from benchmarks.common import half_widths, read_lines, read_targets, write_lines
 from benchmarks.regressors import augment, train_regressor
 from cldm.calibration import nine_in_ten
 from cldm.dataset import TRAINING_FILE, split_rows
@@ -73,9 +73,7 @@ def ours(s, folder, minutes):
     def read(rows, name):
         write_lines(folder / f"{name}.json", rows)
         results = read_targets(model, folder / f"{name}.json", folder / f"{name}_readings")
-        low, high = np.array([result["interval90"][0] for result in results]).T
-        width = (high - low) % PERIOD
-        half = np.where(width < 1e-6, PERIOD, width) / 2  # where the ends are one, it is the whole circle
+        half = half_widths(results, [PERIOD])[:, 0]
         flagged = [bool(result["flags"]) for result in results]
         return Readings(column(results, "control").tolist(), half.tolist(), flagged, column(results, "seconds").mean())
 

@@ -48,7 +48,7 @@ from torchvision.models import resnet18
 from tqdm import tqdm
 
 from benchmarks.classical import SIZE, Answer, chain, ecc, log_polar, sift, start_motions
-from benchmarks.common import choose, compose, decompose, read_lines, save_json, start_report
+from benchmarks.common import choose, compose, decompose, read_lines, save_json, significant, start_report
 from benchmarks.doubt import (
     LIMITS,
     area_under,
@@ -213,7 +213,7 @@ def print_row(name, errors, last):
     cells = []
     for own in errors.values():
         levels = np.quantile(np.abs(own), [0.5, 0.9, 1]) if own else ()
-        cells.append(" / ".join(np.format_float_positional(x, 3, fractional=False, trim="-") for x in levels) or "—")
+        cells.append(" / ".join(significant(levels)) or "—")
     print(f"| {name} | {' | '.join(cells)} | {last} |", flush=True)
 
 

@@ -142,23 +142,23 @@ def find_errors(found, rows, config):
     return wrap(found - torch.from_numpy(rows.controls), config.periods).abs()
 
 
-def with_bars(read, rows, validation, config):
+def with_bars(read, rows, judged, validation, config):
     """Read rows, with error bars by split conformal prediction.
 
     read: function(rows) -> controls (n, d), NaN where it does not answer; or these, covariances (n, d, d) or None, and
-    halves of 90% intervals (n, d), which are scaled. validation: rows that it has not learned from.
+    halves of 90% intervals (n, d), which are scaled. judged: what it says of validation, rows that it has not learned
+    from.
     Returns: as read_by_control, None in place of NaN. Source: Angelopoulos & Bates 2021, eq. 1; Lei et al. 2018.
     """
 
-    def told(rows):
-        found = read(rows)
+    def complete(found):
         return found if isinstance(found, tuple) else (found, None, torch.ones_like(found))
 
-    before, _, width = told(validation)
+    before, _, width = complete(judged)
     errors = (find_errors(before, validation, config) / width).unbind(1)
     scale = torch.stack([nine_in_ten(own[own.isfinite()]) if own.isfinite().any() else own[0] for own in errors])
     began = time.perf_counter()
-    found, covariance, half = told(rows)
+    found, covariance, half = complete(read(rows))
     seconds = (time.perf_counter() - began) / len(rows)
     if covariance is not None:
         covariance = (covariance * scale[:, None] * scale).tolist()

@@ -231,7 +231,8 @@ def main(s):
         if method == "ours":
             readings[method] = read_by_control(s.model_path, rows, config, out)
         else:
-            readings[method] = with_bars(METHODS[method](s, model, data.train, out), rows, data.validation, config)
+            read = METHODS[method](s, model, data.train, out)
+            readings[method] = with_bars(read, rows, read(data.validation), data.validation, config)
         save_json(out / REPORT, {"about": about, "readings": readings})
         print(f"{method}: {(time.perf_counter() - began) / 60:.0f} minutes")
     tell({name: readings[name] for name in methods}, rows, config)

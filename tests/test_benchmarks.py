@@ -237,11 +237,11 @@ def test_bars_are_scaled_by_validation():
     config, rows = SimpleNamespace(periods=[None, 360.0]), Truths()
     off = torch.from_numpy(rows.controls) + torch.stack([torch.arange(20) / 10, torch.full((20,), 3.0)], 1)
     off[0, 0] = math.nan
-    told = with_bars(lambda rows: off, rows, rows, config)
+    told = with_bars(lambda rows: off, rows, off, rows, config)
     assert told["found"][0][0] is None and told["half"][3] == [pytest.approx(1.8), pytest.approx(3)]
     spread = torch.stack([torch.full((20,), 2.0), torch.full((20,), 6.0)], 1)
-    covariance = torch.eye(2).double().expand(20, 2, 2)
-    told = with_bars(lambda rows: (off, covariance, spread), rows, rows, config)
+    said = off, torch.eye(2).double().expand(20, 2, 2), spread
+    told = with_bars(lambda rows: said, rows, said, rows, config)
     assert told["half"][3] == [pytest.approx(1.8), pytest.approx(3)]
     assert told["covariance"][3] == [[pytest.approx(0.81), 0], [0, pytest.approx(0.25)]]
 
