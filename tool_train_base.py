@@ -45,7 +45,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from cldm.pairs import list_pictures, open_photo
 from cldm.training import half_cosine
 from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
-from ldm.base import load_vae
+from ldm.base import load_vae, roughly
 from ldm.ddim import draw_timesteps
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
 from ldm.pictures import pictures_to_tensor
@@ -246,7 +246,7 @@ def train_vae(s, pictures):
         batch = pictures[index, :, y : y + side, x : x + side] / 127.5 - 1
         if step % 2:
             batch = batch.flip(3)
-        with torch.autocast("cpu", torch.bfloat16):
+        with roughly(torch.device("cpu")):
             decoded = vae.decode(vae.encode(batch).latent).sample.float()
         return (decoded - batch).square().mean((1, 2, 3)).add(1e-6).sqrt().mean()
 
@@ -282,7 +282,7 @@ def train_unet(s, latents, prompts):
         timesteps = draw_timesteps(s.batch_size, scheduler.config.num_train_timesteps, generator)
         kept = torch.rand(s.batch_size, generator=generator) >= s.prompt_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with roughly(torch.device("cpu")):
             embeddings = text_encoder(torch.where(kept[:, None], tokens[index], no_prompt)).last_hidden_state
             velocity = unet(noisy, timesteps, embeddings).sample.float()
         return F.mse_loss(velocity, scheduler.get_velocity(clean, noise, timesteps))
@@ -307,7 +307,7 @@ def main(s):
     pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
     with torch.no_grad():
         batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
-        with torch.autocast("cpu", torch.bfloat16):
+        with roughly(torch.device("cpu")):
             latents = torch.cat([vae.encode(batch).latent.float() for batch in batches]) * vae.config.scaling_factor
     unet, text_encoder, scheduler = train_unet(s, latents, prompts)
     with whole_folder(out, removes=[RESUME_FILE]) as folder:

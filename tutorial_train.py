@@ -56,7 +56,7 @@ settings = dict(
     devices="auto",  # processes on this machine, each with a batch of batch_size
     num_nodes=1,  # machines, on each of which the same command is started
     strategy="auto",  # or ddp
-    precision="bf16-mixed",
+    precision="auto",  # bf16-mixed if the device computes in bfloat16, else 32-true
 )
 if __name__ == "__main__":
     answer(__file__)

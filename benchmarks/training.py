@@ -21,7 +21,7 @@ settings = dict(
     data_root="dataForTrain",  # of one number
     base="models/tiny.yaml",
     batch_size=16,
-    precision="bf16-mixed",  # or "32-true"
+    precision="auto",  # of tutorial_train.py: bf16-mixed or 32-true
     learning_rate=1e-3,
     steps=40,  # of each; the first two are not timed
     read_every=None,  # steps between control errors; None: only speed is measured
@@ -52,7 +52,7 @@ from cldm.dataset import ControlDataset, TrainingOrder, read_data
 from cldm.hints import Hint
 from cldm.model import load_base
 from cldm.monitor import RESPONSE_EVERY, Monitor, read_handful
-from cldm.runs import make_trainer
+from cldm.runs import choose_precision, make_trainer
 from cldm.training import ControlTraining, Method
 from ldm.files import find_path
 from ldm.pictures import fit_picture, pictures_to_tensor
@@ -289,7 +289,8 @@ def make_model(s, data):
 
 def main(s):
     check_numbers(s, int, batch_size=(1, 10**6), steps=(WARM + 1, 10**6), read_every=(1, s.steps), seed=(0, 2**32 - 1))
-    expect('setting "precision": expected', s.precision, one_of("bf16-mixed", "32-true"))
+    expect('setting "precision": expected', s.precision, one_of("auto", "bf16-mixed", "32-true"))
+    s.precision = choose_precision(s.precision, "cpu")
     data = read_data(find_path(s.data_root))
     if len(data.controls[0]) != 1 or data.has_references or any(data.periods or ()):
         raise InputError(f"data_root {s.data_root}: expected one number that does not go round, without references")

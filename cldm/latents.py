@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ldm.base import roughly
 from ldm.files import check_writable, writing
 from ldm.pictures import fit_picture, pictures_to_tensor
 from ldm.settings import InputError
@@ -21,7 +22,7 @@ PATIENCE = 60  # seconds to wait for another process that writes
 class CachedLatents:
     """Latents of rows, (B, 1 or 2, C, h, w) for a list of B indices; encoded when they are first asked for.
 
-    They are encoded in bfloat16, each picture alone, so that its latents depend on nothing else, and kept in float16 in
+    They are encoded roughly, each picture alone, so that its latents depend on nothing else, and kept in float16 in
     folder/VAE_SIZE.sqlite. A picture is known by its path, size and time of last change; SQLite sees to it that
     processes take turns and that what a kill cuts off was never there.
     """
@@ -69,7 +70,7 @@ class CachedLatents:
     def encode(self, picture):
         """Returns: (C, h, w) latents of a PIL picture, float16."""
         fitted = pictures_to_tensor([fit_picture(picture, self.image_size)]).to(self.base.device)
-        with torch.autocast(self.base.device.type, torch.bfloat16):
+        with roughly(self.base.device):
             return self.base.encode(fitted)[0].half().cpu()
 
     def fetch(self, keys):

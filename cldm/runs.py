@@ -13,10 +13,11 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from cldm.dataset import are_many
-from cldm.model import control_folder, save_model
+from cldm.model import control_folder, pick_device, save_model
 from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
 from cldm.training import Method, anywhere, half_cosine, mid_step
+from ldm.base import has_bfloat16
 from ldm.files import digest, find_path, write_whole
 from ldm.settings import InputError
 
@@ -37,8 +38,17 @@ def hold_folder(out_dir, overwrite, inputs):
     return path
 
 
+def choose_precision(precision, accelerator):
+    """Returns: what the setting "auto" stands for on a Lightning accelerator; any other precision as it is."""
+    if precision != "auto":
+        return precision
+    device = pick_device("auto" if accelerator in ("auto", "gpu", "cuda") else "cpu")
+    return "bf16-mixed" if has_bfloat16(device) else "32-true"
+
+
 def make_trainer(s, out_dir, callbacks):
     """Returns: the Lightning Trainer of a run with tutorial_train's settings. Raises: InputError for its hardware."""
+    s.precision = choose_precision(s.precision, s.accelerator)
     trainer = start_trainer(
         s,
         max_steps=s.max_steps,
@@ -52,7 +62,7 @@ def make_trainer(s, out_dir, callbacks):
         log_every_n_steps=10,
     )
     if trainer.precision not in PRECISIONS:
-        raise InputError(f'setting "precision": expected one of {", ".join(PRECISIONS)}, got {s.precision}')
+        raise InputError(f'setting "precision": expected auto or one of {", ".join(PRECISIONS)}, got {s.precision}')
     return trainer
 
 

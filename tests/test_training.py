@@ -34,8 +34,9 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import HANDFUL, Monitor
-from cldm.runs import SaveBestAndLast, list_checkpoints
+from cldm.runs import SaveBestAndLast, choose_precision, list_checkpoints
 from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
+from ldm.base import has_bfloat16
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
@@ -351,11 +352,11 @@ def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, m
     [
         ("learning_rate=0", "learning_rate"),
         ("learning_rate=1e30", "step 1: the loss or its gradient is not finite"),
-        ("precision=16-true", "expected one of 32-true, bf16-mixed, 16-mixed"),
+        ("precision=16-true", "expected auto or one of 32-true, bf16-mixed, 16-mixed"),
         ("schedule=linear", "expected cosine or constant"),
         ("timesteps=[0.5,0.5]", "expected two shares"),
         ("min_snr=5 likelihood=true", "weighs mean squares"),
-        ("precision=64", "expected one of 32-true"),
+        ("precision=64", "expected auto or one of 32-true"),
     ],
 )
 def test_what_cannot_be_trained_is_named(train, tmp_path, argument, message):
@@ -674,6 +675,18 @@ def test_exploding_loss_ends_training(train, monkeypatch):
         InputError, match=rf"step {RECENT - 1}: the loss explodes.*last checkpoint: .*/0*18.ckpt; start"
     ):
         train("max_steps=40", "logger_freq=40", "checkpoint_freq=9")
+
+
+@pytest.mark.parametrize("able, precision", [(True, "bf16-mixed"), (False, "32-true")])
+def test_precision_is_one_that_the_device_has_instructions_for(monkeypatch, able, precision):
+    monkeypatch.setattr("cldm.runs.has_bfloat16", lambda device: able)
+    assert choose_precision("auto", "cpu") == precision
+    assert choose_precision("16-mixed", "cpu") == "16-mixed"
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="tells what the processor has")
+def test_bfloat16_is_known_of_a_processor():
+    assert has_bfloat16(torch.device("cpu")) == ("bf16" in Path("/proc/cpuinfo").read_text())
 
 
 def test_half_precision_attends_in_full(normal):
