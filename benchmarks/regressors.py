@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cldm.calibration import nine_in_ten
 from cldm.hints import decode, encode, wrap
+from ldm.base import roughly
 from ldm.files import write_whole
 from ldm.pictures import fit_picture, load_picture
 
@@ -33,7 +34,7 @@ def train_regressor(network, minutes, draw_batch, loss):
         while share < 1:
             inputs, wanted = draw_batch(step)
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
-            with torch.autocast("cpu", torch.bfloat16):
+            with roughly(torch.device("cpu")):
                 found = network(*inputs)
             optimizer.zero_grad()
             loss(found.float(), wanted).backward()

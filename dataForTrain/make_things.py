@@ -18,7 +18,7 @@ from ldm.settings import InputError, answer, check_numbers, run_script
 settings = dict(
     folder="outputs/furniture",  # with the archives *.sh3f in it or below it
     pairs=40000,  # of things to train on, about 13 from five pictures of a thing
-    mirrored=True,  # each of them mirrored, too
+    copies=5,  # of each of them, 11 at most: mirrored, in other colours, or both
     validation=400,  # pairs of other things, for error bars
     test=400,  # pairs of things that are held out
     only="",  # things with this in their names, such as blendswap-cc-0, all of which are CC0
@@ -39,11 +39,11 @@ import random
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
-from itertools import permutations
+from itertools import permutations, product
 from multiprocessing import get_context
 from operator import le
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE
@@ -75,6 +75,7 @@ TABLES = 1.2, 4.0  # half a table's side, in sizes of the thing
 LAMPS, LAMP_RADII, SKIES = (0.7, 1.1), (0.1, 0.8), (0.15, 0.4)  # light of a lamp, its size, light of the sky
 TINT = 0.15  # of lamp and sky, at most
 PLAIN = 0.3  # of tables and backgrounds are of one colour
+WAYS = [*product((False, True), permutations(range(3)))][1:]  # to copy a pair: whether mirrored, channels
 SURFACE, SMALLEST = 256, 0.3  # pixels of one that is cut from a photograph; its side over the photograph's, at least
 
 
@@ -177,20 +178,26 @@ def render_scene(s, out, group, count, number):
         | {"thing": thing.name}
         for i, j in pairs
     ]
-    return rows + [mirror(out, row) for row in rows if s.mirrored and group == "training"]
+    ways = random.Random(f"{s.seed} {group} {number} copies").sample(WAYS, s.copies if group == "training" else 0)
+    return rows + [copy_pair(out, row, k, *way) for k, way in enumerate(ways) for row in rows]
 
 
-def mirror(out, row):
-    """Returns: the row of a pair's mirror images, which are written if they are not there yet."""
+def copy_pair(out, row, number, mirrored, channels):
+    """Returns: the row of a pair as it would have looked mirrored, or if red, green and blue were other colours.
+
+    number: of the copy, in the names of its pictures, which are written if they are not there yet.
+    """
     turn, height, distance, light, light_height = row["source"]
-    mirrored = row | {"source": [-turn, height, distance, round(-light % 360, 4), light_height]}
+    source = [-turn, height, distance, round(-light % 360, 4), light_height] if mirrored else row["source"]
+    copied = row | {"source": source}
     for key in ("target", "reference"):
-        mirrored[key] = row[key].replace(".png", "_mirrored.png")
-        if not (out / mirrored[key]).exists():
+        copied[key] = row[key].replace(".png", f"_{number}.png")
+        if not (out / copied[key]).exists():
             with Image.open(out / row[key]) as picture:
-                save = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save
-            write_whole(out / mirrored[key], partial(save, format="png"))
-    return mirrored
+                bands = (ImageOps.mirror(picture) if mirrored else picture).split()
+            save = Image.merge("RGB", [bands[k] for k in channels]).save
+            write_whole(out / copied[key], partial(save, format="png"))
+    return copied
 
 
 def make_rows(s, out, group, count):
@@ -226,7 +233,7 @@ def hold_folder(s):
 
 def main(s):
     check_numbers(s, int, pairs=(1, 10**6), validation=(1, 10**6), test=(0, 10**6), processes=(1, 1024))
-    check_numbers(s, int, samples=(1, 10**4), image_size=(8, 4096))
+    check_numbers(s, int, samples=(1, 10**4), image_size=(8, 4096), copies=(0, len(WAYS)))
     check_numbers(s, turn=(0, 180))
     s.folder = find_path(s.folder)
     things = read_things(s.folder)

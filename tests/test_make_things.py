@@ -43,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(folder, out, *arguments):
-    small = "pairs=3", "validation=1", "test=1", "image_size=16", "samples=4"
+    small = "pairs=3", "validation=1", "test=1", "image_size=16", "samples=4", "copies=2"
     make_things.main(override(make_things.settings, [f"folder={folder}", f"out_dir={out}", *small, *arguments]))
 
 
@@ -91,15 +91,21 @@ def test_turn_height_and_distance_are_changes_and_the_light_is_where_it_is():
     assert list_pairs("test", [a, b], 30) == [(0, 1)]
 
 
-def test_a_mirrored_pair_turns_the_other_way(tmp_path):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_copied_pair_is_mirrored_and_turns_the_other_way_or_has_other_colours(tmp_path, mirrored):
+    grey = Image.linear_gradient("L").rotate(90)
     for name in "ab":
-        Image.linear_gradient("L").rotate(90).save(tmp_path / f"{name}.png")
+        Image.merge("RGB", [grey, grey.rotate(180), grey.transpose(Image.Transpose.ROTATE_90)]).save(
+            tmp_path / f"{name}.png"
+        )
     row = dict(source=[20.0, 5.0, 1.1, 90.0, 40.0], target="b.png", reference="a.png", prompt="", thing="box")
-    mirrored = make_things.mirror(tmp_path, row)
-    assert mirrored["source"] == [-20.0, 5.0, 1.1, 270.0, 40.0] and mirrored["thing"] == "box"
-    assert make_things.mirror(tmp_path, row | {"source": [0, 0, 1, 0, 25]})["source"] == [0, 0, 1, 0, 25]
-    before, after = (np.asarray(Image.open(tmp_path / own["target"])) for own in (row, mirrored))
-    assert (after == before[:, ::-1]).all() and (after != before).any()
+    copied = make_things.copy_pair(tmp_path, row, 3, mirrored, (2, 0, 1))
+    assert copied["source"] == ([-20.0, 5.0, 1.1, 270.0, 40.0] if mirrored else row["source"])
+    assert (copied["thing"], copied["reference"]) == ("box", "a_3.png")
+    still = make_things.copy_pair(tmp_path, row | {"source": [0, 0, 1, 0, 25]}, 3, mirrored, (2, 0, 1))
+    assert still["source"] == [0, 0, 1, 0, 25]
+    before, after = (np.asarray(Image.open(tmp_path / own["target"])) for own in (row, copied))
+    assert (after == (before[:, ::-1] if mirrored else before)[..., [2, 0, 1]]).all() and (after != before).any()
 
 
 def test_surfaces_are_plain_or_cut_from_photographs(tmp_path):
@@ -239,7 +245,7 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     run(folder, tmp_path / "one", "pairs=9")
     run(folder, tmp_path / "two", "pairs=3")
     kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.png")}
-    assert len(kept) == 2 * 3 + 2 + 2  # those of training mirrored, too
+    assert len(kept) == 3 * 3 + 2 + 2  # those of training and two copies
     run(folder, tmp_path / "two", "pairs=9", "processes=2")
     assert kept.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.glob("two/**/*.png")}.items()
     files = {file.relative_to(tmp_path / "one") for file in tmp_path.glob("one/**/*.*")}
@@ -247,7 +253,7 @@ def test_pictures_depend_on_the_seed_alone_and_are_rendered_once(folder, tmp_pat
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
     data = read_data(tmp_path / "one")
     first, second = data.train[:2]
-    assert len(data.train) == 2 * 9 and (first.target, first.reference) == (second.reference, second.target)
+    assert len(data.train) == 3 * 9 and (first.target, first.reference) == (second.reference, second.target)
     assert data.names == ["turn", "height", "distance", "light", "light height"]
     assert data.periods == [None, None, None, 360, None] and data.absolute == [False, False, False, True, True]
     assert read_rows(tmp_path / "one" / "test" / "targets.json")[0].load()[0].size == (16, 16)
