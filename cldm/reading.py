@@ -8,15 +8,16 @@ from einops import rearrange, repeat
 
 from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors, widen
 from cldm.denoising import DenoisingObjective
-from cldm.hints import decode, wrap
+from cldm.hints import wrap
 from cldm.proposal import Proposal
-from cldm.reference import MATCHES, RIVALS, Drafts, find_moving, match_reference
+from cldm.reference import MATCHES, find_moving, match_reference
 from cldm.solvers import SAME, distinct_solutions, keep_rivals, levenberg_marquardt
 from ldm.settings import InputError
 
 MARGIN = 0.35  # share of the trained range that is searched beyond either end
 PROBES = 8  # points probed for one number unless calibration asks for more; for several numbers SEVERAL times as many
 SEVERAL = 6
+FEW = 2  # steps of Levenberg-Marquardt from what a Proposal says
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of a profile of the loss over a number's range; half the points for several
 
 
@@ -25,7 +26,8 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. What a calibrated Proposal says is taken into account.
+    target may show what the reference does not. Where there is a Proposal, it takes FEW steps from what that says, and
+    once calibrated, both count, each by its variance.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: the valleys that probes find.
     Returns: Reading. Raises: InputError if the control was never trained.
@@ -35,16 +37,22 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     free = bounds[0] < bounds[1]
     width = (bounds[1] - bounds[0])[free]
     objective = DenoisingObjective(model, target, free, draws, seed)
-    every = torch.arange(len(target), device=bounds.device)
-    if start is None:
-        control, index = probe(objective, bounds)
-    else:
+    every, proposes = torch.arange(len(target), device=bounds.device), model.control_net.proposal is not None
+    if proposes:
+        second, std = Proposal.moments(*model.control_net.propose(target), config)
+    few = {}
+    if start is not None:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
-    found = levenberg_marquardt(objective, control, index, bounds)
+    elif proposes:
+        few = dict(iterations=FEW)
+        control, index = torch.where(free, model.control_net.wrap(second), bounds[0]).clamp(*bounds), every
+    else:
+        control, index = probe(objective, bounds)
+    found = levenberg_marquardt(objective, control, index, bounds, **few)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
     loss = best.loss
-    if target.reference is not None:
+    if target.reference is not None and not few:
         best = levenberg_marquardt(objective, best, every, bounds, scale=loss)
     both = free[:, None] & free
     covariances = [
@@ -57,7 +65,6 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
     if config.proposal_scale is not None:
-        second, std = Proposal.moments(*model.control_net.propose(target), config)
         reading = reading.with_opinion(second, widen(std, config.proposal_scale, config.proposal_floor))
     several = torch.tensor([is_ambiguous(found.compare(own), objective.paired) for own in valleys])
     reading.flags = raise_flags(
@@ -79,6 +86,8 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
     """
     reading = read_controls(model, target, known, draws, seed)
     profiles = profile(model, target, reading.lowest, seed)
+    if model.control_net.proposal is not None:  # which has seen the whole range
+        return reading, profiles
     config = model.control_net.config
     lower = find_lower(search_bounds(config, known), config.periods, reading.lowest, *profiles)
     if (lower == reading.lowest).all():
@@ -160,12 +169,10 @@ def probe(objective, bounds):
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
     count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
-    moving, proposal = free, model.control_net.proposal is not None
-    if target.reference is not None and not proposal:
+    moving = free
+    if target.reference is not None:
         moving = free & find_moving(model.control_net, target.latents.shape[2:])
-    if proposal:
-        control, index = start_from_proposals(objective, bounds)
-    elif target.reference is not None and moving.any():
+    if target.reference is not None and moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
         draw_index = draw_index[:1]
@@ -180,29 +187,6 @@ def probe(objective, bounds):
             return control, index
     found = levenberg_marquardt(objective, control, index, bounds, draw_index)
     kept = keep_rivals(found, index, objective, bounds)
-    return found.control[kept], index[kept]
-
-
-def start_from_proposals(objective, bounds):
-    """Choose among what the Proposal says by the loss of the hint's drafts, and refine by them, where it makes them.
-
-    objective: a DenoisingObjective of B targets. bounds: (2, d). Returns: places (P, d); the index (P,) of the target
-    that each is for.
-    """
-    model, target, free = objective.model, objective.target, objective.free
-    control = decode(model.control_net.propose(target)[1].to(bounds), model.control_net.config)
-    control = torch.where(free, control, bounds[0]).clamp(*bounds)
-    count, components = control.shape[:2]
-    control, index = rearrange(control, "b k d -> (b k) d"), torch.arange(count, device=bounds.device)
-    drafts = Drafts(model, target, free) if model.control_net.config.fusion != "affine" else None
-    each, draw_index = index.repeat_interleave(components), None if drafts else objective.middle_draws[:1]
-    losses = (drafts or objective).losses(control, each, draw_index)
-    best = losses.view(count, components).topk(min(RIVALS, components), largest=False).indices
-    best, index = (best + components * index[:, None]).flatten(), index.repeat_interleave(best.shape[1])
-    if not drafts:
-        return control[best], index
-    found = levenberg_marquardt(drafts, control[best], index, bounds)
-    kept = keep_rivals(found, index, drafts, bounds)
     return found.control[kept], index[kept]
 
 

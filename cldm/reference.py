@@ -182,25 +182,6 @@ class Registration(Objective):
         return rearrange(residuals, "p c h w -> p 1 1 (c h w)")
 
 
-class Drafts(Objective):
-    """Residual between the target and the hint's own draft of it: without noise, for a fraction of a model call.
-
-    target: Target of B pictures with references. free: (d,) bool.
-    """
-
-    alike = 1, 2, 3
-
-    def __init__(self, model, target, free):
-        super().__init__(model, free, draws=1)
-        self.target = target
-
-    def residuals(self, control, index, draw_index):
-        control_net, target = self.model.control_net, self.target.select(index)
-        hint = control_net.controlnet_cond_embedding
-        draft = hint.sketch(hint.view(control_net.normalize(control[:, 0]), target.reference))
-        return rearrange(draft - target.latents, "p c h w -> p 1 c (h w)")
-
-
 def find_moving(control_net, size):
     """Returns: (d,) bool, which numbers move a reference of latents of `size`, (h, w)."""
     hint, config = control_net.controlnet_cond_embedding, control_net.config

@@ -20,14 +20,14 @@ from benchmarks.common import compose, inverse
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes
 from cldm.confidence import Reading
 from cldm.dataset import Row, read_rows, split_rows
-from cldm.denoising import DenoisingObjective
 from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
-from cldm.proposal import compare
-from cldm.reading import fill_range, start_from_proposals
+from cldm.proposal import Proposal, compare
+from cldm.reading import FEW, MARGIN, fill_range, read_controls
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
+from cldm.solvers import levenberg_marquardt
 from dataForTrain import make_dataset
 from ldm.files import find_path
 from ldm.settings import InputError, override, run_script
@@ -232,25 +232,24 @@ def test_the_reference_is_moved_onto_the_target_without_a_start(make_model, norm
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.05)
 
 
-def test_a_reading_starts_from_what_is_proposed_and_draws_best(make_model, normal, monkeypatch):
-    """Targets are the hint's own drafts; one of three proposals is near the truth, and the second number is known."""
-    model = make_model(2, "reference", fusion="both", proposals=3)
-    low, high = [-10.0, -1.0], [10.0, 1.0]
-    names = dict(control_mean=[0.0, 0.0], control_std=[5.0, 0.5])
-    model.control_net.register_to_config(control_low=low, control_high=high, **names)
-    hint, reference = model.control_net.controlnet_cond_embedding, normal(2, CHANNELS, 8, 8)
-    truth = torch.tensor([[7.0, 0.3], [-4.0, 0.3]], dtype=torch.float64)
-    drawn = hint.sketch(hint.view(model.control_net.normalize(truth), reference))
-    proposed = torch.stack([truth + 3, truth - 30, truth + 1], 1)
-    encoded = model.control_net.normalize(proposed.flatten(0, 1)).unflatten(0, (2, 3))
-    monkeypatch.setattr(model.control_net, "propose", lambda *_: (torch.zeros(2, 3), encoded, torch.ones(2, 3, 2)))
-    bounds = torch.tensor([low, high]).double()
-    bounds[:, 1] = 0.3
-    objective = DenoisingObjective(model, Target(torch.zeros(2, 77, 16), drawn, reference), bounds[0] < bounds[1])
-    places, index = start_from_proposals(objective, bounds)
-    assert index.unique().tolist() == [0, 1] and (places[:, 1] == 0.3).all()
-    for i in range(2):
-        assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.1)
+def test_a_reading_takes_few_steps_from_what_is_proposed(make_model, normal, monkeypatch):
+    """The last number goes round, and its proposal lies beyond its circle; the first is known, the second too large."""
+    model = make_model(3, "reference", proposals=1, periods=[None, None, 360.0])
+    bounds = dict(control_low=[-10.0, -1.0, 0.0], control_high=[10.0, 1.0, 360.0])
+    model.control_net.register_to_config(control_mean=[0.0, 0.0, 180.0], control_std=[5.0, 0.5, 104.0], **bounds)
+    said, starts = torch.tensor([[9.0, 3.0, -20.0], [1.0, 0.5, 40.0]], dtype=torch.float64), []
+
+    def solve(objective, control, index, bounds, **options):
+        starts.append((control, index, options))
+        return levenberg_marquardt(objective, control, index, bounds, **options)
+
+    monkeypatch.setattr(Proposal, "moments", lambda *_: (said, torch.ones_like(said)))
+    monkeypatch.setattr("cldm.reading.levenberg_marquardt", solve)
+    target = Target(torch.zeros(2, 77, 16), normal(2, CHANNELS, 8, 8), normal(2, CHANNELS, 8, 8))
+    reading = read_controls(model, target, {"control 1": 2.5}, draws=2)
+    ((control, index, options),) = starts
+    assert control.tolist() == [[2.5, 1 + 2 * MARGIN, 340], [2.5, 0.5, 40]] and index.tolist() == [0, 1]
+    assert options == {"iterations": FEW} and reading.iterations.max() <= FEW
 
 
 def test_a_proposal_compares_places(normal):
