@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -27,6 +28,7 @@ BATCH = 12  # read together
 UNEXPLAINED, UNDRAWN = 1.5, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
+MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and correlation of errors, at most
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
 
 
@@ -72,9 +74,10 @@ def calibrate(model, folder, dataset):
     for name, tell in opinions.items():
         opinion, std = tell(reading)
         judged = judge_opinion(reading, opinion, std, truth)
-        learned |= {key: judged[key] for key in bars} | {f"{name}_{key}": judged[key] for key in ("scale", "floor")}
-        reading = replace(reading, **{key: judged[key] for key in bars})
-        reading = reading.with_opinion(opinion, widen(std, judged["scale"], judged["floor"]))
+        own = {key: judged.pop(key) for key in bars}
+        learned |= own | {f"{name}_{key}": value for key, value in judged.items()}
+        std = widen(std, judged["scale"], judged["floor"])
+        reading = replace(reading, **own).with_opinion(opinion, std, judged["correlation"].item())
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     limits = dict(
         explained_loss=UNEXPLAINED * read,
@@ -112,15 +115,21 @@ def judge_opinion(reading, second, std, truth):
 
     second, std: (N, d), the estimates and the standard errors that they claim, infinite where there is none. truth:
     (N, d).
-    Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; the
-    last two are `widen`'s.
+    Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; scale
+    and floor are `widen`'s; and {correlation: ()}, of the errors of both, all numbers together.
     """
-    told, missing = std.isfinite().all(1), (wrap(second - truth, reading.periods) / Z90).square()
+    errors, others = (wrap(own - truth, reading.periods) for own in (reading.control, second))
+    told, missing = std.isfinite().all(1), (others / Z90).square()
     scale, floor = moderate(missing[told], std[told].square()) if told.any() else std.new_ones(2, std.shape[1])
-    joined = reading.with_opinion(second, widen(std, scale, floor))
+    trusted = widen(std, scale, floor)
+    pairs = [
+        (error / own)[told].flatten().clamp(-MOST, MOST) for error, own in ((errors, reading.std), (others, trusted))
+    ]
+    correlation = F.cosine_similarity(*pairs, dim=0).clamp(0, ALIKE)
+    joined = reading.with_opinion(second, trusted, correlation.item())
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)
-    return {key: factor * value for key, value in own.items()}
+    return {key: factor * value for key, value in own.items()} | {"correlation": correlation}
 
 
 def spread_out(count, dataset):

@@ -77,16 +77,20 @@ class Reading:
         factor = torch.minimum(factor, self.largest_std / std)
         return factor[:, :, None] * covariance * factor[:, None]
 
-    def with_opinion(self, control, std):
-        """Take independent estimates into account, each as much as its variance allows.
+    def with_opinion(self, control, std, correlation=0.0):
+        """Take other estimates into account, each as much as its variance allows.
 
-        control, std: (B, d), the estimates. Returns: Reading.
+        control, std: (B, d), the estimates; an infinite std says nothing. correlation: of their errors with ours, from
+        0 to below 1, so that of two that err alike the worse adds nothing.
+        Returns: Reading. Source: Bates & Granger 1969, the combination of forecasts.
         """
         variance = self.std.square()
-        share = variance / (variance + std.square())
+        both = (correlation * self.std * std).nan_to_num(0) if correlation else torch.zeros_like(std)  # covariance
+        share = ((variance - both) / (variance + std.square() - 2 * both)).nan_to_num(0).clamp(0, 1)
         moved = self.control + share * wrap(control - self.control, self.periods)
         moved = wrap(moved, self.periods, moved.new_tensor(self.middle))
-        relief = share if self.relief is None else 1 - (1 - self.relief) * (1 - share)
+        taken = torch.where(variance > 0, share * (1 - both / variance), 0)
+        relief = taken if self.relief is None else 1 - (1 - self.relief) * (1 - taken)
         return replace(self, control=moved, relief=relief, unmoved=self.lowest)
 
     @property

@@ -46,8 +46,10 @@ def check_control(file):
         "error_floor": or_null(each(number(0), control_dim)),
         "proposal_scale": or_null(each(number(0), control_dim)),
         "proposal_floor": or_null(each(number(0), control_dim)),
+        "proposal_correlation": or_null(number(0, 1)),
         "fit_scale": or_null(each(number(0), control_dim)),
         "fit_floor": or_null(each(number(0), control_dim)),
+        "fit_correlation": or_null(number(0, 1)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
@@ -83,8 +85,9 @@ class NumericControlNet(ControlNetModel):
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
-    proposal_scale, proposal_floor, fit_scale, fit_floor, explained_loss, sampling_loss, probes: what
-    cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's middle alone.
+    proposal_scale, proposal_floor, proposal_correlation, fit_scale, fit_floor, fit_correlation, explained_loss,
+    sampling_loss, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's
+    middle alone.
     The rest are ControlNetModel's own.
     """
 
@@ -112,8 +115,10 @@ class NumericControlNet(ControlNetModel):
         error_floor: tuple[float, ...] | None = None,
         proposal_scale: tuple[float, ...] | None = None,
         proposal_floor: tuple[float, ...] | None = None,
+        proposal_correlation: float | None = None,
         fit_scale: tuple[float, ...] | None = None,
         fit_floor: tuple[float, ...] | None = None,
+        fit_correlation: float | None = None,
         explained_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,

@@ -39,7 +39,7 @@ def refine_reading(reading, pictures, config, known=()):
     if config.fit_scale is None or {*config.control_names} <= {*known}:
         return reading
     control, std = fit_pictures(reading, pictures, config, known)
-    return reading.with_opinion(control, widen(std, config.fit_scale, config.fit_floor))
+    return reading.with_opinion(control, widen(std, config.fit_scale, config.fit_floor), config.fit_correlation or 0)
 
 
 def fit_pictures(reading, pictures, config, known=()):

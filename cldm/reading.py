@@ -27,7 +27,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
     target may show what the reference does not. Where there is a Proposal, it takes FEW steps from what that says, and
-    once calibrated, both count, each by its variance.
+    once calibrated, both count, by their covariance.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: the valleys that probes find.
     Returns: Reading. Raises: InputError if the control was never trained.
@@ -65,7 +65,8 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
     if config.proposal_scale is not None:
-        reading = reading.with_opinion(second, widen(std, config.proposal_scale, config.proposal_floor))
+        std = widen(std, config.proposal_scale, config.proposal_floor)
+        reading = reading.with_opinion(second, std, config.proposal_correlation or 0)
     several = torch.tensor([is_ambiguous(found.compare(own), objective.paired) for own in valleys])
     reading.flags = raise_flags(
         len(target),

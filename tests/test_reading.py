@@ -1,6 +1,7 @@
 """Reading controls: it finds them without a start, and says how sure it is."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -266,6 +267,31 @@ def test_a_second_opinion_counts_by_its_variance(opinions):
     assert torch.equal(both.lowest, reading.control)
     ignored = reading.with_opinion(second, torch.full_like(second, torch.inf))
     assert torch.equal(ignored.control, reading.control) and torch.equal(ignored.std, reading.std)
+
+
+@pytest.fixture
+def alike(opinions):
+    """Estimates whose errors are those of the Reading and others as large, and their correlation with it."""
+    truth, reading, second = opinions
+    return truth + wrap(reading.control - truth, reading.periods) + 2 * (second - truth), 0.5**0.5
+
+
+def test_of_two_that_err_alike_the_worse_adds_nothing(opinions, alike):
+    truth, better, _ = opinions
+    values, correlation = alike
+    unit, circles = torch.ones_like(values), torch.tensor(better.middle)
+    worse = replace(better, control=wrap(values, better.periods, circles), error_scale=2**0.5 * better.error_scale)
+    for first, second in ((better, worse), (worse, better)):
+        both = first.with_opinion(second.control, second.std[0, 0] * unit, correlation)
+        torch.testing.assert_close(both.control, better.control)
+        torch.testing.assert_close(both.std, better.std)
+
+
+def test_calibration_learns_how_far_errors_are_alike(opinions, alike):
+    truth, reading, second = opinions
+    for other, correlation in ((second, 0), alike):
+        learned = calibration.judge_opinion(reading, other, torch.ones_like(second), truth)
+        assert learned["correlation"].item() == pytest.approx(correlation, abs=0.05)
 
 
 def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
