@@ -17,7 +17,6 @@ from ldm.settings import InputError
 MARGIN = 0.35  # share of the trained range that is searched beyond either end
 PROBES = 8  # points probed for one number unless calibration asks for more; for several numbers SEVERAL times as many
 SEVERAL = 6
-FEW = 2  # steps of Levenberg-Marquardt from what a Proposal says
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of a profile of the loss over a number's range; half the points for several
 
 
@@ -26,8 +25,8 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. Where there is a Proposal, it takes FEW steps from what that says, and
-    once calibrated, both count, by their covariance.
+    target may show what the reference does not. Where there is a Proposal, a single step is taken instead, from what
+    that says; once calibrated, both count, by their covariance.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: the valleys that probes find.
     Returns: Reading. Raises: InputError if the control was never trained.
@@ -40,19 +39,19 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     every, proposes = torch.arange(len(target), device=bounds.device), model.control_net.proposal is not None
     if proposes:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
-    few = {}
+    how = {}
     if start is not None:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
     elif proposes:
-        few = dict(iterations=FEW)
+        how = dict(iterations=1)
         control, index = torch.where(free, model.control_net.wrap(second), bounds[0]).clamp(*bounds), every
     else:
         control, index = probe(objective, bounds)
-    found = levenberg_marquardt(objective, control, index, bounds, **few)
+    found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
     loss = best.loss
-    if target.reference is not None and not few:
+    if target.reference is not None and not how:
         best = levenberg_marquardt(objective, best, every, bounds, scale=loss)
     both = free[:, None] & free
     covariances = [
