@@ -32,6 +32,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 
 import cv2
 import numpy as np
@@ -137,7 +138,8 @@ def find_pose(here, there, size):
     if matrix is None or matrix.shape != (3, 3) or inside.sum() < FEWEST:
         return None
     _, rotation, _, _ = cv2.recoverPose(matrix, here, there, camera, mask=inside)
-    first, turn, last = Rotation.from_matrix(rotation).as_euler("XYX", degrees=True)  # of camera, thing, camera
+    with warnings.catch_warnings(action="ignore"):  # without a turn, only the sum of the others is known
+        first, turn, last = Rotation.from_matrix(rotation).as_euler("XYX", degrees=True)  # of camera, thing, camera
     if abs(first) > 90:  # the same rotation, as an upright camera sees it
         first, turn, last = first % 360 - 180, -turn, last % 360 - 180
     return -turn, first + last  # y points down

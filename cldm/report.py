@@ -24,7 +24,7 @@ DRAWN = Sampling(ddim_steps=16)  # pictures that are only looked at
 BLUE, VERMILION = "#0072B2", "#D55E00"  # Okabe and Ito's colours, which colour-blind people tell apart too
 COLOURS = BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 WIDTH = 10  # inches of a figure, so that it can be read at the width of a README
-ROOM = 2.1  # height of a plot of the loss, over the highest loss, where a compass lies above the curve
+ROOM = 1.1, 2.1  # height of a plot of the loss, over the highest loss; with a compass above the curve
 
 
 def number(values):
@@ -255,14 +255,14 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         axes.errorbar(value, np.interp(value, points[:, k], losses), **read)
         ends = (config.control_low[k], config.control_high[k]) if config.periods[k] is None else points[[0, -1], k]
         axes.axvspan(*ends, color="gray", alpha=0.12, lw=0, label="trained range")
-        axes.set(xlim=(points[0, k], points[-1, k]), xlabel=label(name, unit), ylim=(0, None))
+        highest = ROOM[bool(config.periods[k])] * losses.max()
+        axes.set(xlim=(points[0, k], points[-1, k]), xlabel=label(name, unit), ylim=(0, highest))
         axes.set_title(f"{name} {tell_value(value, std)} {unit}".rstrip(), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
             low = config.control_low[k]
             axes.xaxis.set_major_locator(MultipleLocator(period / 4))
             axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.6g}")
-            axes.set_ylim(top=ROOM * axes.get_ylim()[1])
             draw_compass(axes, value, reading.margin[i, k].item() if reading.calibrated else 0.0, low, period)
         axes.tick_params(labelsize=9)
     for axes in first:

@@ -65,6 +65,16 @@ def test_the_change_between_two_pictures_is_read():
     assert found.flags == [[]]
 
 
+def test_a_thing_never_seen_is_read_within_its_intervals():
+    """How it turned, and the camera moved, and where its lamp stands: rendered, of the demo."""
+    model, (row,) = load_model("models/control_things"), read_rows(find_path("dataForTrain/demo/things/prompt.json"))
+    found = read_controls(model, model.encode([""], [load_picture(row.target)], [load_picture(row.reference)]))
+    error = wrap(found.control[0] - torch.tensor(row.control), model.control_net.config.periods).abs()
+    assert (error <= found.margin[0]).all() and found.flags == [[]]
+    for own, most in zip(found.margin[0].tolist(), (30, 8, 0.15, 45, 25)):
+        assert own < most
+
+
 @pytest.mark.slow
 def test_known_numbers_are_kept_and_other_pictures_flagged():
     model, (row,) = load_model("models/control_tiny_pair"), read_rows(find_path("dataForTrain/demo/prompt.json"))
