@@ -122,10 +122,9 @@ def judge_opinion(reading, second, std, truth):
     told, missing = std.isfinite().all(1), (others / Z90).square()
     scale, floor = moderate(missing[told], std[told].square()) if told.any() else std.new_ones(2, std.shape[1])
     trusted = widen(std, scale, floor)
-    pairs = [
-        (error / own)[told].flatten().clamp(-MOST, MOST) for error, own in ((errors, reading.std), (others, trusted))
-    ]
-    correlation = F.cosine_similarity(*pairs, dim=0).clamp(0, ALIKE)
+    relative = errors / reading.std, others / trusted  # nan: without error nor bar
+    relative = [own[told].flatten().nan_to_num(0).clamp(-MOST, MOST) for own in relative]
+    correlation = F.cosine_similarity(*relative, dim=0).clamp(0, ALIKE)
     joined = reading.with_opinion(second, trusted, correlation.item())
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)

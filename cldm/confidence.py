@@ -85,7 +85,7 @@ class Reading:
         Returns: Reading. Source: Bates & Granger 1969, the combination of forecasts.
         """
         variance = self.std.square()
-        both = (correlation * self.std * std).nan_to_num(0) if correlation else torch.zeros_like(std)  # covariance
+        both = torch.where(std.isfinite(), correlation * self.std * std, 0)  # their covariance
         share = ((variance - both) / (variance + std.square() - 2 * both)).nan_to_num(0).clamp(0, 1)
         moved = self.control + share * wrap(control - self.control, self.periods)
         moved = wrap(moved, self.periods, moved.new_tensor(self.middle))

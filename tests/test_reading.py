@@ -265,8 +265,9 @@ def test_a_second_opinion_counts_by_its_variance(opinions):
     assert errors.std(0).tolist() == pytest.approx([0.2 * 0.2**0.5] * 2, rel=0.05)
     assert both.control[:, 1].min() >= 0 and both.control[:, 1].max() <= 10
     assert torch.equal(both.lowest, reading.control)
-    ignored = reading.with_opinion(second, torch.full_like(second, torch.inf))
-    assert torch.equal(ignored.control, reading.control) and torch.equal(ignored.std, reading.std)
+    for correlation in (0.0, 0.5):
+        ignored = reading.with_opinion(second, torch.full_like(second, torch.inf), correlation)
+        assert torch.equal(ignored.control, reading.control) and torch.equal(ignored.std, reading.std)
 
 
 @pytest.fixture
