@@ -59,6 +59,7 @@ def calibrate(model, folder, dataset):
         losses.append((latents - target.latents).square().mean((1, 2, 3)))
         drawn.append(read_controls(model, replace(target, latents=latents)))
     reading, drawn = Reading.cat(readings), Reading.cat(drawn)
+    reading = replace(reading, control=reading.lowest, unmoved=None)  # by the denoising alone
     noise, residual = (own.diagonal(dim1=1, dim2=2) for own in (reading.noise_covariance, reading.residual_covariance))
     truth = dataset.controls[chosen]
     errors = wrap(reading.control - truth, model.control_net.config.periods)
@@ -73,7 +74,7 @@ def calibrate(model, folder, dataset):
         opinions["fit"] = lambda reading: fit_pictures(reading, pictures, config)
     for name, tell in opinions.items():
         opinion, std = tell(reading)
-        judged = judge_opinion(reading, opinion, std, truth)
+        judged = judge_opinion(reading, opinion, std, truth, moderated=name == "fit")
         own = {key: judged.pop(key) for key in bars}
         learned |= own | {f"{name}_{key}": value for key, value in judged.items()}
         std = widen(std, judged["scale"], judged["floor"])
@@ -110,17 +111,22 @@ def moderate(missing, claimed):
     return scale, scale * typical.sqrt()
 
 
-def judge_opinion(reading, second, std, truth):
+def judge_opinion(reading, second, std, truth, moderated=True):
     """Find how far to trust other estimates, and Readings that take them into account.
 
     second, std: (N, d), the estimates and the standard errors that they claim, infinite where there is none. truth:
-    (N, d).
+    (N, d). moderated: whether what they claim tells their errors only roughly, as that of residuals.
     Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; scale
     and floor are `widen`'s; and {correlation: ()}, of the errors of both, all numbers together.
     """
     errors, others = (wrap(own - truth, reading.periods) for own in (reading.control, second))
-    told, missing = std.isfinite().all(1), (others / Z90).square()
-    scale, floor = moderate(missing[told], std[told].square()) if told.any() else std.new_ones(2, std.shape[1])
+    told = std.isfinite().all(1)
+    if not told.any():
+        scale = floor = std.new_ones(std.shape[1])
+    elif moderated:
+        scale, floor = moderate((others / Z90).square()[told], std[told].square())
+    else:
+        scale, floor = nine_in_ten((others.abs() / std)[told]) / Z90, std.new_zeros(std.shape[1])
     trusted = widen(std, scale, floor)
     relative = errors / reading.std, others / trusted  # nan: without error nor bar
     relative = [own[told].flatten().nan_to_num(0).clamp(-MOST, MOST) for own in relative]

@@ -69,9 +69,10 @@ class Reading:
         scale, sought = torch.diag(self.error_scale), self.residual_covariance.diagonal(dim1=1, dim2=2) > 0
         floor = torch.diag_embed(self.error_floor.square() * sought)
         covariance = self.noise_covariance + scale @ self.residual_covariance @ scale + floor
-        std, factor = covariance.diagonal(dim1=1, dim2=2).sqrt(), torch.ones_like(self.control)
+        std = covariance.diagonal(dim1=1, dim2=2).sqrt()
+        factor = torch.minimum(torch.ones_like(std), self.largest_std / std)
         if self.relief is not None:
-            factor = (1 - self.relief).sqrt()
+            factor = factor * (1 - self.relief).sqrt()
         if self.reach is not None:
             factor = factor * (self.reach / (Z90 * std * factor)).nan_to_num(1).clamp_min(1)
         factor = torch.minimum(factor, self.largest_std / std)
@@ -89,7 +90,9 @@ class Reading:
         share = ((variance - both) / (variance + std.square() - 2 * both)).nan_to_num(0).clamp(0, 1)
         moved = self.control + share * wrap(control - self.control, self.periods)
         moved = wrap(moved, self.periods, moved.new_tensor(self.middle))
-        taken = torch.where(variance > 0, share * (1 - both / variance), 0)
+        theirs = torch.where(share > 0, share * std, 0)  # of the errors that remain
+        left = ((1 - share) * self.std).square() + theirs.square() + 2 * share * (1 - share) * both
+        taken = torch.where(variance > 0, 1 - left / variance, 0)
         relief = taken if self.relief is None else 1 - (1 - self.relief) * (1 - taken)
         return replace(self, control=moved, relief=relief, unmoved=self.lowest)
 

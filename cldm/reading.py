@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from einops import rearrange, repeat
@@ -25,10 +26,11 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. Where there is a Proposal, a single step is taken instead, from what
-    that says; once calibrated, both count, by their covariance.
+    target may show what the reference does not. Without a start, a control with a Proposal takes a single step instead,
+    from what that says; once calibrated, both count, by their covariance, and until then what it says.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
-    draws: of noise, in pairs. start: (B, S, d), S places to start from; None: the valleys that probes find.
+    draws: of noise, in pairs. start: (B, S, d), S places to start from; None: what a Proposal says, or the
+    valleys that probes find.
     Returns: Reading. Raises: InputError if the control was never trained.
     """
     began, config = time.perf_counter(), model.control_net.config
@@ -63,6 +65,8 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
+    if proposes and not calibrated:
+        reading = replace(reading, control=torch.where(free, model.control_net.wrap(second), control), unmoved=control)
     if config.proposal_scale is not None:
         std = widen(std, config.proposal_scale, config.proposal_floor)
         reading = reading.with_opinion(second, std, config.proposal_correlation or 0)

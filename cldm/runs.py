@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from cldm.dataset import are_many
-from cldm.model import control_folder, pick_device, save_model
+from cldm.model import control_folder, save_model
 from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
 from cldm.training import Method, anywhere, half_cosine, mid_step
@@ -42,8 +42,8 @@ def choose_precision(precision, accelerator):
     """Returns: what the setting "auto" stands for on a Lightning accelerator; any other precision as it is."""
     if precision != "auto":
         return precision
-    device = pick_device("auto" if accelerator in ("auto", "gpu", "cuda") else "cpu")
-    return "bf16-mixed" if has_bfloat16(device) else "32-true"
+    gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if has_bfloat16(torch.device("cuda" if gpu else "cpu")) else "32-true"
 
 
 def make_trainer(s, out_dir, callbacks):

@@ -1,6 +1,6 @@
 """Render pairs of pictures of things in the round, between which the thing turns, and camera and lamp move.
 
-    python dataForTrain/make_things.py folder=FOLDER                              # 12800 pairs, into runs/things
+    python dataForTrain/make_things.py folder=FOLDER                              # 40000 pairs and 5 copies of each
     python dataForTrain/make_things.py folder=FOLDER turn=180 out_dir=runs/around # turned by any angle
 
 FOLDER holds Debian's package sweethome3d-furniture, unpacked; mitsuba renders: docs/things.md says how to get both and

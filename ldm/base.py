@@ -30,7 +30,8 @@ def has_bfloat16(device):
     """Returns: whether a torch.device has instructions for bfloat16; without, it is many times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(has for name, has in able.items() if name.endswith("bf16"))
 
 
 def roughly(device):

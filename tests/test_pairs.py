@@ -250,6 +250,8 @@ def test_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkey
     ((control, index, options),) = starts
     assert control.tolist() == [[2.5, 1 + 2 * MARGIN, 340], [2.5, 0.5, 40]] and index.tolist() == [0, 1]
     assert options == {"iterations": 1} and reading.iterations.tolist() == [1, 1]
+    assert reading.control.tolist() == [[2.5, 3, 340], [2.5, 0.5, 40]]  # until calibration knows how far to trust it
+    assert "outside_range" in reading.flags[0] and "outside_range" not in reading.flags[1]
 
 
 def test_a_proposal_compares_places(normal):

@@ -283,9 +283,10 @@ def test_of_two_that_err_alike_the_worse_adds_nothing(opinions, alike):
     unit, circles = torch.ones_like(values), torch.tensor(better.middle)
     worse = replace(better, control=wrap(values, better.periods, circles), error_scale=2**0.5 * better.error_scale)
     for first, second in ((better, worse), (worse, better)):
-        both = first.with_opinion(second.control, second.std[0, 0] * unit, correlation)
-        torch.testing.assert_close(both.control, better.control)
-        torch.testing.assert_close(both.std, better.std)
+        for more in (0, 0.2):  # with which the better one would count for more than all
+            both = first.with_opinion(second.control, second.std[0, 0] * unit, correlation + more)
+            torch.testing.assert_close(both.control, better.control)
+            torch.testing.assert_close(both.std, better.std)
 
 
 def test_calibration_learns_how_far_errors_are_alike(opinions, alike):
