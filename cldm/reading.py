@@ -41,12 +41,13 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     every, proposes = torch.arange(len(target), device=bounds.device), model.control_net.proposal is not None
     if proposes:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
+        second = model.control_net.wrap(second)
     how = {}
     if start is not None:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
     elif proposes:
         how = dict(iterations=1)
-        control, index = torch.where(free, model.control_net.wrap(second), bounds[0]).clamp(*bounds), every
+        control, index = torch.where(free, second, bounds[0]).clamp(*bounds), every
     else:
         control, index = probe(objective, bounds)
     found = levenberg_marquardt(objective, control, index, bounds, **how)
@@ -66,7 +67,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
     if proposes and not calibrated:
-        reading = replace(reading, control=torch.where(free, model.control_net.wrap(second), control), unmoved=control)
+        reading = replace(reading, control=torch.where(free, second, control), unmoved=control)
     if config.proposal_scale is not None:
         std = widen(std, config.proposal_scale, config.proposal_floor)
         reading = reading.with_opinion(second, std, config.proposal_correlation or 0)
