@@ -35,6 +35,7 @@ GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are sp
 FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
 EMBEDDED = 512  # prompts whose embeddings are kept in memory
 HASHED = 10_000  # rows whose pictures are told apart by content; beyond, by size and time of last change
+DECODE = json.JSONDecoder().decode  # as json.loads, which asks more of each text first
 FITTED = 64  # pictures whose sizes are told where not all are looked at
 
 
@@ -209,12 +210,13 @@ def read_rows(file, like=None):
     """Returns: the Rows that iterate_rows finds; every row needs a source."""
     controls, index, numbers, prompts, columns = array("d"), array("i"), array("i"), {}, {}
     for line in _scan(file, like=like):
+        if not columns:  # what the first line has, all have
+            columns = {name: Texts() for name in ("target", "reference", "time") if getattr(line, name) is not None}
         controls.extend(line.control)
         index.append(prompts.setdefault(line.prompt, len(prompts)))
         numbers.append(line.number)
-        for name in ("target", "reference", "time"):
-            if (text := getattr(line, name)) is not None:
-                columns.setdefault(name, Texts()).append(text)
+        for name, texts in columns.items():
+            texts.append(getattr(line, name))
     controls, places = np.frombuffer(controls).reshape(len(index), -1), np.arange(len(index), dtype=np.int32)
     return Rows(Path(file), controls, [*prompts], np.frombuffer(index, np.int32), places, columns, numbers)
 
@@ -267,7 +269,7 @@ def _scan(file, known=True, like=None, problems=None):
 def _read_line(text, file, number, known):
     where = f"{file} line {number}"
     try:
-        row = json.loads(text)
+        row = DECODE(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number of too many digits, lists within lists
         raise InputError(f"{where}: not JSON ({error}); expected one JSON object a line") from None
     if not isinstance(row, dict):
