@@ -23,7 +23,7 @@ settings = dict(
     hint="dense",  # of a fresh control: dense (as the original; one resolution) or coordinate (any resolution)
     fusion="affine",  # of a fresh control with references: affine (they move), attention (they turn), or both
     modulated=False,  # of a fresh control: whether the numbers act in every block of the ControlNet
-    proposals=0,  # of a fresh control: numbers that a small network suggests to start from; 0: none
+    proposals=None,  # of a fresh control: places that a small network suggests; 0: none; None: 8 for unknown changes
     proposal_steps=0,  # at the start, in which that network alone learns, in a fraction of the time
     out_dir="runs/control_tiny",
     overwrite=False,  # True: replace a control in out_dir that belongs to no unfinished run
@@ -72,7 +72,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import DataLoader
 
 from cldm.calibration import calibrate
-from cldm.changes import choose_changes
+from cldm.changes import are_changes, choose_changes
 from cldm.conversion import add_control, fit_statistics
 from cldm.dataset import Ahead, TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
@@ -87,6 +87,7 @@ from cldm.training import SCHEDULES, ControlTraining, Method, checkpointing
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import find_path, write_whole
 
+PROPOSALS = 8  # places, by default
 OWN = "hint", "fusion", "modulated", "proposals"  # of a fresh control
 COUNT, SOME, ANY = (1, math.inf), (1e-12, math.inf), (0, math.inf)
 SHARES = Rule("two shares, [0, 1] for example", lambda v: each(number(0, 1), 2).holds(v) and v[0] < v[1])
@@ -142,6 +143,8 @@ def make_model(s, data):
             check_used(s, settings, "without references", "fusion")
         how = dict(control_dim=numbers, periods=data.periods, hint="reference" if references else s.hint)
         how |= {key: s[key] for key in OWN[1:]}
+        if s.proposals is None:
+            how["proposals"] = PROPOSALS if references and not are_changes(data.names, data.units) else 0
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods or own[2]
@@ -152,7 +155,7 @@ def make_model(s, data):
         )
         raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
     if s.proposal_steps and model.control_net.proposal is None:
-        raise InputError('setting "proposal_steps": the control has no proposal (proposals=0) that would learn in them')
+        raise InputError('setting "proposal_steps": the control has no proposal that would learn in them')
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts, data.absolute)
     return model

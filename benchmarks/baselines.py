@@ -36,7 +36,7 @@ def read_by_sampling(model, target, sampling, draws):
     Returns: controls (B, d); how many pictures the model was evaluated on; iterations (B,).
     """
     bounds, denoising = search_bounds(model.control_net.config), DenoisingObjective(model, target)
-    control, index = probe(denoising, bounds)
+    control, index = probe(denoising, bounds, torch.zeros_like(denoising.free))
     objective = SamplingObjective(model, target, sampling, draws)
     found = levenberg_marquardt(objective, control, index, bounds)
     valleys = distinct_solutions(found, index, objective, bounds)

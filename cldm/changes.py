@@ -21,6 +21,11 @@ NO_CHANGE = {name: none for name, (*_, none) in CHANGES.items()}
 MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 
 
+def are_changes(names, units):
+    """Returns: whether all numbers, by name and unit, are CHANGES; names may be None: nobody named them."""
+    return names is not None and all(CHANGES.get(name, ("",))[0] == unit for name, unit in zip(names, units))
+
+
 def choose_changes(controls):
     """Returns: {name: (low, high)} for a list of names in CHANGES, or {name: [low, high]}; None: all.
 

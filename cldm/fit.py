@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import least_squares
 from torch.nn import functional as F
 
-from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
+from cldm.changes import CHANGES, NO_CHANGE, are_changes, expose, similarity
 from cldm.confidence import widen
 from cldm.evidence import BEYOND, CLIPPED, LEAST_SHARED
 from ldm.pictures import pictures_to_tensor
@@ -30,8 +30,7 @@ NEAR = 4.0, 0.1  # a fit found another place if it moved farther than so many st
 
 def has_formula(config):
     """Returns: whether all numbers of a control's config are changes that the formula knows, by name and unit."""
-    rows = zip(config.control_names, config.control_units)
-    return config.hint == "reference" and all(CHANGES.get(name, ("",))[0] == unit for name, unit in rows)
+    return config.hint == "reference" and are_changes(config.control_names, config.control_units)
 
 
 def refine_reading(reading, pictures, config, known=()):

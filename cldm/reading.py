@@ -26,8 +26,9 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. Without a start, a control with a Proposal takes a single step instead,
-    from what that says; once calibrated, both count, by their covariance, and until then what it says.
+    target may show what the reference does not. What a Proposal says is one more place to start from; where no number
+    moves the reference, the only one, and it takes a single step. Once calibrated, both count, by their covariance;
+    until then a single step is not taken at all.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: what a Proposal says, or the
     valleys that probes find.
@@ -39,17 +40,23 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     width = (bounds[1] - bounds[0])[free]
     objective = DenoisingObjective(model, target, free, draws, seed)
     every, proposes = torch.arange(len(target), device=bounds.device), model.control_net.proposal is not None
+    moving = torch.zeros_like(free)
+    if target.reference is not None:
+        moving = free & find_moving(model.control_net, target.latents.shape[2:])
     if proposes:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
         second = model.control_net.wrap(second)
+        proposed = torch.where(free, second, bounds[0]).clamp(*bounds)
     how = {}
     if start is not None:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
-    elif proposes:
+    elif proposes and not moving.any():
         how = dict(iterations=1)
-        control, index = torch.where(free, second, bounds[0]).clamp(*bounds), every
+        control, index = proposed, every
     else:
-        control, index = probe(objective, bounds)
+        control, index = probe(objective, bounds, moving)
+        if proposes:
+            control, index = torch.cat([control, proposed]), torch.cat([index, every])
     found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
@@ -66,7 +73,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
-    if proposes and not calibrated:
+    if how and not calibrated:
         reading = replace(reading, control=torch.where(free, second, control), unmoved=control)
     if config.proposal_scale is not None:
         std = widen(std, config.proposal_scale, config.proposal_floor)
@@ -166,18 +173,16 @@ def search_bounds(config, known=None):
     return bounds
 
 
-def probe(objective, bounds):
+def probe(objective, bounds, moving):
     """Find places to start from: by matching references, or by the loss at points that fill the searched range.
 
-    objective: a DenoisingObjective of B targets, evaluated with few of its draws. bounds: (2, d).
+    objective: a DenoisingObjective of B targets, evaluated with few of its draws. bounds: (2, d). moving: (d,) bool,
+    which numbers move the reference; if none does, or there is none, points are probed.
     Returns: places low in valleys (P, d); the index (P,) of the target that each is for.
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
     count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
-    moving = free
-    if target.reference is not None:
-        moving = free & find_moving(model.control_net, target.latents.shape[2:])
-    if target.reference is not None and moving.any():
+    if moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
         draw_index = draw_index[:1]

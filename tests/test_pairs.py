@@ -232,7 +232,7 @@ def test_the_reference_is_moved_onto_the_target_without_a_start(make_model, norm
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.05)
 
 
-def test_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkeypatch):
+def test_where_nothing_moves_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkeypatch):
     """The last number goes round, and its proposal lies beyond its circle; the first is known, the second too large."""
     model = make_model(3, "reference", proposals=1, periods=[None, None, 360.0])
     bounds = dict(control_low=[-10.0, -1.0, 0.0], control_high=[10.0, 1.0, 360.0])
@@ -244,6 +244,7 @@ def test_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkey
         return levenberg_marquardt(objective, control, index, bounds, **options)
 
     monkeypatch.setattr(Proposal, "moments", lambda *_: (said, torch.ones_like(said)))
+    monkeypatch.setattr("cldm.reading.find_moving", lambda *_: torch.zeros(3).bool())
     monkeypatch.setattr("cldm.reading.levenberg_marquardt", solve)
     target = Target(torch.zeros(2, 77, 16), normal(2, CHANNELS, 8, 8), normal(2, CHANNELS, 8, 8))
     reading = read_controls(model, target, {"control 1": 2.5}, draws=2)
@@ -252,6 +253,26 @@ def test_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkey
     assert options == {"iterations": 1} and reading.iterations.tolist() == [1, 1]
     assert reading.control.tolist() == [[2.5, 3, 340], [2.5, 0.5, 40]]  # until calibration knows how far to trust it
     assert "outside_range" in reading.flags[0] and "outside_range" not in reading.flags[1]
+
+
+def test_where_the_reference_moves_what_is_proposed_is_one_more_start(make_model, normal, monkeypatch):
+    """Until calibration, what counts is where the loss is lowest."""
+    model = make_model(2, "reference", proposals=1)
+    model.control_net.register_to_config(control_low=[-10.0, -1.0], control_high=[10.0, 1.0])
+    said, matched, starts = torch.tensor([[9.0, 0.8]]).double(), torch.tensor([[-4.0, 0.0]]).double(), []
+
+    def solve(objective, control, *rest, **options):
+        starts.append((control, options))
+        return levenberg_marquardt(objective, control, *rest, **options)
+
+    monkeypatch.setattr(Proposal, "moments", lambda *_: (said, torch.ones_like(said)))
+    monkeypatch.setattr("cldm.reading.find_moving", lambda *_: torch.tensor([True, False]))
+    monkeypatch.setattr("cldm.reading.match_reference", lambda *_: (matched, torch.tensor([0])))
+    monkeypatch.setattr("cldm.reading.levenberg_marquardt", solve)
+    target = Target(torch.zeros(1, 77, 16), normal(1, CHANNELS, 8, 8), normal(1, CHANNELS, 8, 8))
+    reading = read_controls(model, target, draws=2)
+    assert starts[0][0].tolist() == matched.tolist() and starts[1][0][-1].tolist() == said[0].tolist()
+    assert starts[1][1] == {} and torch.equal(reading.control, reading.lowest)
 
 
 def test_a_proposal_compares_places(normal):

@@ -120,7 +120,7 @@ def checkpoint(folder):
 def learned(folder):
     """Returns: {name: tensor} of the moments of all gradients in a checkpoint, of which Adam makes the weights.
 
-    Not the weights: from zero, one takes a whole step whichever sign a gradient has, and rounding gives it if that is 0.
+    Not the weights: from zero, one takes a whole step, whichever sign its gradient has, and of none rounding decides.
     """
     moments = checkpoint(folder)["optimizer_states"][0]["state"]
     return {f"{i} {k}": v for i, own in moments.items() for k, v in own.items()}
