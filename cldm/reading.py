@@ -54,9 +54,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
         how = dict(iterations=1)
         control, index = proposed, every
     else:
-        control, index = probe(objective, bounds, moving)
-        if proposes:
-            control, index = torch.cat([control, proposed]), torch.cat([index, every])
+        control, index = probe(objective, bounds, moving, proposed if proposes else None)
     found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
@@ -173,22 +171,25 @@ def search_bounds(config, known=None):
     return bounds
 
 
-def probe(objective, bounds, moving):
+def probe(objective, bounds, moving, proposed=None):
     """Find places to start from: by matching references, or by the loss at points that fill the searched range.
 
     objective: a DenoisingObjective of B targets, evaluated with few of its draws. bounds: (2, d). moving: (d,) bool,
-    which numbers move the reference; if none does, or there is none, points are probed.
+    which numbers move the reference; if none does, or there is none, points are probed. proposed: (B, d), places that
+    are considered beside those that match.
     Returns: places low in valleys (P, d); the index (P,) of the target that each is for.
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
     count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
+    every = torch.arange(count, device=bounds.device)
     if moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
+        if proposed is not None:
+            control, index = torch.cat([control, proposed]), torch.cat([index, every])
     else:
         draw_index = draw_index[:1]
         probes = (model.control_net.config.probes or PROBES) * (SEVERAL if free.sum() > 1 else 1)
         points = fill_range(probes, bounds, free)
-        every = torch.arange(count, device=bounds.device)
         losses = objective.losses(points.repeat(count, 1), every.repeat_interleave(probes), draw_index)
         gaps = wrap(points[:, None] - points, objective.periods)[..., free] / width
         index, which = find_valleys(gaps, losses.view(count, probes)).nonzero(as_tuple=True)
