@@ -26,9 +26,9 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. What a Proposal says is one more place to start from; where no number
-    moves the reference, the only one, and it takes a single step. Once calibrated, both count, by their covariance;
-    until then a single step is not taken at all.
+    target may show what the reference does not. A control with a Proposal starts from what that says; where no number
+    moves the reference, it takes a single step. Once calibrated, both count, by their covariance; until then a single
+    step is not taken at all.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: what a Proposal says, or the
     valleys that probes find.
@@ -46,15 +46,14 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     if proposes:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
         second = model.control_net.wrap(second)
-        proposed = torch.where(free, second, bounds[0]).clamp(*bounds)
     how = {}
     if start is not None:
         control, index = rearrange(start.to(bounds), "b s d -> (b s) d"), every.repeat_interleave(start.shape[1])
-    elif proposes and not moving.any():
-        how = dict(iterations=1)
-        control, index = proposed, every
+    elif proposes:
+        how = {} if moving.any() else dict(iterations=1)
+        control, index = torch.where(free, second, bounds[0]).clamp(*bounds), every
     else:
-        control, index = probe(objective, bounds, moving, proposed if proposes else None)
+        control, index = probe(objective, bounds, moving)
     found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
@@ -171,12 +170,11 @@ def search_bounds(config, known=None):
     return bounds
 
 
-def probe(objective, bounds, moving, proposed=None):
+def probe(objective, bounds, moving):
     """Find places to start from: by matching references, or by the loss at points that fill the searched range.
 
     objective: a DenoisingObjective of B targets, evaluated with few of its draws. bounds: (2, d). moving: (d,) bool,
-    which numbers move the reference; if none does, or there is none, points are probed. proposed: (B, d), places that
-    are considered beside those that match.
+    which numbers move the reference; if none does, or there is none, points are probed.
     Returns: places low in valleys (P, d); the index (P,) of the target that each is for.
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
@@ -184,8 +182,6 @@ def probe(objective, bounds, moving, proposed=None):
     every = torch.arange(count, device=bounds.device)
     if moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
-        if proposed is not None:
-            control, index = torch.cat([control, proposed]), torch.cat([index, every])
     else:
         draw_index = draw_index[:1]
         probes = (model.control_net.config.probes or PROBES) * (SEVERAL if free.sum() > 1 else 1)

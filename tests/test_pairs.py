@@ -255,24 +255,24 @@ def test_where_nothing_moves_a_reading_takes_a_step_from_what_is_proposed(make_m
     assert "outside_range" in reading.flags[0] and "outside_range" not in reading.flags[1]
 
 
-def test_where_the_reference_moves_what_is_proposed_is_one_more_start(make_model, normal, monkeypatch):
+def test_where_the_reference_moves_a_reading_settles_from_what_is_proposed(make_model, normal, monkeypatch):
     """Until calibration, what counts is where the loss is lowest."""
-    model = make_model(2, "reference", proposals=1)
+    model, solved = make_model(2, "reference", proposals=1), []
     model.control_net.register_to_config(control_low=[-10.0, -1.0], control_high=[10.0, 1.0])
-    said, matched, starts = torch.tensor([[9.0, 0.8]]).double(), torch.tensor([[-4.0, 0.0]]).double(), []
+    said = torch.tensor([[9.0, 0.8]], dtype=torch.float64)
 
     def solve(objective, control, *rest, **options):
-        starts.append((control, options))
+        solved.append((control, options))
         return levenberg_marquardt(objective, control, *rest, **options)
 
     monkeypatch.setattr(Proposal, "moments", lambda *_: (said, torch.ones_like(said)))
     monkeypatch.setattr("cldm.reading.find_moving", lambda *_: torch.tensor([True, False]))
-    monkeypatch.setattr("cldm.reading.match_reference", lambda *_: (matched, torch.tensor([0])))
     monkeypatch.setattr("cldm.reading.levenberg_marquardt", solve)
     target = Target(torch.zeros(1, 77, 16), normal(1, CHANNELS, 8, 8), normal(1, CHANNELS, 8, 8))
     reading = read_controls(model, target, draws=2)
-    assert starts[0][0].tolist() == [*matched.tolist(), *said.tolist()]
-    assert starts[1][1] == {} and torch.equal(reading.control, reading.lowest)
+    (start, options), robust = solved
+    assert torch.equal(start, said) and options == {} and [*robust[1]] == ["scale"]
+    assert reading.others == [[]] and torch.equal(reading.control, reading.lowest)
 
 
 def test_a_proposal_compares_places(normal):
