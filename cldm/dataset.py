@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -30,6 +32,7 @@ from ldm.schema import FLAG, POSITIVE, TEXT, Rule, check, each, or_null, read_co
 from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
+FEW_SUBJECTS = 10  # of pairs, below which numbers are held out in place of one subject in ten
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
 FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
@@ -309,6 +312,7 @@ def _check_times(file, line, first):
 def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
+    That is one subject in ten of pairs, so that error bars are those of subjects never seen, or else one number in ten.
     Periodic numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
@@ -318,8 +322,28 @@ def split_rows(data_root):
         validation = read_rows(other, like=rows[0])
         return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
     rows = wrap_rows(rows, periods, middle)
-    held_out = hold_out(rows.controls, rows.prompt_index, periods)
+    subjects = find_subjects(rows)
+    if subjects.max() + 1 >= FEW_SUBJECTS:
+        held_out = subjects % 10 == 5
+    else:
+        held_out = hold_out(rows.controls, rows.prompt_index, periods)
     return rows[~held_out], rows[held_out]
+
+
+def find_subjects(rows):
+    """Number what Rows with references show, in the order of the file: those that share a picture show the same, and so
+    do those that others join, of which each shares one with the next.
+
+    Returns: (N,); all 0 without references, where prompts tell subjects apart.
+    """
+    if "reference" not in rows.columns:
+        return np.zeros(len(rows), int)
+    names = [[hash(rows.columns[key][place]) for place in rows.places] for key in ("target", "reference")]
+    pictures, ends = np.unique(names, return_inverse=True)
+    graph = coo_array((np.ones(len(rows)), ends.reshape(2, -1)), shape=2 * pictures.shape)
+    own = connected_components(graph, directed=False)[1][ends.reshape(2, -1)[0]]
+    _, first, which = np.unique(own, return_index=True, return_inverse=True)
+    return first.argsort().argsort()[which]
 
 
 def wrap_rows(rows, periods, middle):

@@ -316,6 +316,21 @@ def test_numbers_may_be_the_targets_own(write_dataset):
     assert read_data(folder).absolute == [False, True]
 
 
+@pytest.mark.parametrize("subjects", [9, 10, 26])
+def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects):
+    """Of each there are five pictures, of which the first is the reference of two, and these of one each."""
+    folder = write_dataset([0])
+    rows = [(f"{i}_{j}.png", f"{i}_{max(0, j - 2)}.png", j) for j in (1, 2, 3, 4) for i in range(subjects)]
+    lines = (json.dumps(dict(target=own, reference=other, source=n, prompt="")) for own, other, n in rows)
+    (folder / "prompt.json").write_text("\n".join(lines))
+    train, validation = ({row.target.name.split("_")[0] for row in own} for own in split_rows(folder))
+    if subjects < 10:
+        assert len(train) == subjects
+    else:
+        assert validation == {"5", "15", "25"} & {str(i) for i in range(subjects)} and not train & validation
+        assert len(train) + len(validation) == subjects
+
+
 def test_a_circle_around_zero_is_kept(write_dataset, capsys):
     folder = write_dataset([-180, -90, 0, 179])
     (folder / "controls.yaml").write_text("names: [angle]\nunits: [degrees]\nperiods: [360]\n")
