@@ -3,7 +3,8 @@
     python tool_calibrate.py MODEL_PATH data_root=my_data
     python tool_calibrate.py models/control_tiny_pair pairs=train
 
-It is done on the validation pictures, those that a training with the same settings would set aside.
+It is done on the validation pictures, those that a training with the same settings would set aside; of pairs these
+are now other ones than those of older trainings, which therefore need a validation.json.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script

@@ -155,7 +155,8 @@ def make_model(s, data):
         )
         raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
     if s.proposal_steps and model.control_net.proposal is None:
-        raise InputError('setting "proposal_steps": the control has no proposal that would learn in them')
+        found = "the control has no proposal that would learn in them"
+        raise InputError(f'setting "proposal_steps": {found}; leave it out, or train a fresh one with proposals=8')
     model.control_net.register_to_config(only_mid_control=s.only_mid_control)
     fit_statistics(model.control_net, data.controls, data.names, data.units, data.prompts, data.absolute)
     return model

@@ -33,6 +33,7 @@ from ldm.settings import InputError
 
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 FEW_SUBJECTS = 10  # of pairs, below which numbers are held out in place of one subject in ten
+MOST_HELD_OUT = 0.3  # of the rows, beyond which, too
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
 FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
@@ -312,8 +313,8 @@ def _check_times(file, line, first):
 def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
-    That is one subject in ten of pairs, so that error bars are those of subjects never seen, or else one number in ten.
-    Periodic numbers are brought into one turn.
+    That is one subject in ten of pairs of FEW_SUBJECTS or more, so that error bars are those of subjects never seen, or
+    else one number in ten. Periodic numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
     periods = read_control_names(data_root, rows.controls.shape[1])[2] or ()
@@ -323,9 +324,8 @@ def split_rows(data_root):
         return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
     rows = wrap_rows(rows, periods, middle)
     subjects = find_subjects(rows)
-    if subjects.max() + 1 >= FEW_SUBJECTS:
-        held_out = subjects % 10 == 5
-    else:
+    held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
+    if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
         held_out = hold_out(rows.controls, rows.prompt_index, periods)
     return rows[~held_out], rows[held_out]
 
@@ -338,10 +338,15 @@ def find_subjects(rows):
     """
     if "reference" not in rows.columns:
         return np.zeros(len(rows), int)
-    names = [[hash(rows.columns[key][place]) for place in rows.places] for key in ("target", "reference")]
+    columns = (rows.columns[key] for key in ("target", "reference"))
+    names = [
+        np.fromiter((hash(os.path.normpath(texts[place])) for place in rows.places), np.int64, len(rows))
+        for texts in columns
+    ]
     pictures, ends = np.unique(names, return_inverse=True)
-    graph = coo_array((np.ones(len(rows)), ends.reshape(2, -1)), shape=2 * pictures.shape)
-    own = connected_components(graph, directed=False)[1][ends.reshape(2, -1)[0]]
+    ends = ends.reshape(2, -1)
+    graph = coo_array((np.ones(len(rows)), ends), shape=2 * pictures.shape)
+    own = connected_components(graph, directed=False)[1][ends[0]]
     _, first, which = np.unique(own, return_index=True, return_inverse=True)
     return first.argsort().argsort()[which]
 

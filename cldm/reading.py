@@ -26,9 +26,9 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     """Find the controls that explain pictures best, in the sense of least squares.
 
     With a reference, Levenberg-Marquardt then goes on with a Cauchy loss at the scale of the loss reached, since the
-    target may show what the reference does not. A control with a Proposal starts from what that says; where no number
-    moves the reference, it takes a single step. Once calibrated, both count, by their covariance; until then a single
-    step is not taken at all.
+    target may show what the reference does not. A control with a Proposal starts from what that says, and where no
+    number moves the reference, takes a single step. Once calibrated, both count, by their covariance; until then the
+    Proposal.
     model: ControlLDM, trained. target: Target of B pictures. known: {name: number} of controls that are given.
     draws: of noise, in pairs. start: (B, S, d), S places to start from; None: what a Proposal says, or the
     valleys that probes find.
@@ -42,7 +42,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     every, proposes = torch.arange(len(target), device=bounds.device), model.control_net.proposal is not None
     moving = torch.zeros_like(free)
     if target.reference is not None:
-        moving = free & find_moving(model.control_net, target.latents.shape[2:])
+        moving = find_moving(model.control_net, target.latents.shape[2:])
     if proposes:
         second, std = Proposal.moments(*model.control_net.propose(target), config)
         second = model.control_net.wrap(second)
@@ -53,7 +53,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
         how = {} if moving.any() else dict(iterations=1)
         control, index = torch.where(free, second, bounds[0]).clamp(*bounds), every
     else:
-        control, index = probe(objective, bounds, moving)
+        control, index = probe(objective, bounds, moving & free)
     found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
@@ -70,7 +70,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
-    if how and not calibrated:
+    if proposes and not calibrated:
         reading = replace(reading, control=torch.where(free, second, control), unmoved=control)
     if config.proposal_scale is not None:
         std = widen(std, config.proposal_scale, config.proposal_floor)
@@ -179,13 +179,13 @@ def probe(objective, bounds, moving):
     """
     model, target, free, (low, high) = objective.model, objective.target, objective.free, bounds
     count, draw_index, width = len(target), objective.middle_draws, (high - low)[free]
-    every = torch.arange(count, device=bounds.device)
     if moving.any():
         control, index = match_reference(model, target, fill_range(MATCHES, bounds, moving), moving, bounds)
     else:
         draw_index = draw_index[:1]
         probes = (model.control_net.config.probes or PROBES) * (SEVERAL if free.sum() > 1 else 1)
         points = fill_range(probes, bounds, free)
+        every = torch.arange(count, device=bounds.device)
         losses = objective.losses(points.repeat(count, 1), every.repeat_interleave(probes), draw_index)
         gaps = wrap(points[:, None] - points, objective.periods)[..., free] / width
         index, which = find_valleys(gaps, losses.view(count, probes)).nonzero(as_tuple=True)

@@ -327,8 +327,17 @@ def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects):
     if subjects < 10:
         assert len(train) == subjects
     else:
-        assert validation == {"5", "15", "25"} & {str(i) for i in range(subjects)} and not train & validation
+        assert validation == {"5", "11"} & {str(i) for i in range(subjects)} and not train & validation
         assert len(train) + len(validation) == subjects
+
+
+def test_a_subject_that_most_rows_show_is_not_held_out(write_dataset):
+    folder = write_dataset([0])
+    rows = [("5" if i > 9 else f"{i}", i) for i in range(40)]
+    lines = (json.dumps(dict(target=f"{n}.png", reference=f"r{own}.png", source=n, prompt="")) for own, n in rows)
+    (folder / "prompt.json").write_text("\n".join(lines))
+    train, validation = split_rows(folder)
+    assert len(validation) == 4 and train.controls.min() == 0 and train.controls.max() == 39
 
 
 def test_a_circle_around_zero_is_kept(write_dataset, capsys):

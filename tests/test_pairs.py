@@ -256,7 +256,7 @@ def test_where_nothing_moves_a_reading_takes_a_step_from_what_is_proposed(make_m
 
 
 def test_where_the_reference_moves_a_reading_settles_from_what_is_proposed(make_model, normal, monkeypatch):
-    """Until calibration, what counts is where the loss is lowest."""
+    """Even where what moves it is known; until calibration, what is proposed counts."""
     model, solved = make_model(2, "reference", proposals=1), []
     model.control_net.register_to_config(control_low=[-10.0, -1.0], control_high=[10.0, 1.0])
     said = torch.tensor([[9.0, 0.8]], dtype=torch.float64)
@@ -269,10 +269,13 @@ def test_where_the_reference_moves_a_reading_settles_from_what_is_proposed(make_
     monkeypatch.setattr("cldm.reading.find_moving", lambda *_: torch.tensor([True, False]))
     monkeypatch.setattr("cldm.reading.levenberg_marquardt", solve)
     target = Target(torch.zeros(1, 77, 16), normal(1, CHANNELS, 8, 8), normal(1, CHANNELS, 8, 8))
-    reading = read_controls(model, target, draws=2)
-    (start, options), robust = solved
-    assert torch.equal(start, said) and options == {} and [*robust[1]] == ["scale"]
-    assert reading.others == [[]] and torch.equal(reading.control, reading.lowest)
+    for known in {}, {"control 1": 9.0}:
+        solved.clear()
+        reading = read_controls(model, target, known, draws=2)
+        (start, options), robust = solved
+        assert torch.equal(start, said) and options == {} and [*robust[1]] == ["scale"]
+        assert reading.others == [[]] and torch.equal(reading.control, said)
+        assert not torch.equal(reading.lowest, said)
 
 
 def test_a_proposal_compares_places(normal):
