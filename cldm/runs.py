@@ -18,7 +18,7 @@ from cldm.processes import hold_together, start_trainer
 from cldm.results import digest_model
 from cldm.training import Method, anywhere, half_cosine, mid_step
 from ldm.base import has_bfloat16
-from ldm.files import digest, find_path, write_whole
+from ldm.files import PARTIAL, digest, find_path, write_whole
 from ldm.settings import InputError
 
 CHECKPOINTS = "checkpoints"
@@ -34,6 +34,8 @@ def hold_folder(out_dir, overwrite, inputs):
     path, _ = hold_together(out_dir)
     if not list_checkpoints(path):
         own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
+        if all(file.name.startswith(PARTIAL) for file in (path / CHECKPOINTS).glob("*")):  # as it wrote its first
+            own.append(CHECKPOINTS)
         control_folder(path, overwrite, own=own, inputs=inputs)
     return path
 

@@ -17,6 +17,7 @@ from ldm.schema import InputError, reason
 ROOT = Path(__file__).resolve().parents[1]
 UMASK = os.umask(0)  # reading it takes setting it
 os.umask(UMASK)
+PARTIAL = ".partial-"  # begins the name of what is not whole yet
 HELD = set()  # folders that this process holds
 
 
@@ -128,7 +129,7 @@ def _settle(path):
 def write_whole(path, write):
     """Write a file whole or not at all: `write(partial)` makes it beside `path`, then it is moved there."""
     path = Path(path)
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(PARTIAL + path.name)
     try:
         with writing(path, RuntimeError):  # torch's
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ def whole_folder(path, removes=()):
     try:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path, prefix=".partial-", ignore_cleanup_errors=True) as partial:
+            with tempfile.TemporaryDirectory(dir=path, prefix=PARTIAL, ignore_cleanup_errors=True) as partial:
                 new, old = Path(partial, "new"), Path(partial, "old")
                 new.mkdir()
                 old.mkdir()

@@ -34,10 +34,10 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import HANDFUL, Monitor
-from cldm.runs import SaveBestAndLast, choose_precision, list_checkpoints
+from cldm.runs import SaveBestAndLast, choose_precision, hold_folder, list_checkpoints
 from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
 from ldm.base import has_bfloat16
-from ldm.files import ROOT
+from ldm.files import PARTIAL, ROOT
 from ldm.schema import read_config, write_yaml
 from ldm.settings import InputError, override
 from tests.conftest import another_run, randomize_zero_convolutions, send, trained_state
@@ -317,6 +317,15 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
     with pytest.raises(InputError, match="the pictures"):
         train("max_steps=1")
     assert files(out_dir) == before
+
+
+def test_a_run_killed_as_it_wrote_its_first_checkpoint_begins_again(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / f"{PARTIAL}00000001.ckpt").write_bytes(b"half")
+    assert hold_folder(tmp_path, False, ()) == tmp_path
+    (tmp_path / "checkpoints" / "mine.ckpt").write_bytes(b"whole")
+    with pytest.raises(InputError, match="has checkpoints in it already"):
+        hold_folder(tmp_path, False, ())
 
 
 def test_one_run_at_a_time_writes_into_a_folder(train, tmp_path):
