@@ -2,7 +2,8 @@
 
     python tool_train_base.py out_dir=runs/tiny_dc
 
-Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents.
+Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents; on a GPU if
+there is one.
 A VAE that lies in out_dir already is kept; a run that was killed goes on when it is started again. docs/weights.md
 names the Debian packages that the photographs are in.
 """
@@ -22,6 +23,8 @@ settings = dict(
     batch_size=16,
     learning_rate=1e-3,
     prompt_dropout=0.1,
+    processes=1,  # that draw views side by side
+    device="auto",
     seed=0,
     overwrite=False,  # True: the text encoder and UNet in out_dir are replaced
 )
@@ -31,7 +34,10 @@ if __name__ == "__main__":
 import math
 import random
 import re
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +48,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cldm.model import pick_device
 from cldm.pairs import list_pictures, open_photo
 from cldm.training import half_cosine
-from dataForTrain.make_dataset import EXTRA, TRAIN, find_photo, render, render_framed
+from dataForTrain.make_dataset import EXTRA, TRAIN, Photo, find_photo, render, render_framed
 from ldm.base import load_vae, roughly
-from ldm.ddim import draw_timesteps
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
 from ldm.pictures import pictures_to_tensor
 from ldm.text import tokenize
@@ -101,35 +107,45 @@ def draw_stamp(rng, size, file):
     return view
 
 
+def draw_view(s, seed, chosen):
+    """chosen: (number of the view, file, what draws it or the Photo of a subject). Returns: PIL picture; its prompt."""
+    number, file, draw = chosen
+    rng = random.Random(f"{seed} {number}")
+    if isinstance(draw, Photo):
+        return render_framed(draw, s.image_size, rng.uniform(-7, 7)), draw.prompt
+    view = draw(rng, s.image_size, file)
+    if rng.random() < 0.5:
+        view = recolour(rng, view)
+    if rng.random() < 0.2:
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
+    return view, describe(file)
+
+
 def draw_views(s, seed, count, subjects):
     """Draw views: a share `subjects` of subjects in their framing, the others details and cut-outs in any colours.
 
-    Returns: (count, 3, size, size) bytes; their prompts.
+    Returns: (count, 3, size, size) bytes; their prompts. They depend on the seed alone, not on s.processes.
     """
     rng, chosen = random.Random(seed), []
     shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
     photos = [file for folder in s.photos.split(",") for file in largest_pictures(find_path(folder))]
     stamps = [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
-    for _ in range(count):
+    for number in range(count):
         if rng.random() < subjects:
             photo = rng.choice(list(TRAIN.values()))
-            chosen.append((find_photo(photo.file), None, photo))
+            chosen.append((number, find_photo(photo.file), photo))
         else:
             kinds = (shipped, draw_detail), (photos, draw_detail), (stamps, draw_stamp)
             files, draw = rng.choices(kinds, [0.35, 0.45, 0.2])[0]
-            chosen.append((rng.choice(files), draw, None))
-    views, prompts = [], []
-    for file, draw, photo in tqdm(sorted(chosen, key=lambda one: one[0]), desc="drawing views"):  # each is opened once
-        if photo:
-            view, prompt = render_framed(photo, s.image_size, rng.uniform(-7, 7)), photo.prompt
-        else:
-            view = draw(rng, s.image_size, file)
-            view, prompt = recolour(rng, view) if rng.random() < 0.5 else view, describe(file)
-            if rng.random() < 0.2:
-                view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0, 2)))
-        views.append(view)
-        prompts.append(prompt)
-    return pictures_to_tensor(views, scaled=False), prompts
+            chosen.append((number, rng.choice(files), draw))
+    chosen.sort(key=lambda one: one[1])  # so that each file is opened once, or by few processes
+    ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
+    pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))
+    with pool:
+        draw_all = partial(pool.map, chunksize=16) if s.processes > 1 else map
+        drawn = draw_all(partial(draw_view, s, seed), chosen)
+        views, prompts = zip(*tqdm(drawn, desc="drawing views", total=count))
+    return pictures_to_tensor(views, scaled=False), list(prompts)
 
 
 def largest_pictures(folder):
@@ -155,9 +171,9 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / RESUME_FILE
-    first, about, smooth = 0, {"stage": label, **s, "overwrite": None}, None
+    first, about, smooth = 0, {"stage": label, **s, "overwrite": None, "processes": None}, None
     if file.exists():
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if state["about"] != about:
             raise InputError(f"{file}: of a run with other settings; delete it, or choose another out_dir")
         first = state["step"]
@@ -235,6 +251,8 @@ def train_vae(s, pictures):
     """Train the VAE on the views from their principal components on, to the least root mean square error of pixels."""
     vae = AutoencoderDC.from_config(AutoencoderDC.load_config(LIKE / "vae"))
     start_as_pca(vae, *patch_pca(pictures[:: len(pictures) // 1000 + 1] / 127.5 - 1, vae.config.latent_channels))
+    device = pick_device(s.device)
+    vae.to(device)
     generator = torch.Generator().manual_seed(s.seed)
     crop = s.image_size // 2
 
@@ -243,19 +261,18 @@ def train_vae(s, pictures):
         index = torch.randint(len(pictures), (2 if whole else 8,), generator=generator)
         x, y = (0, 0) if whole else torch.randint(crop + 1, (2,), generator=generator).tolist()
         side = s.image_size if whole else crop
-        batch = pictures[index, :, y : y + side, x : x + side] / 127.5 - 1
+        batch = pictures[index, :, y : y + side, x : x + side].to(device) / 127.5 - 1
         if step % 2:
             batch = batch.flip(3)
-        with roughly(torch.device("cpu")):
+        with roughly(device):
             decoded = vae.decode(vae.encode(batch).latent).sample.float()
         return (decoded - batch).square().mean((1, 2, 3)).add(1e-6).sqrt().mean()
 
     train_steps(s, vae, generator, s.vae_steps, s.learning_rate / 2, loss_at, "vae")
     vae.eval()
     with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(batch / 127.5 - 1).latent for batch in pictures[:: len(pictures) // 256 + 1].split(16)]
-        )
+        parts = pictures[:: len(pictures) // 256 + 1].split(16)
+        latents = torch.cat([vae.encode(part.to(device) / 127.5 - 1).latent for part in parts])
     vae.register_to_config(scaling_factor=1 / latents.std().item())
     return vae
 
@@ -268,21 +285,24 @@ def train_unet(s, latents, prompts):
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(LIKE / "text_encoder", dtype="float32"))
     # Token embeddings stay random: words that training never saw must look like words.
     text_encoder.get_input_embeddings().requires_grad_(False)
-    models = torch.nn.ModuleList([unet, text_encoder]).to(memory_format=torch.channels_last)  # a tenth faster
+    device = latents.device
+    models = torch.nn.ModuleList([unet, text_encoder]).to(device, memory_format=torch.channels_last)  # a tenth faster
     averaged = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.998)).requires_grad_(False)
-    tokens, no_prompt = tokenize(prompts), tokenize([""])
-    generator = torch.Generator().manual_seed(s.seed + 1)
+    tokens, no_prompt = tokenize(prompts).to(device), tokenize([""]).to(device)
+    generator = torch.Generator(device).manual_seed(s.seed + 1)
+    draw = dict(generator=generator, device=device)
 
     def loss_at(step):
         if step:
             averaged.update_parameters(models)
-        index = torch.randint(len(latents), (s.batch_size,), generator=generator)
+        index = torch.randint(len(latents), (s.batch_size,), **draw)
         clean = latents[index]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = draw_timesteps(s.batch_size, scheduler.config.num_train_timesteps, generator)
-        kept = torch.rand(s.batch_size, generator=generator) >= s.prompt_dropout
+        noise = torch.randn(clean.shape, **draw)
+        # All noise levels alike: what is drawn is grainy if those of little noise are rare.
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (s.batch_size,), **draw)
+        kept = torch.rand(s.batch_size, **draw) >= s.prompt_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        with roughly(torch.device("cpu")):
+        with roughly(device):
             embeddings = text_encoder(torch.where(kept[:, None], tokens[index], no_prompt)).last_hidden_state
             velocity = unet(noisy, timesteps, embeddings).sample.float()
         return F.mse_loss(velocity, scheduler.get_velocity(clean, noise, timesteps))
@@ -292,8 +312,8 @@ def train_unet(s, latents, prompts):
 
 
 def main(s):
-    counts = dict.fromkeys(("vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size"), (1, math.inf))
-    check_numbers(s, int, **counts, image_size=(32, 4096), seed=(0, 2**63 - 2))
+    counts = "vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size", "processes"
+    check_numbers(s, int, **dict.fromkeys(counts, (1, math.inf)), image_size=(32, 4096), seed=(0, 2**63 - 2))
     check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
@@ -305,10 +325,12 @@ def main(s):
             vae.half().save_pretrained(folder / "vae")
     vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
     pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
-    with torch.no_grad():
-        batches = tqdm((pictures / 127.5 - 1).split(64), desc="encoding")
-        with roughly(torch.device("cpu")):
-            latents = torch.cat([vae.encode(batch).latent.float() for batch in batches]) * vae.config.scaling_factor
+    device = pick_device(s.device)
+    vae.to(device)
+    with torch.no_grad(), roughly(device):
+        parts = tqdm(pictures.split(64), desc="encoding")
+        latents = torch.cat([vae.encode(part.to(device) / 127.5 - 1).latent.float() for part in parts])
+    latents *= vae.config.scaling_factor
     unet, text_encoder, scheduler = train_unet(s, latents, prompts)
     with whole_folder(out, removes=[RESUME_FILE]) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
