@@ -94,7 +94,7 @@ class ControlTraining(pl.LightningModule):
         self.recent, self.saved = deque(maxlen=RECENT), None
         self.base_losses = {}  # of validation batches; they change if the UNet does
         self.strict_loading = False  # checkpoints hold only what is trained
-        model.control_net.requires_grad_(True)
+        model.control_net.requires_grad_(True).train()  # which one that was read from a file is not
         model.control_net.controlnet_down_blocks.requires_grad_(not model.control_net.config.only_mid_control)
         if not method.sd_locked:
             model.own_unet = True
