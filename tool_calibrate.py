@@ -2,6 +2,7 @@
 
     python tool_calibrate.py MODEL_PATH data_root=my_data
     python tool_calibrate.py models/control_tiny_pair pairs=train
+    python tool_calibrate.py models/control_things data_root=runs/things pictures=400
 
 It is done on the validation pictures, those that a training with the same settings would set aside; of pairs these
 are now other ones than those of older trainings, which therefore need a validation.json.
@@ -13,6 +14,7 @@ settings = dict(
     data_root="dataForTrain",
     pairs="",  # for a control of changes, in place of data_root: a folder of pictures, or "train"
     controls=None,  # of pairs, as in tutorial_train.py
+    pictures=36,  # that are read, if there are so many; more of them tell more exactly how wide intervals must be
     seed=0,
     device="auto",  # a GPU where there is one
 )
@@ -31,7 +33,7 @@ from tutorial_train import read
 
 
 def main(s, paths):
-    check_numbers(s, int, seed=(0, 2**32 - 1))
+    check_numbers(s, int, pictures=(1, 10**6), seed=(0, 2**32 - 1))
     model, data = load_model(paths[0], device=s.device), read(s)
     folder = output_folder(find_path(paths[0]))
     config, (low, high) = model.control_net.config, search_bounds(model.control_net.config)
@@ -45,8 +47,8 @@ def main(s, paths):
         )
     chosen = model.base, model.config.image_size, s.seed
     dataset = validation_set(data, *chosen) or training_set(data, *chosen)
-    calibrate(model, folder, dataset)
-    print(describe_bars(dataset, seen=not data.validation))
+    calibrate(model, folder, dataset, s.pictures)
+    print(describe_bars(dataset, not data.validation, s.pictures))
 
 
 if __name__ == "__main__":

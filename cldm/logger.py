@@ -47,9 +47,9 @@ def describe_data(data, config):
     return lines
 
 
-def describe_bars(dataset, seen):
-    """Returns: a line on what error bars were learned from. seen: whether the control was trained on it."""
-    count = min(PICTURES, len(dataset))
+def describe_bars(dataset, seen, pictures=PICTURES):
+    """Returns: a line on what error bars were learned from, as calibrate has it. seen: whether training saw it."""
+    count = min(pictures, len(dataset))
     values = min(count, len(dataset.controls.unique(dim=0)))
     kind = "training" if seen else "validation"
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"

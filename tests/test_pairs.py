@@ -451,6 +451,9 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch, way):
     assert config.control_low == [-5, -1] and config.control_high == [5, 1] and config.error_scale is not None
     assert load_model(folder).control_net.controlnet_cond_embedding.generators.weight.any()
 
+    again = train(f"pairs={photos}", *controls, f"resume_path={folder}", f"out_dir={tmp_path / 'again'}", "max_steps=1")
+    before, after = ((path / "diffusion_pytorch_model.safetensors").read_bytes() for path in (folder, again))
+    assert before != after
     with pytest.raises(InputError, match="on rotation degrees, exposure stops, the data has zoom ratio, blur pixels"):
         train(f"pairs={photos}", "controls=[zoom, blur]", f"resume_path={folder}", f"out_dir={tmp_path / 'other'}")
 
