@@ -327,6 +327,9 @@ def split_rows(data_root):
     held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
     if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
         held_out = hold_out(rows.controls, rows.prompt_index, periods)
+    else:
+        kept = len(np.unique(subjects[held_out]))
+        print(f"pairs show {subjects.max() + 1} subjects, of which {kept} are kept for validation as a whole")
     return rows[~held_out], rows[held_out]
 
 

@@ -317,7 +317,7 @@ def test_numbers_may_be_the_targets_own(write_dataset):
 
 
 @pytest.mark.parametrize("subjects", [9, 10, 26])
-def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects):
+def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects, capsys):
     """Of each there are five pictures, of which the first is the reference of two, and these of one each."""
     folder = write_dataset([0])
     rows = [(f"{i}_{j}.png", f"{i}_{max(0, j - 2)}.png", j) for j in (1, 2, 3, 4) for i in range(subjects)]
@@ -328,6 +328,7 @@ def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects):
         assert len(train) == subjects
     else:
         assert validation == {"5", "11"} & {str(i) for i in range(subjects)} and not train & validation
+        assert f"{subjects} subjects, of which {len(validation)} are kept" in capsys.readouterr().out
         assert len(train) + len(validation) == subjects
 
 
