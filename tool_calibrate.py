@@ -14,7 +14,7 @@ settings = dict(
     data_root="dataForTrain",
     pairs="",  # for a control of changes, in place of data_root: a folder of pictures, or "train"
     controls=None,  # of pairs, as in tutorial_train.py
-    pictures=36,  # that are read, if there are so many; more of them tell more exactly how wide intervals must be
+    pictures=36,  # that are read, of 1000 at most, with pairs of 144; more tell better how wide intervals must be
     seed=0,
     device="auto",  # a GPU where there is one
 )

@@ -34,10 +34,7 @@ if __name__ == "__main__":
 import math
 import random
 import re
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +48,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from cldm.model import pick_device
 from cldm.pairs import list_pictures, open_photo
 from cldm.training import half_cosine
-from dataForTrain.make_dataset import EXTRA, TRAIN, Photo, find_photo, render, render_framed
+from dataForTrain.make_dataset import EXTRA, TRAIN, Photo, find_photo, map_in_processes, render, render_framed
 from ldm.base import load_vae, roughly
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
 from ldm.pictures import pictures_to_tensor
@@ -121,10 +118,10 @@ def draw_view(s, seed, chosen):
     return view, describe(file)
 
 
-def draw_views(s, seed, count, subjects):
+def draw_views(s, seed, count, subjects, processes=1):
     """Draw views: a share `subjects` of subjects in their framing, the others details and cut-outs in any colours.
 
-    Returns: (count, 3, size, size) bytes; their prompts. They depend on the seed alone, not on s.processes.
+    Returns: (count, 3, size, size) bytes; their prompts. They depend on the seed, not on the number of processes.
     """
     rng, chosen = random.Random(seed), []
     shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
@@ -139,12 +136,8 @@ def draw_views(s, seed, count, subjects):
             files, draw = rng.choices(kinds, [0.35, 0.45, 0.2])[0]
             chosen.append((number, rng.choice(files), draw))
     chosen.sort(key=lambda one: one[1])  # so that each file is opened once, or by few processes
-    ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
-    pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))
-    with pool:
-        draw_all = partial(pool.map, chunksize=16) if s.processes > 1 else map
-        drawn = draw_all(partial(draw_view, s, seed), chosen)
-        views, prompts = zip(*tqdm(drawn, desc="drawing views", total=count))
+    drawn = map_in_processes(processes, partial(draw_view, s, seed), chosen, chunk=16)
+    views, prompts = zip(*tqdm(drawn, desc="drawing views", total=count))
     return pictures_to_tensor(views, scaled=False), list(prompts)
 
 
@@ -171,7 +164,8 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / RESUME_FILE
-    first, about, smooth = 0, {"stage": label, **s, "overwrite": None, "processes": None}, None
+    first, smooth = 0, None
+    about = {"stage": label, **s, "overwrite": None, "processes": None, "device": generator.device.type}
     if file.exists():
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["about"] != about:
@@ -193,7 +187,8 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        smooth = loss.item() if smooth is None else 0.99 * smooth + 0.01 * loss.item()
+        value = loss.item()
+        smooth = value if smooth is None else 0.99 * smooth + 0.01 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
 
 
@@ -247,11 +242,10 @@ def start_as_pca(vae, mean, components, deviations):
     decoder.conv_out.conv.bias.fill_(-2.0)
 
 
-def train_vae(s, pictures):
+def train_vae(s, pictures, device):
     """Train the VAE on the views from their principal components on, to the least root mean square error of pixels."""
     vae = AutoencoderDC.from_config(AutoencoderDC.load_config(LIKE / "vae"))
     start_as_pca(vae, *patch_pca(pictures[:: len(pictures) // 1000 + 1] / 127.5 - 1, vae.config.latent_channels))
-    device = pick_device(s.device)
     vae.to(device)
     generator = torch.Generator().manual_seed(s.seed)
     crop = s.image_size // 2
@@ -298,7 +292,7 @@ def train_unet(s, latents, prompts):
         index = torch.randint(len(latents), (s.batch_size,), **draw)
         clean = latents[index]
         noise = torch.randn(clean.shape, **draw)
-        # All noise levels alike: what is drawn is grainy if those of little noise are rare.
+        # All noise levels alike: with those of little noise rare, as controls have them, drawings keep some of it.
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (s.batch_size,), **draw)
         kept = torch.rand(s.batch_size, **draw) >= s.prompt_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -312,20 +306,20 @@ def train_unet(s, latents, prompts):
 
 
 def main(s):
-    counts = "vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size", "processes"
-    check_numbers(s, int, **dict.fromkeys(counts, (1, math.inf)), image_size=(32, 4096), seed=(0, 2**63 - 2))
+    counts = dict.fromkeys(("vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size"), (1, math.inf))
+    check_numbers(s, int, **counts, processes=(1, 1024), image_size=(32, 4096), seed=(0, 2**63 - 2))
     check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
+    device = pick_device(s.device)
     out = fresh_folder(s.out_dir, s.overwrite, own=["vae", RESUME_FILE], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
-        vae = train_vae(s, draw_views(s, s.seed, s.vae_views, subjects=0)[0])
+        vae = train_vae(s, draw_views(s, s.seed, s.vae_views, 0, s.processes)[0], device)
         with whole_folder(out, removes=[RESUME_FILE]) as folder:
             vae.half().save_pretrained(folder / "vae")
     vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects)
-    device = pick_device(s.device)
+    pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects, s.processes)
     vae.to(device)
     with torch.no_grad(), roughly(device):
         parts = tqdm(pictures.split(64), desc="encoding")

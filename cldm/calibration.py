@@ -40,8 +40,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     median, as they tell the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
-    pictures: how many of it are read. By N of them, intervals hold nine in ten others with a standard deviation of
-    0.3 / sqrt(N): 0.05 of 36, 0.015 of 400.
+    pictures: how many of it are read, if it has so many. The share of others that intervals hold varies by about
+    0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at the controls of the
     first PICTURES: two Readings.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
@@ -49,7 +49,9 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     register = model.control_net.register_to_config
     register(**dict.fromkeys(CALIBRATED))
     chosen = spread_out(pictures, dataset)
-    batches = [load_batch(model, dataset, chosen[i : i + BATCH]) for i in range(0, len(chosen), BATCH)]
+    count = math.ceil(len(chosen) / BATCH)
+    parts = [chosen[i::count] for i in range(count)]  # each spread over the dataset
+    chosen, batches = sum(parts, []), [load_batch(model, dataset, part) for part in parts]
     probes = choose_probes(model, *batches[0])
     register(probes=probes)
     readings, drawn, losses, second = [], [], [], []

@@ -313,8 +313,8 @@ def _check_times(file, line, first):
 def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
-    That is one subject in ten of pairs of FEW_SUBJECTS or more, so that error bars are those of subjects never seen, or
-    else one number in ten. Periodic numbers are brought into one turn.
+    That is one subject in ten of pairs of FEW_SUBJECTS or more, and it says so: error bars are then those of subjects
+    never seen. Else it is one number in ten. Periodic numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
     periods = read_control_names(data_root, rows.controls.shape[1])[2] or ()

@@ -32,9 +32,14 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import random
+import signal
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from PIL import Image, ImageFilter
 from tqdm import tqdm
@@ -92,6 +97,21 @@ HELD_OUT = {
 
 
 GROUPS = {"train": TRAIN, "held_out": HELD_OUT}
+
+
+def follow_parent():
+    """Of a worker: leave Ctrl-C to the process that started it, and end with that one, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def map_in_processes(count, function, *iterables, chunk=1):
+    """Like map, but side by side in `count` processes; chunk: items that one of them takes at once."""
+    if count == 1:
+        yield from map(function, *iterables)
+        return
+    with ProcessPoolExecutor(count, get_context("spawn"), follow_parent) as pool:
+        yield from pool.map(function, *iterables, chunksize=chunk)
 
 
 def find_photo(file):

@@ -36,11 +36,8 @@ if __name__ == "__main__":
 import json
 import math
 import random
-import signal
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from itertools import permutations, product
-from multiprocessing import get_context
 from operator import le
 
 from PIL import Image, ImageOps
@@ -48,7 +45,7 @@ from tqdm import tqdm
 
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE
 from cldm.pairs import open_photo
-from dataForTrain.make_dataset import find_pictures
+from dataForTrain.make_dataset import find_pictures, map_in_processes
 from dataForTrain.solids import PACKAGE, Solid, Studio, View, load_mitsuba, read_things, render_view
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import check_pictures
@@ -208,10 +205,8 @@ def make_rows(s, out, group, count):
         counts.append(min(len(own), missing))
         missing -= counts[-1]
     render, scenes, rows = partial(render_scene, s, out, group), range(len(counts)), []
-    ignore = signal.SIG_IGN  # Ctrl-C, which the first process answers
-    pool = ProcessPoolExecutor(s.processes, get_context("spawn"), signal.signal, (signal.SIGINT, ignore))
-    with pool, tqdm(total=count, desc=f"{group} pairs") as progress:
-        for number, own in zip(counts, (pool.map if s.processes > 1 else map)(render, counts, scenes)):
+    with tqdm(total=count, desc=f"{group} pairs") as progress:
+        for number, own in zip(counts, map_in_processes(s.processes, render, counts, scenes)):
             rows += own
             progress.update(number)
     return rows

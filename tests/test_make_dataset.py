@@ -1,9 +1,12 @@
 """The data set: the committed pictures are what the code renders, turned the right way about the right point."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +25,7 @@ from dataForTrain.make_dataset import (
     find_pictures,
     render_framed,
 )
+from ldm.files import ROOT
 from ldm.schema import read_config
 from ldm.settings import InputError, override
 
@@ -178,3 +182,13 @@ def test_bad_angles_are_named(tmp_path, angles):
     with pytest.raises(InputError, match="angles: expected a list of numbers"):
         run(f"angles={angles}", "photos=coffee", f"out_dir={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed():
+    work = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    code = f"from dataForTrain.make_dataset import map_in_processes; [*map_in_processes(2, exec, 2 * [{work!r}])]"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as first:
+        workers = [psutil.Process(int(first.stdout.readline())) for _ in range(2)]
+        first.kill()
+    assert not psutil.wait_procs(workers, timeout=30)[1]

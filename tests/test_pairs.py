@@ -433,7 +433,6 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch, way):
     """Fresh pairs in training, stopped and gone on with; pairs on disk, for training, reading and test5."""
     monkeypatch.setattr("cldm.pairs.POOL", 4)
     monkeypatch.setattr("cldm.pairs.VALIDATION_PAIRS", 6)
-    monkeypatch.setattr("cldm.calibration.PICTURES", 2)
     controls = ["controls={rotation: [-5, 5], exposure: [-1, 1]}"]
     with monkeypatch.context() as patched:
         patched.setattr(tutorial_train, "finish", lambda *_: None)

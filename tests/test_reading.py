@@ -199,11 +199,11 @@ def test_ambiguous_is_a_second_valley_about_as_good():
     assert is_ambiguous(torch.stack([best, best + torch.tensor([2.0, -1.0, 1.5, -0.5])]), False)
 
 
-def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tmp_path):
+@pytest.mark.parametrize("count", [36, 60])
+def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tmp_path, count):
     """Of each of two numbers, the second of which is read ten times as well, whose errors residuals do not tell."""
     save_model(trained(2), tmp_path / "control")
     generator = torch.Generator().manual_seed(0)
-    count = 36
     controls = torch.randn(count, 2, generator=generator)
     error = torch.tensor([0.3, 0.03]) * torch.randn(count, 2, generator=generator)
     spread = torch.randn(count, 2, generator=generator).exp()
@@ -229,16 +229,18 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     monkeypatch.setattr(calibration, "read_controls", read)
     monkeypatch.setattr(calibration, "choose_probes", lambda *_: 11)
     monkeypatch.setattr(calibration, "draw_latents", lambda model, target, control: target.latents + 0.5**0.5)
-    truth, *both = calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known())
+    truth, *both = calibrate(load_model(tmp_path / "control"), tmp_path / "control", Known(), pictures=count)
+    order = [controls.tolist().index(row) for row in truth.tolist()]
+    assert sorted(order) == list(range(count)) and max(order[:12]) - min(order[:12]) > count / 2
     config = load_model(tmp_path / "control").control_net.config
     assert (config.explained_loss, config.sampling_loss) == (pytest.approx(3.0), pytest.approx(1.5, rel=1e-4))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
-    final = Reading(controls + error, *covariances, *[None] * 4, *calibrated)
-    inside = (final.interval90[:, :, 0] <= controls) & (controls <= final.interval90[:, :, 1])
+    final = Reading(truth + error[order], *(part[order] for part in covariances), *[None] * 4, *calibrated)
+    inside = (final.interval90[:, :, 0] <= truth) & (truth <= final.interval90[:, :, 1])
     assert ((inside.float().mean(0) >= 0.85) & (inside.float().mean(0) <= 0.95)).all()
-    for own in both:  # of the pictures, and of drawings, which are read alike here
-        assert torch.equal(own.interval90, final.interval90) and torch.equal(truth, controls)
+    for own, size in zip(both, (count, 36)):  # of the pictures, and of drawings, which are read alike here
+        assert len(own.control) == size and torch.equal(own.interval90, final.interval90[:size])
     assert final.std.min() > calibrated[1].min() > 0
     known = torch.tensor([[[0.0, 0.0], [0.0, 1.0]]])  # nothing is unsure about the first
     assert Reading(controls[:1], 0 * known, known, *[None] * 4, *calibrated).std[0, 0] == 0

@@ -74,7 +74,9 @@ def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
     s = Settings(tool_train_base.settings | arguments | pictures | dict(out_dir=str(tmp_path / "base")))
     tool_train_base.main(s)
     base = LatentDiffusion.from_pretrained(tmp_path / "base")
-    views, prompts = tool_train_base.draw_views(s, 0, 40, 0.2)
+    views, prompts = tool_train_base.draw_views(s, 0, 40, 0.2, processes=2)
+    alone = tool_train_base.draw_views(s, 0, 40, 0.2)
+    assert torch.equal(views, alone[0]) and prompts == alone[1]
     assert {"", "a frog"} < set(prompts)
     views = views / 127.5 - 1
     latents = base.encode(views)
