@@ -25,7 +25,7 @@ PICTURES = 36  # read to calibrate, by default; and drawn, at most
 BATCH = 12  # read together
 # A target is unexplained at this many times the loss that 95% of validation pictures stay below; by drawings, without
 # and with a reference. The second is lower: any reference can be moved and scaled to look a little like any target.
-UNEXPLAINED, UNDRAWN = 1.5, (3.0, 1.5)
+UNEXPLAINED, UNDRAWN = 1.3, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
 MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and correlation of errors, at most
