@@ -37,18 +37,22 @@ def main(s, paths):
     model, data = load_model(paths[0], device=s.device), read(s)
     folder = output_folder(find_path(paths[0]))
     config, (low, high) = model.control_net.config, search_bounds(model.control_net.config)
-    controls = torch.tensor(data.controls, dtype=torch.float64)
-    fits = data.names in (None, list(config.control_names)) and bool(s.pairs) <= model.control_net.uses_reference
-    fits = fits and data.periods in (None, list(config.periods)) and controls.shape[1:] == low.shape
+    rows = not data.ranges and data.validation
+    controls = torch.tensor(rows.controls if rows else data.controls, dtype=torch.float64)
+    same = dict(names=config.control_names, units=config.control_units, periods=config.periods)
+    same["absolute"] = config.absolute or len(low) * [False]
+    fits = all(getattr(data, key) in (None, list(own)) for key, own in same.items())
+    fits = fits and bool(s.pairs) <= model.control_net.uses_reference and controls.shape[1:] == low.shape
     if not fits or not ((low <= (own := model.control_net.wrap(controls))) & (own <= high)).all():
+        numbers = (f"{name} {unit}".rstrip() for name, unit in zip(config.control_names, config.control_units))
         raise InputError(
-            f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(config.control_names)} from "
-            f"{list(config.control_low)} to {list(config.control_high)}; of pairs, controls= says names and ranges"
+            f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(numbers)} from {list(config.control_low)} "
+            f"to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
     chosen = model.base, model.config.image_size, s.seed
     dataset = validation_set(data, *chosen) or training_set(data, *chosen)
     calibrate(model, folder, dataset, s.pictures)
-    print(describe_bars(dataset, not data.validation, s.pictures))
+    print(describe_bars(config, dataset, not data.validation, s.pictures))
 
 
 if __name__ == "__main__":

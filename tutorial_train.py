@@ -144,7 +144,8 @@ def make_model(s, data):
         how = dict(control_dim=numbers, periods=data.periods, hint="reference" if references else s.hint)
         how |= {key: s[key] for key in OWN[1:]}
         if s.proposals is None:
-            how["proposals"] = PROPOSALS if references and not are_changes(data.names, data.units) else 0
+            known = data.names and all(are_changes(data.names, data.units, data.absolute))  # by formula
+            how["proposals"] = PROPOSALS if references and not known else 0
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods or own[2]
@@ -194,7 +195,7 @@ def finish(model, data, dataset, out_dir):
     """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
     config, seen = model.control_net.config, not data.validation
     control, reading, drawn = calibrate(model, out_dir, dataset)
-    print(*describe_asked(config, control, reading, drawn, seen), describe_bars(dataset, seen), sep="\n")
+    print(*describe_asked(config, control, reading, drawn, seen), describe_bars(config, dataset, seen), sep="\n")
     write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
 
 

@@ -54,17 +54,19 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     chosen, batches = sum(parts, []), [load_batch(model, dataset, part) for part in parts]
     probes = choose_probes(model, *batches[0])
     register(probes=probes)
-    readings, drawn, losses, second = [], [], [], []
+    readings, drawn, losses, proposed = [], [], [], ([], [])  # of pictures, of drawings
     for target, control in tqdm(batches, desc="calibrating"):
+        seen = [target]
         readings.append(read_controls(model, target))
-        if model.control_net.proposal is not None:
-            second.append(Proposal.moments(*model.control_net.propose(target), model.control_net.config))
         if BATCH * len(drawn) < PICTURES:
             latents = draw_latents(model, target, control)
             losses.append((latents - target.latents).square().mean((1, 2, 3)))
-            drawn.append(read_controls(model, replace(target, latents=latents)))
+            seen.append(replace(target, latents=latents))
+            drawn.append(read_controls(model, seen[1]))
+        for own, kind in zip(proposed, seen if model.control_net.proposal is not None else ()):
+            own.append(Proposal.moments(*model.control_net.propose(kind), model.control_net.config))
     reading, drawn = Reading.cat(readings), Reading.cat(drawn)
-    reading = replace(reading, control=reading.lowest, unmoved=None)  # by the denoising alone
+    reading, drawn = (replace(own, control=own.lowest, unmoved=None) for own in (reading, drawn))  # by denoising alone
     noise, residual = (own.diagonal(dim1=1, dim2=2) for own in (reading.noise_covariance, reading.residual_covariance))
     truth = dataset.controls[chosen]
     errors = wrap(reading.control - truth, model.control_net.config.periods)
@@ -72,7 +74,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     bars = dict(zip(("error_scale", "error_floor"), moderate(missing, residual)))
     learned, config = dict(bars), model.control_net.config
     reading, drawn = (replace(own, **bars) for own in (reading, drawn))
-    opinions = {"proposal": lambda _: [torch.cat(own).cpu() for own in zip(*second)]} if second else {}
+    second = [[torch.cat(own).cpu() for own in zip(*each)] for each in proposed]
+    opinions = {"proposal": lambda _: second[0]} if second[0] else {}
     if has_formula(config):
         rows = (dataset.rows[i].load() for i in chosen)
         fitted = [[fit_picture(picture, model.config.image_size) for picture in row] for row in rows]
@@ -82,8 +85,12 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
         judged = judge_opinion(reading, opinion, std, truth, moderated=name == "fit")
         own = {key: judged.pop(key) for key in bars}
         learned |= own | {f"{name}_{key}": value for key, value in judged.items()}
-        std = widen(std, judged["scale"], judged["floor"])
-        reading = replace(reading, **own).with_opinion(opinion, std, judged["correlation"].item())
+
+        def join(reading, opinion, std, own=own, judged=judged):
+            std = widen(std, judged["scale"], judged["floor"])
+            return replace(reading, **own).with_opinion(opinion, std, judged["correlation"].item())
+
+        reading, drawn = join(reading, opinion, std), join(drawn, *second[1]) if name == "proposal" else drawn
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     limits = dict(
         explained_loss=UNEXPLAINED * read,

@@ -1,6 +1,7 @@
 """What a change does to a picture: its numbers, how they are drawn, their geometry and light."""
 
 import math
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ NO_CHANGE = {name: none for name, (*_, none) in CHANGES.items()}
 MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 
 
-def are_changes(names, units):
-    """Returns: whether all numbers, by name and unit, are CHANGES; names may be None: nobody named them."""
-    return names is not None and all(CHANGES.get(name, ("",))[0] == unit for name, unit in zip(names, units))
+def are_changes(names, units, absolute=None):
+    """absolute: whether a number is no change; None: none is. Returns: [whether it is of CHANGES, by name and unit]."""
+    rows = zip(names, units, absolute or repeat(False))
+    return [CHANGES.get(name, ("",))[0] == unit and not own for name, unit, own in rows]
 
 
 def choose_changes(controls):

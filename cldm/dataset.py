@@ -262,8 +262,11 @@ def _scan(file, known=True, like=None, problems=None):
                         continue
                     first = first if first and first.control else line
                     yield line
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; expected one JSON object a line") from None
+    except (FileNotFoundError, NotADirectoryError):
+        problem = f"{file}: no such file; expected one JSON object a line"
+        if file.parent.is_file():
+            problem = f"{file.parent}: a file, expected the folder that it lies in"
+        raise InputError(problem) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read as UTF-8 text ({error})") from None
     if not (first or problems):
@@ -358,7 +361,8 @@ def wrap_rows(rows, periods, middle):
     """Returns: Rows with their controls as hints.wrap brings them into one turn; tells how many that changed."""
     controls = wrap(torch.from_numpy(rows.controls), periods, middle).numpy()
     if moved := (controls != rows.controls).any(1).sum():
-        print(f"{moved} of {len(rows)} rows have periodic numbers beyond one turn, which are taken back into it")
+        what = f"{moved} of {len(rows)} rows have periodic numbers beyond one turn, which are taken back into it"
+        print(f"{what}; if they should not be, periods in {CONTROLS_FILE} are not in the unit of source")
     return replace(rows, controls=controls)
 
 

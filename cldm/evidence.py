@@ -13,7 +13,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch.nn import functional as F
 
-from cldm.changes import CHANGES, NO_CHANGE, expose, similarity
+from cldm.changes import CHANGES, NO_CHANGE, are_changes, expose, similarity
 from cldm.confidence import raise_flags
 from cldm.hints import wrap
 
@@ -39,9 +39,10 @@ def check_evidence(reading, pictures, config, known=(), sides=None):
     show a blur of less than half of its own pixels. None: nothing was enlarged.
     Returns: a Reading with `reach` and, where due, the flags "no_effect" and "ambiguous".
     """
-    rows = zip(config.control_names, config.control_units, zip(config.control_low, config.control_high))
-    numbers = {name: bounds if CHANGES.get(name, ("",))[0] == unit else None for name, unit, bounds in rows}
-    ours = [k for k, bounds in enumerate(numbers.values()) if bounds]  # by name and unit; nothing is known of others
+    named = are_changes(config.control_names, config.control_units, config.absolute)
+    rows = zip(config.control_names, named, zip(config.control_low, config.control_high))
+    numbers = {name: bounds if own else None for name, own, bounds in rows}
+    ours = [k for k, own in enumerate(named) if own]  # nothing is known of others
     ranges = {name: bounds for name, bounds in numbers.items() if bounds}
     periods = dict(zip(config.control_names, config.periods))
     reach = torch.zeros_like(reading.control)
@@ -93,7 +94,7 @@ def find_reach(reference, target, ranges, control, known=(), periods=None):
     least, most = least - beyond, most + beyond
     least[5].clamp_(min=0)
 
-    others = torch.cat([trial_changes(a, b, at, width), repetitions(a, b, at)])
+    others = torch.cat([trial_changes(a, b, at, width), repetitions(a, b, at, least, most)])
     others = torch.where(width > 0, others, at).clamp(least, most)
     here = log_error(a, b, at[None])
     worse = log_error(a, b, others) - here
@@ -196,16 +197,20 @@ def trial_changes(reference, target, at, width):
     return at + width * einsum(steps, directions, "s, k d -> s k d").flatten(0, 1)
 
 
-def repetitions(reference, target, at):
-    """Returns: (REPETITIONS, 6) changes: `at` (6,), shifted by where the picture repeats itself, to a pixel."""
+def repetitions(reference, target, at, least, most):
+    """Returns: (REPETITIONS, 6) changes: `at`, shifted by where the picture repeats itself, to a pixel.
+
+    at, least, most: (6,), a change, and between which others are sought.
+    """
     size = len(target)
     (changed,), (shown,), _ = change_picture(reference, at[None])
     first, second = (torch.fft.rfft2((part - part.mean()) * shown) for part in (target, changed))
     similar = torch.fft.irfft2(first * second.conj(), s=target.shape)  # cross-correlation at all circular shifts
     peaks = similar.masked_fill(similar < F.max_pool2d(similar[None], 2 * APART + 1, 1, APART)[0], -torch.inf)
     shifts = torch.fft.fftfreq(size, dtype=torch.float64)
-    near, within = shifts.abs() <= APART / size, shifts.abs() <= (1 + BEYOND) * CHANGES["shift x"][2]
-    peaks = peaks.masked_fill(near[:, None] & near | ~(within[:, None] & within), -torch.inf)
+    near, (low, high) = shifts.abs() <= APART / size, (torch.stack([least, most]) - at)[:, 2:4]
+    x, y = (shifts >= low[:, None] - APART / size) & (shifts <= high[:, None] + APART / size)
+    peaks = peaks.masked_fill(near[:, None] & near | ~(y[:, None] & x), -torch.inf)
     places = peaks.flatten().topk(REPETITIONS).indices
     others = at.repeat(REPETITIONS, 1)
     others[:, 2:4] += shifts[torch.stack([places % size, places // size], 1)]

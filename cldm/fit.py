@@ -20,8 +20,7 @@ from ldm.pictures import pictures_to_tensor
 NAMES = list(CHANGES)
 LOW, HIGH = np.array([bounds for _, *bounds, _ in CHANGES.values()]).T
 WIDTHS = HIGH - LOW
-BOUNDS = np.array([LOW - BEYOND * WIDTHS, HIGH + BEYOND * WIDTHS])
-BOUNDS[0, NAMES.index("blur")] = 0
+LEAST = np.array([{"zoom": 0.1, "blur": 0}.get(name, -math.inf) for name in NAMES])  # that a formula can draw
 FIRST_BLUR = 0.3  # pixels from which a blur is fitted at least, since a fit's derivative at 0 is 0
 DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
 STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
@@ -29,8 +28,19 @@ NEAR = 4.0, 0.1  # a fit found another place if it moved farther than so many st
 
 
 def has_formula(config):
-    """Returns: whether all numbers of a control's config are changes that the formula knows, by name and unit."""
-    return config.hint == "reference" and are_changes(config.control_names, config.control_units)
+    """Returns: whether all numbers of a control's config are changes that the formula knows."""
+    return config.hint == "reference" and all(are_changes(config.control_names, config.control_units, config.absolute))
+
+
+def find_bounds(config=None):
+    """Returns: (2, 6), between which fits look: CHANGES' ranges or, where they are wider, a control's, and BEYOND."""
+    ends = np.array([LOW, HIGH])
+    if config:
+        own = [NAMES.index(name) for name in config.control_names]
+        theirs = np.array([config.control_low, config.control_high])
+        ends[:, own] = np.minimum(ends[0, own], theirs[0]), np.maximum(ends[1, own], theirs[1])
+    low, high = ends + BEYOND * (ends[1] - ends[0]) * [[-1], [1]]
+    return np.array([np.maximum(low, LEAST), high])
 
 
 def refine_reading(reading, pictures, config, known=()):
@@ -51,11 +61,12 @@ def fit_pictures(reading, pictures, config, known=()):
     control, std = reading.control.clone(), torch.full_like(reading.control, torch.inf)
     sought = [name for name in config.control_names if name not in known]
     own, theirs = [config.control_names.index(name) for name in sought], [NAMES.index(name) for name in sought]
+    bounds = find_bounds(config)
     for i, (target, reference) in enumerate(pictures):
         start = NO_CHANGE | dict(zip(config.control_names, reading.control[i].tolist()))
         if "blur" in sought:
             start["blur"] = max(start["blur"], FIRST_BLUR)
-        change, loss, covariance = Fit(reference, target).solve(start, sought)
+        change, loss, covariance = Fit(reference, target).solve(start, sought, bounds)
         found = reading.control.new_tensor([change[name] for name in sought])
         errors = reading.control.new_tensor(covariance.diagonal()[theirs]).sqrt()
         most = torch.maximum(NEAR[0] * reading.std[i, own], NEAR[1] * errors.new_tensor(WIDTHS[theirs]))
@@ -93,14 +104,16 @@ class Fit:
         counts = (here.abs() <= 0.5).all(-1)[:, None] & ((moved[:, 3:] < CLIPPED[1]) | (residuals > 0))
         return residuals.flatten(1).double().numpy(), counts.flatten(1).numpy()
 
-    def solve(self, start, names):
+    def solve(self, start, names, bounds=None):
         """Go on from a change, {name: number} of all six, with some of its numbers.
 
-        Returns: the change; its loss, the mean over what counts; the covariance of its errors, (6, 6).
+        bounds: as find_bounds has them; None: its own.
+        Returns: the change; its loss, the mean over what counts, infinite if it ends on a bound that it might have
+        crossed; the covariance of its errors, (6, 6).
         """
         which = [NAMES.index(name) for name in names]
         at, width = np.array([start[name] for name in NAMES], float), WIDTHS[which]
-        low, high = BOUNDS[:, which]
+        low, high = (find_bounds() if bounds is None else bounds)[:, which]
 
         def render(numbers, steps):
             changes = np.tile(at, (len(steps), 1))
@@ -121,5 +134,6 @@ class Fit:
         counted = render(found.x, np.zeros((1, len(which))))[1].sum()
         covariance = np.zeros((len(NAMES), len(NAMES)))
         covariance[np.ix_(which, which)] = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / max(counted, 1)
-        loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) else math.inf
+        stuck = ((found.active_mask != 0) & (found.x > LEAST[which] + 1e-3 * width)).any()
+        loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) and not stuck else math.inf
         return dict(zip(NAMES, at.tolist())) | dict(zip(names, found.x.tolist())), loss, covariance

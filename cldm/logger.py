@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
 from cldm.calibration import PICTURES
+from cldm.confidence import is_outside
 from cldm.model import Target
 from cldm.report import describe_control, draw_pictures, plain
 from cldm.training import mid_step
@@ -47,12 +48,17 @@ def describe_data(data, config):
     return lines
 
 
-def describe_bars(dataset, seen, pictures=PICTURES):
-    """Returns: a line on what error bars were learned from, as calibrate has it. seen: whether training saw it."""
+def describe_bars(config, dataset, seen, pictures=PICTURES):
+    """Returns: a line on what error bars were learned from, as calibrate has it.
+
+    config: of the control. dataset: a ControlDataset. seen: whether training saw it.
+    """
     count = min(pictures, len(dataset))
     values = min(count, len(dataset.controls.unique(dim=0)))
     kind = "training" if seen else "validation"
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"
+    if beyond := int(is_outside(config, dataset.controls, torch.full_like(dataset.controls, math.inf)).sum()):
+        text += f"; {beyond} of all {len(dataset)} lie beyond the trained range, which makes the bars wider"
     if seen:
         return f"{text}: too narrow for new pictures; a validation.json would mend that"
     few = ": too few to rely on; 10 pictures of 3 values in validation.json, or more rows, are enough"

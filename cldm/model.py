@@ -230,8 +230,8 @@ def describe(path):
 def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
     """Read a control's folder and the base it names.
 
-    base: that LatentDiffusion, where it is in memory already. dtype: of the ControlNet; None: the base's, which its
-    YAML's `precision` says. save_memory: as ControlLDM has it.
+    base: that LatentDiffusion, where it is in memory already. dtype: of what the folder holds; None: what its YAML's
+    `precision` says. save_memory: as ControlLDM has it.
     Returns: ControlLDM, frozen, in eval mode.
     Raises: InputError if the folder, or its base, is missing or incomplete, or if they do not belong together.
     """
@@ -240,7 +240,7 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
     check_control(path / "config.json")
     base, config = (base, read_model_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
-    dtype = dtype or base.unet.dtype
+    dtype = dtype or getattr(torch, config.get("precision", "float32"))  # a UNet that was trained is in another now
     control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     check_finite(control_net.to_precision(dtype), path)
     for key in ("block_out_channels", "cross_attention_dim"):

@@ -26,7 +26,7 @@ GUESSED = 0.7  # share of the error of a guess, the middle of the range, above w
 def tell_errors(config, errors):
     """errors: d absolute errors. Returns: them with names and units, in words."""
     numbers = zip(config.control_names, errors, config.control_units)
-    return ", ".join(f"{name} to {error:.2g} {unit}".rstrip() for name, error, unit in numbers)
+    return ", ".join(f"{name} to {float(f'{error:.2g}'):g} {unit}".rstrip() for name, error, unit in numbers)
 
 
 def median_errors(config, reading, control):

@@ -29,7 +29,9 @@ def find_rows(s, defaults, control_net):
     for row in tqdm(rows(), "looking at the rows", delay=2, leave=False):
         count += 1
         if control_net.uses_reference and not row.reference:
-            raise InputError(f"model_path {s.model_path} reads changes between two pictures: give input_image_path too")
+            what = f"model_path {s.model_path} reads changes between two pictures"
+            mend = f'{row.place} has no "reference"; every row needs one' if row.place else "give input_image_path too"
+            raise InputError(f"{what}: {mend}")
         if row.reference and not control_net.uses_reference:
             raise InputError(f"model_path {s.model_path} takes no reference: leave out {row.reference}")
         if row.control and len(row.control) != len(names):

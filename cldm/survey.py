@@ -81,12 +81,25 @@ def tell_subjects(data):
     return lines
 
 
+def find_contradictions(rows):
+    """Returns: a line if some of N rows show the same, pictures and prompt, at other numbers."""
+    first, found = {}, []
+    for row in rows:
+        before = first.setdefault((row.target, row.reference, row.prompt), row)
+        if before.control != row.control:
+            found.append((before, row))
+    if not found:
+        return []
+    (one, other), more = found[0], f", and {len(found) - 1} more" * (len(found) > 1)
+    return [f"warning: {other.place} shows what {one.place} shows, at other numbers{more}; one of them is wrong"]
+
+
 def survey_rows(data_root, image_size):
     """Returns: lines on the rows and pictures of a folder; the InputErrors of its lines and files."""
     lines, problems, like, names = [], [], None, None
     for name in (TRAINING_FILE, VALIDATION_FILE):
         file, found = Path(data_root) / name, []
-        if like and not file.exists():
+        if name != TRAINING_FILE and not file.exists():
             break
         rows = list(iterate_rows(file, like=like, problems=found))
         lines.append(f"{file}: {len(rows) + len(found)} rows" + f", {len(found)} of them with problems" * bool(found))
@@ -102,6 +115,7 @@ def survey_rows(data_root, image_size):
         places, broken = {str(picture): row.place for row in rows for picture in row.pictures}, {}
         sizes = check_pictures([*places], broken)
         problems += [InputError(f"{places[path]}: {error}") for path, error in broken.items()]
+        lines += find_contradictions(rows)
         lines += describe_numbers([row.control for row in rows], names or default_names(len(like.control)))
         lines += describe_prompts([row.prompt for row in rows])
         lines.append(f"{len(places)} pictures; {describe_fit(sizes, image_size) or 'all as large as the model takes'}")

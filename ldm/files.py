@@ -53,6 +53,9 @@ def check_writable(path):
     path = Path(os.path.expanduser(path))
     with writing(path):
         place = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not place.is_dir():
+            what = f"{place} is a file" if place != path else "a file"
+            raise InputError(f"{path}: cannot be written ({what}, expected a folder; give another)")
         tempfile.TemporaryFile(dir=place).close()
     return path
 

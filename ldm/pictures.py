@@ -65,7 +65,7 @@ def _load(path, profiled):
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):  # a pipe would wait for ever
             raise InputError(f"a {'folder' if stat.S_ISDIR(mode) else 'pipe or a device'}, expected a picture")
-        with Image.open(path) as picture:
+        with open(path, "rb") as file, Image.open(file) as picture:  # of a name, Pillow 13.0 maps turned TIFFs wrongly
             what = "damaged or cut off"
             return _to_rgb(picture, profiled)
     except InputError as error:

@@ -7,10 +7,13 @@ import difflib
 import json
 import math
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from omegaconf import OmegaConf
+
+MISSPELT = 0.8  # likeness, as difflib has it, from which on a name is taken to be another one
 
 
 class InputError(ValueError):
@@ -83,7 +86,8 @@ def expect(start, value, rule):
 def check(where, config, schema, required=(), complete=True):
     """Compare a dict with a schema, {key: Rule}.
 
-    where: the file. required: keys that must be there. complete: whether a key that the schema lacks is a mistake.
+    where: the file. required: keys that must be there. complete: whether a key that the schema lacks is a mistake; else
+    it is one only if a key that is missing is spelt much like it.
     Raises: InputError with the file, the key, what was expected and what was found.
     """
     for key in required:
@@ -93,8 +97,14 @@ def check(where, config, schema, required=(), complete=True):
         if key in schema:
             if not schema[key].holds(value):
                 expect(f'{where}: "{key}" must be', value, schema[key])
-        elif complete:
+        elif complete or is_misspelt(str(key), tuple(own for own in schema if own not in config)):
             raise InputError(f'{where}: unknown key "{key}"{nearest(str(key), list(schema))}')
+
+
+@lru_cache(1024)  # a million rows have the same keys
+def is_misspelt(name, names):
+    """Returns: whether a name is much like one of `names`, a tuple."""
+    return bool(difflib.get_close_matches(name, names, 1, MISSPELT))
 
 
 def nearest(name, names):
@@ -105,6 +115,8 @@ def nearest(name, names):
 
 def reason(error):
     """Returns: the one line of an error that says what went wrong, whichever library raised it."""
+    if mark := getattr(error, "problem_mark", None):  # YAML's
+        return f"line {mark.line + 1}: {error.problem}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith(":")]
     return getattr(error, "strerror", None) or (lines or [type(error).__name__])[0]
 

@@ -153,6 +153,22 @@ def test_missing_or_empty_file_is_named(tmp_path, content, message):
         split_rows(tmp_path)
 
 
+def test_a_file_in_place_of_its_folder_is_named(write_dataset):
+    file = write_dataset([1, 2]) / "prompt.json"
+    with pytest.raises(InputError, match="prompt.json: a file, expected the folder that it lies in"):
+        read_data(file)
+
+
+def test_keys_of_a_row_may_be_more_but_not_misspelt(write_dataset):
+    file = write_dataset([1, 2]) / "prompt.json"
+    text = file.read_text()
+    file.write_text(text.replace('"target"', '"camera": "left", "targets": 1, "target"'))
+    assert len(read_rows(file)) == 2
+    file.write_text(text.replace('"target"', '"refrence": "a.png", "target"'))
+    with pytest.raises(InputError, match=r'line 1: unknown key "refrence" \(did you mean "reference"\?\)'):
+        read_rows(file)
+
+
 def test_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "prompt.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="prompt.json: cannot be read as UTF-8 text"):
@@ -294,7 +310,11 @@ def test_periodic_numbers_are_brought_into_one_turn(write_dataset, capsys):
     (folder / "controls.yaml").write_text("names: [hour, size]\nunits: ['', '']\nperiods: [10, null]\n")
     data = read_data(folder)
     assert data.periods == [10, None] and data.controls.tolist() == [[0, 5], [9.9, 6], [0, 7], [9.5, 25]]
-    assert "2 of 4 rows" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 of 4 rows" in told and "not in the unit of source" in told
+    (folder / "controls.yaml").write_text("names: [hour, size]\nunits: ['', '']\nperiod: [10, null]\n")
+    with pytest.raises(InputError, match=r'controls.yaml: unknown key "period" \(did you mean "periods"\?\)'):
+        read_data(folder)
     for text in ("10", "[0, null]", "[10]"):
         (folder / "controls.yaml").write_text(f"names: [hour, size]\nunits: ['', '']\nperiods: {text}\n")
         with pytest.raises(InputError, match='controls.yaml: "periods" must be a list of length 2'):

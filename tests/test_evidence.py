@@ -88,13 +88,24 @@ def test_intervals_hold_all_that_looks_the_same():
     pictures = [(draw(shades), draw(shades)), (draw(FEATURELESS["flat"][0]),) * 2]
     bounds = dict(control_low=[-10, -0.1], control_high=[10, 0.1])
     config = SimpleNamespace(control_names=["rotation", "shift x"], control_units=["degrees", "widths"], **bounds)
-    config.periods = [None, None]
+    config.periods, config.absolute = [None, None], None
     checked = check_evidence(reading, pictures, config)
     assert checked.flags == [[], ["ambiguous", "no_effect"]] or checked.flags[0] == ["no_effect"]
     low, high = checked.interval90[1, 0].tolist()
     assert low <= -6 and high >= 10 and checked.std[0, 1] == pytest.approx(0.1)
     config.control_units = ["turns", "widths"]  # another rotation, of which nothing is known
     assert check_evidence(reading, pictures, config).reach[1, 0] == 0
+    config.control_units, config.absolute = ["degrees", "widths"], [True, False]  # B's own, which is no change
+    assert check_evidence(reading, pictures, config).reach[1, 0] == 0
+
+
+@pytest.mark.parametrize("name", ["shift x", "shift y"])
+def test_what_repeats_itself_within_the_range_may_be_there(name):
+    tile = np.kron(np.random.default_rng(0).integers(40, 215, (8, 8)), np.ones((4, 4)))  # a quarter of a width
+    picture = Image.fromarray(np.tile(tile, (4, 4)).astype(np.uint8)).convert("RGB")
+    for most, far in ((0.1, 0.0), (0.2, 0.25)):
+        ranges = {name: (-most, most)}
+        assert find_reach(picture, picture, ranges, torch.zeros(1)).item() == pytest.approx(far, abs=0.005)
 
 
 def test_what_looks_the_same_all_round_may_be_anywhere():
@@ -103,7 +114,7 @@ def test_what_looks_the_same_all_round_may_be_anywhere():
     reading = Reading(
         torch.tensor([[170.0]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale, **circle
     )
-    config = SimpleNamespace(control_low=[-180], control_high=[180], periods=[360.0], **names)
+    config = SimpleNamespace(control_low=[-180], control_high=[180], periods=[360.0], absolute=None, **names)
     for kind, flags in ("disc", ["ambiguous", "no_effect"]), ("stripes", []):
         picture = draw(FEATURELESS[kind][0]).convert("RGB")
         checked = check_evidence(reading, [(picture.rotate(170, Image.Resampling.BICUBIC), picture)], config)
@@ -134,7 +145,7 @@ def test_an_enlarged_picture_shows_no_blur_below_its_own_pixels():
     covariance, scale = torch.full((1, 1, 1), 0.01).double(), torch.zeros(1).double()
     reading = Reading(torch.tensor([[0.3]]).double(), covariance, covariance, *[None] * 3, [[]], scale, scale)
     config = SimpleNamespace(control_names=["blur"], control_units=["pixels"], control_low=[0], control_high=[2])
-    config.periods = [None]
+    config.periods, config.absolute = [None], None
     sharp = draw(lambda x, y: 0.5 + 0.5 * np.sign(np.sin(40 * x) * np.sin(40 * y)))
     for side, flags in ((SIZE, []), (SIZE // 8, ["no_effect"])):
         checked = check_evidence(reading, [(sharp, sharp)], config, sides=[side])

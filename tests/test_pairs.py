@@ -4,6 +4,7 @@ import json
 import math
 import random
 import signal
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -305,6 +306,7 @@ def nearly(make_model, photos):
         control_net = make_model(len(names), "reference").control_net
         units = [CHANGES[name][0] for name in names]
         learned = dict(fit_scale=[1.0] * len(names), fit_floor=[0.0] * len(names))
+        learned |= dict(zip(("control_low", "control_high"), map(list, zip(*ranges.values()))))
         control_net.register_to_config(control_names=names, control_units=units, **learned)
         width = torch.tensor([high - low for low, high in ranges.values()]).double()
         truth = torch.tensor([[change[name] for name in names]]).double()
@@ -331,6 +333,17 @@ def test_pixels_give_the_last_digits(nearly, names):
     assert refine_reading(reading, pictures, config) is reading
 
 
+@pytest.mark.parametrize("name, low, high, truth", [("shift x", -0.25, 0.25, 0.18), ("exposure", -2, 2, 1.75)])
+def test_a_fit_looks_where_the_control_was_trained(nearly, photos, name, low, high, truth):
+    config, _, _, reading = nearly([name])
+    reference, target, _ = draw_pair(random.Random(4), [photos / "a.png"], 96, {name: (truth, truth)})
+    near = replace(reading, control=torch.tensor([[truth - 0.002 * (high - low)]]).double())
+    config.control_low, config.control_high = [low], [high]
+    assert refine_reading(near, [(target, reference)], config).control.item() == pytest.approx(truth, abs=0.002)
+    config.control_low, config.control_high = [low / 5], [high / 5]  # the fit ends on a bound, and is left out
+    assert torch.equal(refine_reading(near, [(target, reference)], config).control, near.control)
+
+
 def test_a_fit_that_goes_elsewhere_is_left_out(nearly, monkeypatch):
     config, pictures, _, reading = nearly(["rotation"])
     for far, loss in ((2.5, 0.1), (0.0, math.inf)):
@@ -342,7 +355,9 @@ def test_a_fit_that_goes_elsewhere_is_left_out(nearly, monkeypatch):
 
 def test_a_formula_knows_numbers_by_name_and_unit(nearly):
     config, *_ = nearly(["rotation", "zoom"])
-    config.control_units = ["radians", "ratio"]
+    config.absolute = [True, False]
+    assert not has_formula(config)
+    config.absolute, config.control_units = None, ["radians", "ratio"]
     assert not has_formula(config)
 
 
@@ -400,6 +415,12 @@ def test_a_reference_is_asked_for_and_refused_where_it_has_no_place(
     save_model(plain, tmp_path / "plain")
     arguments += [f"model_path={tmp_path / 'plain'}", f"input_image_path={picture}"]
     assert "takes no reference" in fails_in_one_line(invert.main, invert.settings, arguments)
+
+
+def test_rows_that_lack_a_reference_are_named(paired, write_dataset, tmp_path, fails_in_one_line):
+    arguments = [f"model_path={paired}", f"targets={write_dataset([1, 2]) / 'prompt.json'}"]
+    line = fails_in_one_line(invert.main, invert.settings, [*arguments, f"out_dir={tmp_path / 'out'}"])
+    assert 'prompt.json line 1 has no "reference"; every row needs one' in line
 
 
 def test_rows_with_and_without_a_reference_do_not_mix(photos, tmp_path):

@@ -174,8 +174,11 @@ def test_pictures_stand_upright(tmp_path, suffix, orientation):
     picture, exif = upright.convert("RGB"), Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     picture = picture.transpose(stored[orientation]) if orientation > 1 else picture
-    found = as_read(lambda path: picture.save(path, exif=exif), tmp_path, f"a.{suffix}")
-    assert np.abs(found[8::16, 8::16, 0].astype(int) - [[0, 90, 130], [170, 210, 250]]).max() <= 4
+    grey = picture.convert("L")
+    deep = Image.fromarray(np.asarray(grey, np.uint16) * 257)
+    for kind in (picture, grey, picture.convert("RGBA"), deep) if suffix == "tif" else (picture,):
+        found = as_read(lambda path, kind=kind: kind.save(path, exif=exif), tmp_path, f"a.{suffix}")
+        assert np.abs(found[8::16, 8::16, 0].astype(int) - [[0, 90, 130], [170, 210, 250]]).max() <= 4
 
 
 def test_deep_pictures_stand_upright(tmp_path):

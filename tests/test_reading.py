@@ -246,6 +246,31 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     assert Reading(controls[:1], 0 * known, known, *[None] * 4, *calibrated).std[0, 0] == 0
 
 
+def test_drawings_are_read_as_they_would_be_afterwards(make_model, normal, tmp_path, monkeypatch):
+    """What is told of drawings has the bars of what is read, here of both the denoising and a proposal."""
+    model, controls = make_model(1, "coordinate", proposals=2), torch.linspace(-1, 3, 12)[:, None].double()
+    model.control_net.register_to_config(control_low=[-2.0], control_high=[4.0])
+    save_model(model, tmp_path)
+    latents, embeddings = normal(12, CHANNELS, LATENT_SIZE, LATENT_SIZE), model.base.embed([""])[0]
+
+    class Noise(torch.utils.data.Dataset):
+        def __init__(self):
+            self.controls = controls
+
+        def __len__(self):
+            return len(controls)
+
+        def __getitem__(self, i):
+            return {"latents": latents[i], "embeddings": embeddings, "control": controls[i]}
+
+    monkeypatch.setattr(calibration, "draw_latents", lambda model, target, control: target.latents.flip(0))
+    model = load_model(tmp_path)
+    *_, drawn = calibrate(model, tmp_path, Noise())
+    again = reading.read_controls(model, Target(embeddings.expand(12, -1, -1), latents.flip(0)))
+    assert torch.allclose(drawn.control, again.control) and torch.allclose(drawn.std, again.std)
+    assert not torch.allclose(drawn.control, drawn.lowest)
+
+
 @pytest.fixture
 def opinions():
     """Truths (N, 2), of which the second goes round; a Reading that errs by 0.2; other estimates, which err by 0.1."""

@@ -498,9 +498,29 @@ def test_a_control_is_calibrated_anew(control_folder, write_dataset, capsys, fai
     )
     assert (control_folder / WEIGHTS).read_bytes() == weights
     assert "error bars come from 1 validation picture(s)" in capsys.readouterr().out
-    write_dataset([[1, 2], [3, 4]])
-    line = fails_in_one_line(lambda s: tool_calibrate.main(s, [str(control_folder)]), tool_calibrate.settings, [data])
-    assert "not what" in line and "reads, control from [0.0] to [7.0]" in line
+
+
+def test_other_numbers_do_not_calibrate_a_control(control_folder, write_dataset, fails_in_one_line):
+    """By count, range of those that are read for it, or unit."""
+    model = load_model(control_folder)
+    model.control_net.register_to_config(control_low=[0.0], control_high=[7.0])
+    save_model(model, control_folder)
+
+    def refused(sources, validation=None, **said):
+        folder = write_dataset(sources)
+        if validation:
+            write_dataset(validation, file="validation.json")
+        if said:
+            write_yaml(said, folder / "controls.yaml")
+        own = dict(arguments=[control_folder, f"data_root={folder}"], paths=("MODEL_PATH",))
+        return fails_in_one_line(tool_calibrate.main, tool_calibrate.settings, **own)
+
+    for line in (
+        refused([[1, 2], [3, 4]]),
+        refused(range(8), range(1000, 1012)),
+        refused(range(8), names=["control"], units=["radians"]),
+    ):
+        assert "not what" in line and "reads, control from [0.0] to [7.0]" in line
 
 
 def test_two_runs_do_not_share_a_folder(arguments, out_dir, control_folder, fails_in_one_line):

@@ -56,6 +56,24 @@ def test_every_problem_is_named_with_its_line(survey, write_dataset, capsys, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_problems_are_named_where_all_lines_have_one(survey, write_dataset, capsys):
+    folder = write_dataset([1, 2, 3])
+    (folder / "prompt.json").write_text((folder / "prompt.json").read_text().replace('"target"', '"traget"'))
+    with pytest.raises(InputError, match=r"^3 problem\(s\) in "):
+        survey(folder)
+    assert 'prompt.json line 3: no "target" in it' in capsys.readouterr().out
+
+
+def test_rows_that_contradict_each_other_are_named(survey, write_dataset, capsys):
+    folder = write_dataset([1, 2, 3, 4, 5, 6])
+    lines = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+    lines += [lines[0], lines[1] | {"source": 7}, lines[2] | {"source": 8}]
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, lines)))
+    survey(folder)
+    (told,) = re.findall("^warning: (.*) at other numbers, and 1 more", capsys.readouterr().out, re.MULTILINE)
+    assert told == f"{folder / 'prompt.json'} line 8 shows what {folder / 'prompt.json'} line 2 shows,"
+
+
 def test_a_sound_dataset_is_described_and_nothing_is_written(survey, write_dataset, capsys, tmp_path):
     survey(write_dataset([1, 2, 3, 4, 5, 6]))
     told = capsys.readouterr().out

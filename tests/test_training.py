@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import numpy as np
@@ -406,6 +407,10 @@ def test_unlocked_unet_is_saved_and_used(train, base):
     learned = changed(base.unet.half().float(), model.base.unet)  # a control's folder is in half precision
     assert learned and all(name.startswith(("up_blocks", "conv_norm_out", "conv_out")) for name in learned)
     assert not changed(base.vae, model.base.vae) and not changed(base.text_encoder, model.base.text_encoder)
+    config = read_config(out_dir / "model.yaml")
+    write_yaml(config | {"precision": "bfloat16"}, out_dir / "model.yaml")  # the UNet in memory is float32 by now
+    model = load_model(out_dir, base=base)
+    assert model.base.unet.dtype == model.control_net.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_resume_path_keeps_a_trained_unet(train, make_model, tmp_path):
@@ -887,11 +892,13 @@ def test_verdict_on_the_validations(losses, said):
 
 def test_error_bars_say_what_they_come_from(base, write_dataset):
     def tell(sources, seen=False):
-        return describe_bars(ControlDataset(read_rows(write_dataset(sources) / "prompt.json"), base, 32), seen)
+        rows = ControlDataset(read_rows(write_dataset(sources) / "prompt.json"), base, 32)
+        return describe_bars(SimpleNamespace(control_low=[1], control_high=[4], periods=[None]), rows, seen)
 
     assert tell([1, 2, 3, 4] * 3) == "error bars come from 12 validation picture(s) of 4 different value(s)"
     assert "too few" in tell([1, 2] * 6) and "too few" in tell([1, 2, 3])
     assert "too narrow" in tell([1, 2, 3, 4] * 3, seen=True)
+    assert "; 3 of all 12 lie beyond the trained range, which makes the bars wider" in tell([1, 2, 3, 5] * 3)
 
 
 def test_grid_shows_every_subject(write_dataset, base):
