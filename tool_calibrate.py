@@ -21,9 +21,11 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
+from dataclasses import replace
+
 import torch
 
-from cldm.calibration import calibrate
+from cldm.calibration import PICTURES, calibrate
 from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
@@ -50,8 +52,11 @@ def main(s, paths):
             f"to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
     chosen = model.base, model.config.image_size, s.seed
-    dataset = validation_set(data, *chosen) or training_set(data, *chosen)
-    calibrate(model, folder, dataset, s.pictures)
+    dataset, trained = validation_set(data, *chosen) or training_set(data, *chosen), None
+    if data.has_references and not data.ranges:
+        some = torch.linspace(0, len(data.train) - 1, min(PICTURES, len(data.train))).long().numpy()
+        trained = training_set(replace(data, train=data.train[some]), *chosen)
+    calibrate(model, folder, dataset, s.pictures, trained)
     print(describe_bars(config, dataset, not data.validation, s.pictures))
 
 

@@ -32,7 +32,7 @@ MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and cor
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
 
 
-def calibrate(model, folder, dataset, pictures=PICTURES):
+def calibrate(model, folder, dataset, pictures=PICTURES, trained=None):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
     error_scale, error_floor, and those of a Proposal and of fits, where there are some: such that 90% of each number
@@ -41,7 +41,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     pictures: how many of it are read, if it has so many. The share of others that intervals hold varies by about
-    0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400.
+    0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400. trained: a ControlDataset of
+    what was trained on, whose losses tell how much those of subjects differ, where `dataset` shows few; or None.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at the controls of the
     first PICTURES: two Readings.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
@@ -92,6 +93,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
 
         reading, drawn = join(reading, opinion, std), join(drawn, *second[1]) if name == "proposal" else drawn
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
+    if trained is not None:
+        read = max(read, (reading.loss.log().mean() + Z90 * spread_of_losses(model, trained)).exp().item())
     limits = dict(
         explained_loss=UNEXPLAINED * read,
         sampling_loss=UNDRAWN[model.control_net.uses_reference] * undrawn,
@@ -103,6 +106,19 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
     return truth, reading, drawn
+
+
+@torch.no_grad()
+def spread_of_losses(model, dataset):
+    """Returns: (), the standard deviation of log losses at the truth, of PICTURES of a ControlDataset."""
+    losses = []
+    for which in torch.tensor(spread_out(PICTURES, dataset)).split(BATCH):
+        target, control = load_batch(model, dataset, which.tolist())
+        objective = DenoisingObjective(model, target)
+        index = torch.arange(len(control), device=control.device)
+        losses.append(objective.losses(control, index, objective.middle_draws))
+    losses = torch.cat(losses).log().cpu()
+    return losses.std(correction=min(1, len(losses) - 1))
 
 
 def nine_in_ten(values):

@@ -20,6 +20,7 @@ KEYS = 32, 96  # features
 SHARPNESS = 4.0  # of a comparison, cosines beside features of spread 1
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
 NOISE = 0.1  # added to latents in training, whose spread is 1
+ERASED, ERASED_SIDES = 0.5, (0.125, 0.5)  # share of rows that lose a rectangle in training; shares of a side, its own
 LEAST_STD = 0.01  # of a component, in units of a number's spread
 
 
@@ -59,6 +60,23 @@ def compare(target, reference, heads, reach):
     place, inside = (rearrange(own, "h w m k -> (h w) (m k)") for own in (place, inside))
     near = every.gather(3, place.expand(*every.shape[:2], -1, -1)) * inside.to(every.dtype)
     return rearrange(near, "b n (h w) m -> b (n m) h w", h=size[0])
+
+
+def hide(latents, noise, draws):
+    """Replace a rectangle of some rows by noise, so that no single place tells a number.
+
+    latents, noise: (B, pictures, C, h, w); every picture of a row loses the same place. draws: (B, 5), from 0 to 1.
+    Returns: as latents. Source: Zhong et al. 2020, random erasing.
+    """
+    chosen, places = draws[:, :1] < ERASED, []
+    least, most = ERASED_SIDES
+    for extent, side, start in zip(latents.shape[3:], draws[:, 1:3].T, draws[:, 3:].T):
+        side = least + (most - least) * side
+        first = (start * (1 - side))[:, None]
+        middles = (torch.arange(extent, device=draws.device) + 0.5) / extent
+        places.append((middles >= first) & (middles < first + side[:, None]) & chosen)
+    y, x = places
+    return torch.where(rearrange(y, "b h -> b 1 1 h 1") & rearrange(x, "b w -> b 1 1 1 w"), noise, latents)
 
 
 class Proposal(nn.Module):
@@ -140,11 +158,11 @@ class Proposal(nn.Module):
                 spreads.append(own.sqrt() * unit)
         return decode(middle.double(), config), torch.stack(spreads, 1).double()
 
-    def loss(self, latents, noise, control):
+    def loss(self, latents, noise, draws, control):
         """latents: (B, pictures, C, h, w), of a target, and of a reference where there is one. noise: as latents, of
-        spread 1.
+        spread 1. draws: as `hide` has them.
         control: (B, inputs), the truth, encoded. Returns: (B,), nats a number.
         """
-        weights, mean, std = self(*(latents + NOISE * noise).unbind(1))
+        weights, mean, std = self(*hide(latents + NOISE * noise, noise, draws).unbind(1))
         each = -((control[:, None] - mean) / std).square() / 2 - std.log()
         return -(weights + each.sum(2)).logsumexp(1) / control.shape[1]

@@ -25,7 +25,7 @@ from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
-from cldm.proposal import Proposal, compare
+from cldm.proposal import Proposal, compare, hide
 from cldm.reading import MARGIN, fill_range, read_controls
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from cldm.solvers import levenberg_marquardt
@@ -294,6 +294,20 @@ def test_a_proposal_takes_latents_of_any_size(make_model, normal, side):
     net = make_model(2, "reference", proposals=3).control_net
     weights, mean, std = net.proposal(normal(2, CHANNELS, side, side), normal(2, CHANNELS, side, side))
     assert weights.shape == (2, 3) and mean.shape == std.shape == (2, 3, 2) and std.min() > 0
+
+
+def test_a_place_is_hidden_in_both_pictures_of_some_rows(normal):
+    latents, noise = normal(200, 2, 3, 16, 8), normal(200, 2, 3, 16, 8)
+    hidden = hide(latents, noise, torch.rand(200, 5, generator=torch.Generator().manual_seed(0)))
+    gone = hidden != latents
+    assert torch.equal(hidden[gone], noise[gone])
+    assert (gone == gone[:, :1, :1]).all()  # alike in all channels of both
+    gone = gone[:, 0, 0]
+    assert 0.4 < gone.any(2).any(1).float().mean() < 0.6
+    for one in gone[gone.any(2).any(1)]:
+        sides = [one.any(1 - axis).nonzero() for axis in (0, 1)]
+        tall, wide = (side.max() - side.min() + 1 for side in sides)
+        assert one.sum() == tall * wide and 2 <= tall <= 8 and 1 <= wide <= 4
 
 
 @pytest.fixture

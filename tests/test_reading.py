@@ -271,6 +271,28 @@ def test_drawings_are_read_as_they_would_be_afterwards(make_model, normal, tmp_p
     assert not torch.allclose(drawn.control, drawn.lowest)
 
 
+def test_losses_of_what_was_trained_on_tell_how_much_those_of_subjects_differ(make_model, normal, tmp_path):
+    """Where validation shows few: the limit of what is unexplained is then wider."""
+    model, shape = make_model(1, "reference"), (CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    names = dict(control_names=["light"], control_units=["degrees"])
+    model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0], **names)
+    embeddings = model.base.embed([""])[0]
+
+    def dataset(sizes):
+        controls = torch.zeros(len(sizes), 1).double()
+        latents = [size * normal(*shape) for size in sizes]
+        rows = [dict(latents=own, reference=own, embeddings=embeddings, control=controls[0]) for own in latents]
+        return type("Rows", (list,), dict(controls=controls))(rows)
+
+    alike, unlike = dataset([1.0] * 4), dataset([0.1, 10.0] * 2)
+    limits = []
+    for trained in (None, alike, unlike):
+        calibrate(model, save_model(model, tmp_path) or tmp_path, alike, trained=trained)
+        limits.append(model.control_net.config.explained_loss)
+    assert limits[0] <= limits[1] < 1.5 * limits[0] < limits[2]
+    assert calibration.spread_of_losses(model, dataset([1.0])) == 0
+
+
 @pytest.fixture
 def opinions():
     """Truths (N, 2), of which the second goes round; a Reading that errs by 0.2; other estimates, which err by 0.1."""
