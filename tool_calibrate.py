@@ -25,7 +25,7 @@ from dataclasses import replace
 
 import torch
 
-from cldm.calibration import PICTURES, calibrate
+from cldm.calibration import PICTURES, calibrate, spread_out
 from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
@@ -54,8 +54,8 @@ def main(s, paths):
     chosen = model.base, model.config.image_size, s.seed
     dataset, trained = validation_set(data, *chosen) or training_set(data, *chosen), None
     if data.has_references and not data.ranges:
-        some = torch.linspace(0, len(data.train) - 1, min(PICTURES, len(data.train))).long().numpy()
-        trained = training_set(replace(data, train=data.train[some]), *chosen)
+        some = data.train[spread_out(PICTURES, data.train)]
+        trained = training_set(replace(data, train=some), *chosen)
     calibrate(model, folder, dataset, s.pictures, trained)
     print(describe_bars(config, dataset, not data.validation, s.pictures))
 

@@ -84,14 +84,10 @@ def calibrate(model, folder, dataset, pictures=PICTURES, trained=None):
     for name, tell in opinions.items():
         opinion, std = tell(reading)
         judged = judge_opinion(reading, opinion, std, truth, moderated=name == "fit")
-        own = {key: judged.pop(key) for key in bars}
-        learned |= own | {f"{name}_{key}": value for key, value in judged.items()}
-
-        def join(reading, opinion, std, own=own, judged=judged):
-            std = widen(std, judged["scale"], judged["floor"])
-            return replace(reading, **own).with_opinion(opinion, std, judged["correlation"].item())
-
-        reading, drawn = join(reading, opinion, std), join(drawn, *second[1]) if name == "proposal" else drawn
+        learned |= {key if key in bars else f"{name}_{key}": value for key, value in judged.items()}
+        reading = hear(reading, opinion, std, judged)
+        if name == "proposal":
+            drawn = hear(drawn, *second[1], judged)
     read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     if trained is not None:
         read = max(read, (reading.loss.log().mean() + Z90 * spread_of_losses(model, trained)).exp().item())
@@ -163,6 +159,13 @@ def judge_opinion(reading, second, std, truth, moderated=True):
     factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)
     return {key: factor * value for key, value in own.items()} | {"correlation": correlation}
+
+
+def hear(reading, second, std, judged):
+    """second, std: as judge_opinion has them. judged: what it returns. Returns: a Reading that counts them in."""
+    reading = replace(reading, error_scale=judged["error_scale"], error_floor=judged["error_floor"])
+    std = widen(std, judged["scale"], judged["floor"])
+    return reading.with_opinion(second, std, judged["correlation"].item())
 
 
 def spread_out(count, dataset):

@@ -18,6 +18,7 @@ CHANGES = {
     "exposure": ("stops", -1.0, 1.0, 0.0),  # of linear light
     "blur": ("pixels", 0.0, 2.0, 0.0),  # standard deviation of a Gaussian, after the zoom
 }
+SMALLEST = [{"zoom": 0.1, "blur": 0.0}.get(name, -math.inf) for name in CHANGES]  # that the formula is asked to draw
 NO_CHANGE = {name: none for name, (*_, none) in CHANGES.items()}
 MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 

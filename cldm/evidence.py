@@ -13,7 +13,7 @@ import torch
 from einops import einsum, rearrange, repeat
 from torch.nn import functional as F
 
-from cldm.changes import CHANGES, NO_CHANGE, are_changes, expose, similarity
+from cldm.changes import CHANGES, NO_CHANGE, SMALLEST, are_changes, expose, similarity
 from cldm.confidence import raise_flags
 from cldm.hints import wrap
 
@@ -87,7 +87,7 @@ def find_reach(reference, target, ranges, control, known=(), periods=None):
     low, high = torch.tensor([sought.get(name, (none, none)) for name, none in NO_CHANGE.items()]).double().T
     numbers = NO_CHANGE | dict(zip(ranges, control.tolist()))
     read = torch.tensor([numbers[name] for name in NO_CHANGE]).double()
-    at = read.clamp(min=torch.tensor([-math.inf, 0.1, -math.inf, -math.inf, -math.inf, 0]))  # zoom and blur
+    at = read.clamp(min=torch.tensor(SMALLEST))
     width, least, most = high - low, torch.minimum(low, at), torch.maximum(high, at)
     periods = [(periods or {}).get(name) for name in NO_CHANGE]
     beyond = width * torch.tensor([math.inf if period else BEYOND for period in periods])

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import least_squares
 from torch.nn import functional as F
 
-from cldm.changes import CHANGES, NO_CHANGE, are_changes, expose, similarity
+from cldm.changes import CHANGES, NO_CHANGE, SMALLEST, are_changes, expose, similarity
 from cldm.confidence import widen
 from cldm.evidence import BEYOND, CLIPPED, LEAST_SHARED
 from ldm.pictures import pictures_to_tensor
@@ -20,7 +20,6 @@ from ldm.pictures import pictures_to_tensor
 NAMES = list(CHANGES)
 LOW, HIGH = np.array([bounds for _, *bounds, _ in CHANGES.values()]).T
 WIDTHS = HIGH - LOW
-LEAST = np.array([{"zoom": 0.1, "blur": 0}.get(name, -math.inf) for name in NAMES])  # that a formula can draw
 FIRST_BLUR = 0.3  # pixels from which a blur is fitted at least, since a fit's derivative at 0 is 0
 DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
 STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
@@ -40,7 +39,7 @@ def find_bounds(config=None):
         theirs = np.array([config.control_low, config.control_high])
         ends[:, own] = np.minimum(ends[0, own], theirs[0]), np.maximum(ends[1, own], theirs[1])
     low, high = ends + BEYOND * (ends[1] - ends[0]) * [[-1], [1]]
-    return np.array([np.maximum(low, LEAST), high])
+    return np.array([np.maximum(low, SMALLEST), high])
 
 
 def refine_reading(reading, pictures, config, known=()):
@@ -134,6 +133,6 @@ class Fit:
         counted = render(found.x, np.zeros((1, len(which))))[1].sum()
         covariance = np.zeros((len(NAMES), len(NAMES)))
         covariance[np.ix_(which, which)] = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / max(counted, 1)
-        stuck = ((found.active_mask != 0) & (found.x > LEAST[which] + 1e-3 * width)).any()
+        stuck = ((found.active_mask != 0) & (found.x > np.array(SMALLEST)[which] + 1e-3 * width)).any()
         loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) and not stuck else math.inf
         return dict(zip(NAMES, at.tolist())) | dict(zip(names, found.x.tolist())), loss, covariance

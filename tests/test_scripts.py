@@ -517,8 +517,8 @@ def test_other_numbers_do_not_calibrate_a_control(control_folder, write_dataset,
 
     for line in (
         refused([[1, 2], [3, 4]]),
-        refused(range(8), range(1000, 1012)),
         refused(range(8), names=["control"], units=["radians"]),
+        refused(range(8), range(1000, 1012), names=["control"], units=[""]),
     ):
         assert "not what" in line and "reads, control from [0.0] to [7.0]" in line
 
