@@ -21,11 +21,9 @@ settings = dict(
 if __name__ == "__main__":
     answer(__file__, "MODEL_PATH")
 
-from dataclasses import replace
-
 import torch
 
-from cldm.calibration import PICTURES, calibrate, spread_out
+from cldm.calibration import calibrate
 from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
@@ -52,11 +50,8 @@ def main(s, paths):
             f"to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
     chosen = model.base, model.config.image_size, s.seed
-    dataset, trained = validation_set(data, *chosen) or training_set(data, *chosen), None
-    if data.has_references and not data.ranges:
-        some = data.train[spread_out(PICTURES, data.train)]
-        trained = training_set(replace(data, train=some), *chosen)
-    calibrate(model, folder, dataset, s.pictures, trained)
+    dataset = validation_set(data, *chosen) or training_set(data, *chosen)
+    calibrate(model, folder, dataset, s.pictures)
     print(describe_bars(config, dataset, not data.validation, s.pictures))
 
 

@@ -194,8 +194,7 @@ def train(s, model, data, datasets, out_dir):
 def finish(model, data, rows, validation, out_dir):
     """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
     config, seen, dataset = model.control_net.config, not data.validation, validation or rows
-    trained = rows if data.has_references and not data.ranges else None
-    control, reading, drawn = calibrate(model, out_dir, dataset, trained=trained)
+    control, reading, drawn = calibrate(model, out_dir, dataset)
     print(*describe_asked(config, control, reading, drawn, seen), describe_bars(config, dataset, seen), sep="\n")
     write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.confidence import Z90, Reading, widen
+from cldm.confidence import NOTHING, Z90, Reading, widen
 from cldm.denoising import DenoisingObjective
 from cldm.fit import fit_pictures, has_formula
 from cldm.hints import wrap
@@ -23,8 +23,9 @@ from ldm.pictures import fit_picture
 
 PICTURES = 36  # read to calibrate, by default; and drawn, at most
 BATCH = 12  # read together
-# A target is unexplained at this many times the loss that 95% of validation pictures stay below; by drawings, without
-# and with a reference. The second is lower: any reference can be moved and scaled to look a little like any target.
+# A target is unexplained at this many times the share of the loss without a control that 95% of validation pictures
+# leave unexplained; by drawings, at so many times their loss, without and with a reference. The second is lower: any
+# reference can be moved and scaled to look a little like any target.
 UNEXPLAINED, UNDRAWN = 1.3, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
@@ -32,17 +33,16 @@ MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and cor
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
 
 
-def calibrate(model, folder, dataset, pictures=PICTURES, trained=None):
+def calibrate(model, folder, dataset, pictures=PICTURES):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
     error_scale, error_floor, and those of a Proposal and of fits, where there are some: such that 90% of each number
     lie in their 90% intervals, at the rank of split conformal prediction; residual variances are averaged with their
     median, as they tell the errors' only roughly.
-    explained_loss, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
+    unexplained_share, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     pictures: how many of it are read, if it has so many. The share of others that intervals hold varies by about
-    0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400. trained: a ControlDataset of
-    what was trained on, whose losses tell how much those of subjects differ, where `dataset` shows few; or None.
+    0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400.
     Returns: controls (N, d) of pictures; what was read from these pictures, and from drawings at the controls of the
     first PICTURES: two Readings.
     Source: Angelopoulos & Bates 2021, eq. 1; Smyth 2004, moderated variances.
@@ -88,11 +88,9 @@ def calibrate(model, folder, dataset, pictures=PICTURES, trained=None):
         reading = hear(reading, opinion, std, judged)
         if name == "proposal":
             drawn = hear(drawn, *second[1], judged)
-    read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
-    if trained is not None:
-        read = max(read, (reading.loss.log().mean() + Z90 * spread_of_losses(model, trained)).exp().item())
+    unread, undrawn = (own.quantile(0.95).item() for own in (reading.unexplained_share, torch.cat(losses).cpu()))
     limits = dict(
-        explained_loss=UNEXPLAINED * read,
+        unexplained_share=min(UNEXPLAINED * unread, NOTHING),
         sampling_loss=UNDRAWN[model.control_net.uses_reference] * undrawn,
         probes=probes,
     )
@@ -102,19 +100,6 @@ def calibrate(model, folder, dataset, pictures=PICTURES, trained=None):
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
     return truth, reading, drawn
-
-
-@torch.no_grad()
-def spread_of_losses(model, dataset):
-    """Returns: (), the standard deviation of log losses at the truth, of PICTURES of a ControlDataset."""
-    losses = []
-    for which in torch.tensor(spread_out(PICTURES, dataset)).split(BATCH):
-        target, control = load_batch(model, dataset, which.tolist())
-        objective = DenoisingObjective(model, target)
-        index = torch.arange(len(control), device=control.device)
-        losses.append(objective.losses(control, index, objective.middle_draws))
-    losses = torch.cat(losses).log().cpu()
-    return losses.std(correction=min(1, len(losses) - 1))
 
 
 def nine_in_ten(values):

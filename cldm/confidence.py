@@ -11,6 +11,7 @@ from cldm.hints import wrap
 Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviations
 OUTSIDE = 0.05  # share of the trained range beyond which a control is outside, however unsure it is
 AMBIGUOUS = 0.1  # a second valley whose loss is higher by less than this share explains the target as well
+NOTHING = 1.001  # share of the loss without a control: if more is left, it explains less than nothing, bar rounding
 NO_EFFECT = 1e-6  # share of the loss: a number that changes the loss by less, over its range, has no effect
 
 # What may be wrong with a reading, and what that means.
@@ -40,6 +41,7 @@ class Reading:
     error_scale: torch.Tensor  # (d,), share of residual_covariance's standard deviations that is real, as calibrated
     error_floor: torch.Tensor  # (d,), standard deviations of the model's own errors, whatever the residuals
     calibrated: bool = True  # whether error_scale and error_floor were learned; without them there are no error bars
+    unexplained_share: torch.Tensor | None = None  # (B,), share of the loss without a control that is left
     model_calls: float = 0.0  # pictures that the model was evaluated on, per target
     seconds: float = 0.0  # per target
     reach: torch.Tensor | None = None  # (B, d), distance of other changes that explain the pictures as well; 0: none
@@ -52,7 +54,7 @@ class Reading:
     def cat(readings):
         """Returns: the Reading of all targets of some Readings by one control, on the CPU."""
         keys = ["control", "noise_covariance", "residual_covariance", "loss"]
-        keys += [key for key in ("relief", "unmoved") if getattr(readings[0], key) is not None]
+        keys += [key for key in ("unexplained_share", "relief", "unmoved") if getattr(readings[0], key) is not None]
         joined = {key: torch.cat([getattr(own, key) for own in readings]).cpu() for key in keys}
         lists = {key: [one for own in readings for one in getattr(own, key)] for key in ("others", "flags")}
         return replace(readings[0], iterations=None, **joined, **lists)

@@ -3,7 +3,7 @@
 import torch
 from einops import rearrange, repeat
 
-from cldm.objective import Objective
+from cldm.objective import Objective, likelihood_loss
 from ldm.ddim import draw_noise
 from ldm.unet import Encoded, encode_unet
 
@@ -52,11 +52,22 @@ class DenoisingObjective(Objective):
             self.noisy[picture],
             self.timesteps[picture],
             encoded.embeddings,
-            control[:, 0],  # the same for every draw
+            None if control is None else control[:, 0],  # the same for every draw
             None if reference is None else reference[index],
             encoded=encoded,
         )
         return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k c (h w)", k=len(draw_index))
+
+    @torch.no_grad()
+    def unexplained(self, loss):
+        """loss: (B,), of the targets at controls. Returns: (B,), as shares of what it is without a control.
+
+        Above 1 they explain less than nothing. Source: Wright 1921, what the coefficient of determination lacks of 1.
+        """
+        every, draws = torch.arange(len(self.target), device=loss.device), torch.arange(self.draws)
+        some = every.split(max(1, self.chunk // self.draws))
+        alone = torch.cat([self.residuals(None, index, draws) for index in some])
+        return loss / likelihood_loss(alone, self.alike)[0]
 
     @property
     def middle_draws(self):

@@ -35,7 +35,7 @@ CALIBRATED = (
     "fit_scale",
     "fit_floor",
     "fit_correlation",
-    "explained_loss",
+    "unexplained_share",
     "sampling_loss",
     "probes",
 )

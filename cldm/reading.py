@@ -1,13 +1,12 @@
 """Read controls from pictures, without a start: probe the trained range, refine its valleys, say how sure it is."""
 
-import math
 import time
 from dataclasses import replace
 
 import torch
 from einops import rearrange, repeat
 
-from cldm.confidence import Reading, is_ambiguous, is_outside, raise_flags, standard_errors, widen
+from cldm.confidence import NOTHING, Reading, is_ambiguous, is_outside, raise_flags, standard_errors, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.proposal import Proposal
@@ -70,6 +69,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
     reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
+    reading.unexplained_share = objective.unexplained(loss)
     if proposes and not calibrated:
         reading = replace(reading, control=torch.where(free, second, control), unmoved=control)
     if config.proposal_scale is not None:
@@ -80,7 +80,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
         len(target),
         outside_range=is_outside(config, reading.control, reading.std),
         ambiguous=several | reading.anywhere.any(1).cpu(),
-        unexplained=loss > (config.explained_loss or math.inf),
+        unexplained=reading.unexplained_share > (config.unexplained_share or NOTHING),
         uncalibrated=[not calibrated] * len(target),
     )
     reading.model_calls = objective.calls / len(target)

@@ -208,7 +208,8 @@ def describe_reading(config, reading, i, row, seed):
     result |= dict(control=number(control), std=std and number(std), interval90=interval90, covariance=covariance)
     result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
     result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
-    result |= dict(model_calls=reading.model_calls, seconds=reading.seconds, seed=seed)
+    result |= dict(unexplained_share=reading.unexplained_share[i].item(), model_calls=reading.model_calls)
+    result |= dict(seconds=reading.seconds, seed=seed)
     if row.control:
         error = wrap(reading.control[i] - reading.control.new_tensor(row.control), config.periods)
         result["error"] = number(error.tolist())

@@ -312,7 +312,7 @@ def stub(monkeypatch):
     def read(model, s, known, rows, loaded, figures):
         count, ones = len(rows), torch.ones(len(rows), 1)
         flags = [["ambiguous"] * (i % 2) for i in range(count)]
-        bars = dict(error_scale=torch.ones(1), error_floor=torch.ones(1))
+        bars = dict(error_scale=torch.ones(1), error_floor=torch.ones(1), unexplained_share=ones[:, 0])
         zeros = torch.zeros(count, 1, 1)
         return Reading(5 * ones, zeros + 1, zeros + 1, ones[:, 0], ones[:, 0].int(), [[]] * count, flags, **bars), print
 

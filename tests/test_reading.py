@@ -120,12 +120,29 @@ def test_a_target_beyond_the_range_is_flagged(trained, explained, make_target):
 
 def test_large_residuals_are_flagged(trained, explained, make_target):
     model, target = trained(), make_target(1)
-    model.control_net.register_to_config(explained_loss=0.5, error_scale=[0.1])
-    for noise, flags in (0.5, []), (1.0, ["unexplained"]):
+    model.control_net.register_to_config(unexplained_share=0.5, error_scale=[0.1])
+    for noise, least, most, flags in (0.01, 0, 0.5, []), (1.0, 0.5, 1, ["unexplained"]):
         explained(torch.tensor([[1.0]]).double(), noise)
         found = read_controls(model, target)
         assert found.loss.item() == pytest.approx(noise**2, rel=0.2)
+        assert least < found.unexplained_share.item() < most
         assert [flag for flag in found.flags[0] if flag == "unexplained"] == flags
+
+
+def test_a_control_that_explains_less_than_nothing_is_flagged(trained, make_target, monkeypatch):
+    """What the base expects without it; before calibration, too."""
+
+    class Expected(DenoisingObjective):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            every = [torch.arange(count) for count in (len(self.target), self.draws)]
+            self.wanted = self.wanted + self.residuals(None, *every).flatten(0, 1).view_as(self.wanted)
+            noise = torch.randn(self.wanted.shape, generator=torch.Generator().manual_seed(0))
+            self.wanted = self.wanted + 0.01 * noise
+
+    monkeypatch.setattr(reading, "DenoisingObjective", Expected)
+    found = read_controls(trained(), make_target(3))
+    assert (found.unexplained_share > 1).all() and all("unexplained" in flags for flags in found.flags)
 
 
 def test_valleys_are_low_and_below_their_neighbours():
@@ -221,10 +238,10 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
 
     def read(model, target):
         config, which = model.control_net.config, target.latents.flatten().long()
-        assert config.error_scale is config.error_floor is config.explained_loss is None
+        assert config.error_scale is config.error_floor is config.unexplained_share is None
         loss, nothing = torch.full((len(which),), 2.0), torch.zeros(2)
         found = controls[which] + error[which], *(part[which] for part in covariances)
-        return Reading(*found, loss, None, [], [], nothing, nothing)
+        return Reading(*found, loss, None, [], [], nothing, nothing, unexplained_share=loss / 5)
 
     monkeypatch.setattr(calibration, "read_controls", read)
     monkeypatch.setattr(calibration, "choose_probes", lambda *_: 11)
@@ -233,7 +250,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     order = [controls.tolist().index(row) for row in truth.tolist()]
     assert sorted(order) == list(range(count)) and max(order[:12]) - min(order[:12]) > count / 2
     config = load_model(tmp_path / "control").control_net.config
-    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(2.6), pytest.approx(1.5, rel=1e-4))
+    assert (config.unexplained_share, config.sampling_loss) == (pytest.approx(0.52), pytest.approx(1.5, rel=1e-4))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
     final = Reading(truth + error[order], *(part[order] for part in covariances), *[None] * 4, *calibrated)
@@ -269,28 +286,6 @@ def test_drawings_are_read_as_they_would_be_afterwards(make_model, normal, tmp_p
     again = reading.read_controls(model, Target(embeddings.expand(12, -1, -1), latents.flip(0)))
     assert torch.allclose(drawn.control, again.control) and torch.allclose(drawn.std, again.std)
     assert not torch.allclose(drawn.control, drawn.lowest)
-
-
-def test_losses_of_what_was_trained_on_tell_how_much_those_of_subjects_differ(make_model, normal, tmp_path):
-    """Where validation shows few: the limit of what is unexplained is then wider."""
-    model, shape = make_model(1, "reference"), (CHANNELS, LATENT_SIZE, LATENT_SIZE)
-    names = dict(control_names=["light"], control_units=["degrees"])
-    model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0], **names)
-    embeddings = model.base.embed([""])[0]
-
-    def dataset(sizes):
-        controls = torch.zeros(len(sizes), 1).double()
-        latents = [size * normal(*shape) for size in sizes]
-        rows = [dict(latents=own, reference=own, embeddings=embeddings, control=controls[0]) for own in latents]
-        return type("Rows", (list,), dict(controls=controls))(rows)
-
-    alike, unlike = dataset([1.0] * 4), dataset([0.1, 10.0] * 2)
-    limits = []
-    for trained in (None, alike, unlike):
-        calibrate(model, save_model(model, tmp_path) or tmp_path, alike, trained=trained)
-        limits.append(model.control_net.config.explained_loss)
-    assert limits[0] <= limits[1] < 1.5 * limits[0] < limits[2]
-    assert calibration.spread_of_losses(model, dataset([1.0])) == 0
 
 
 @pytest.fixture
@@ -397,6 +392,9 @@ def spiral(trained, monkeypatch):
                 return torch.cat([angle.cos(), angle.sin(), number / 10], -1)
 
             return (shown(control) - shown(self.truth[index, None, None]) + self.noise[draws]).float()[:, :, None]
+
+        def unexplained(self, loss):
+            return loss
 
     for room in (reading, calibration):
         monkeypatch.setattr(room, "DenoisingObjective", Spiral)
