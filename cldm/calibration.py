@@ -10,7 +10,7 @@ from einops import rearrange
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from cldm.confidence import NOTHING, Z90, Reading, widen
+from cldm.confidence import Z90, Reading, widen
 from cldm.denoising import DenoisingObjective
 from cldm.fit import fit_pictures, has_formula
 from cldm.hints import wrap
@@ -23,9 +23,8 @@ from ldm.pictures import fit_picture
 
 PICTURES = 36  # read to calibrate, by default; and drawn, at most
 BATCH = 12  # read together
-# A target is unexplained at this many times the share of the loss without a control that 95% of validation pictures
-# leave unexplained; by drawings, at so many times their loss, without and with a reference. The second is lower: any
-# reference can be moved and scaled to look a little like any target.
+# A target is unexplained at this many times the loss that 95% of validation pictures stay below; by drawings, without
+# and with a reference. The second is lower: any reference can be moved and scaled to look a little like any target.
 UNEXPLAINED, UNDRAWN = 1.3, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
@@ -39,7 +38,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     error_scale, error_floor, and those of a Proposal and of fits, where there are some: such that 90% of each number
     lie in their 90% intervals, at the rank of split conformal prediction; residual variances are averaged with their
     median, as they tell the errors' only roughly.
-    unexplained_share, sampling_loss: limits above which a target is unexplained. probes: as choose_probes has them.
+    explained_loss, sampling_loss: limits above which a target is unexplained; the first is None with a reference, since
+    losses of pairs differ more by what is shown than by what is explained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     pictures: how many of it are read, if it has so many. The share of others that intervals hold varies by about
     0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400.
@@ -88,9 +88,9 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
         reading = hear(reading, opinion, std, judged)
         if name == "proposal":
             drawn = hear(drawn, *second[1], judged)
-    unread, undrawn = (own.quantile(0.95).item() for own in (reading.unexplained_share, torch.cat(losses).cpu()))
+    read, undrawn = (own.quantile(0.95).item() for own in (reading.loss, torch.cat(losses).cpu()))
     limits = dict(
-        unexplained_share=min(UNEXPLAINED * unread, NOTHING),
+        explained_loss=None if model.control_net.uses_reference else UNEXPLAINED * read,
         sampling_loss=UNDRAWN[model.control_net.uses_reference] * undrawn,
         probes=probes,
     )

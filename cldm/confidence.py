@@ -19,7 +19,7 @@ FLAGS = {
     "outside_range": "the best control lies beyond the trained range",
     "ambiguous": "another control explains the target about as well",
     "no_effect": "the pictures look the same at quite different values",
-    "unexplained": "the model cannot draw this target: the numbers mean nothing",
+    "unexplained": "the numbers do not explain this target: they mean nothing",
     "unlike_shapes": "A and B are cut to squares that may show different parts",
     "unsettled": "the iterations ran out before the control settled",
     "unreadable": 'of many targets: nothing could be read, as its "problem" says',

@@ -50,7 +50,7 @@ def check_control(file):
         "fit_scale": or_null(each(number(0), control_dim)),
         "fit_floor": or_null(each(number(0), control_dim)),
         "fit_correlation": or_null(number(0, 1)),
-        "unexplained_share": or_null(number(0)),
+        "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
         "probes": or_null(POSITIVE),
         "prompts": or_null(each(TEXT)),
@@ -85,7 +85,7 @@ class NumericControlNet(ControlNetModel):
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
-    proposal_scale, proposal_floor, proposal_correlation, fit_scale, fit_floor, fit_correlation, unexplained_share,
+    proposal_scale, proposal_floor, proposal_correlation, fit_scale, fit_floor, fit_correlation, explained_loss,
     sampling_loss, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's
     middle alone.
     The rest are ControlNetModel's own.
@@ -119,7 +119,7 @@ class NumericControlNet(ControlNetModel):
         fit_scale: tuple[float, ...] | None = None,
         fit_floor: tuple[float, ...] | None = None,
         fit_correlation: float | None = None,
-        unexplained_share: float | None = None,
+        explained_loss: float | None = None,
         sampling_loss: float | None = None,
         probes: int | None = None,
         only_mid_control: bool = False,

@@ -35,7 +35,7 @@ CALIBRATED = (
     "fit_scale",
     "fit_floor",
     "fit_correlation",
-    "unexplained_share",
+    "explained_loss",
     "sampling_loss",
     "probes",
 )

@@ -1,5 +1,6 @@
 """Read controls from pictures, without a start: probe the trained range, refine its valleys, say how sure it is."""
 
+import math
 import time
 from dataclasses import replace
 
@@ -80,7 +81,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
         len(target),
         outside_range=is_outside(config, reading.control, reading.std),
         ambiguous=several | reading.anywhere.any(1).cpu(),
-        unexplained=reading.unexplained_share > (config.unexplained_share or NOTHING),
+        unexplained=(reading.unexplained_share > NOTHING) | (loss > (config.explained_loss or math.inf)),
         uncalibrated=[not calibrated] * len(target),
     )
     reading.model_calls = objective.calls / len(target)

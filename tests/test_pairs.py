@@ -483,6 +483,7 @@ def test_from_pictures_to_a_reading(photos, train, tmp_path, monkeypatch, way):
     config = load_model(folder).control_net.config
     assert list(config.control_names) == ["rotation", "exposure"] and list(config.control_units) == ["degrees", "stops"]
     assert config.control_low == [-5, -1] and config.control_high == [5, 1] and config.error_scale is not None
+    assert config.explained_loss is None  # of pairs, the share that is left tells
     assert load_model(folder).control_net.controlnet_cond_embedding.generators.weight.any()
 
     again = train(f"pairs={photos}", *controls, f"resume_path={folder}", f"out_dir={tmp_path / 'again'}", "max_steps=1")

@@ -120,12 +120,11 @@ def test_a_target_beyond_the_range_is_flagged(trained, explained, make_target):
 
 def test_large_residuals_are_flagged(trained, explained, make_target):
     model, target = trained(), make_target(1)
-    model.control_net.register_to_config(unexplained_share=0.5, error_scale=[0.1])
-    for noise, least, most, flags in (0.01, 0, 0.5, []), (1.0, 0.5, 1, ["unexplained"]):
+    model.control_net.register_to_config(explained_loss=0.5, error_scale=[0.1])
+    for noise, flags in (0.5, []), (1.0, ["unexplained"]):
         explained(torch.tensor([[1.0]]).double(), noise)
         found = read_controls(model, target)
-        assert found.loss.item() == pytest.approx(noise**2, rel=0.2)
-        assert least < found.unexplained_share.item() < most
+        assert found.loss.item() == pytest.approx(noise**2, rel=0.2) and found.unexplained_share.item() < 1
         assert [flag for flag in found.flags[0] if flag == "unexplained"] == flags
 
 
@@ -238,10 +237,10 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
 
     def read(model, target):
         config, which = model.control_net.config, target.latents.flatten().long()
-        assert config.error_scale is config.error_floor is config.unexplained_share is None
+        assert config.error_scale is config.error_floor is config.explained_loss is None
         loss, nothing = torch.full((len(which),), 2.0), torch.zeros(2)
         found = controls[which] + error[which], *(part[which] for part in covariances)
-        return Reading(*found, loss, None, [], [], nothing, nothing, unexplained_share=loss / 5)
+        return Reading(*found, loss, None, [], [], nothing, nothing)
 
     monkeypatch.setattr(calibration, "read_controls", read)
     monkeypatch.setattr(calibration, "choose_probes", lambda *_: 11)
@@ -250,7 +249,7 @@ def test_calibration_makes_intervals_hold_what_they_say(trained, monkeypatch, tm
     order = [controls.tolist().index(row) for row in truth.tolist()]
     assert sorted(order) == list(range(count)) and max(order[:12]) - min(order[:12]) > count / 2
     config = load_model(tmp_path / "control").control_net.config
-    assert (config.unexplained_share, config.sampling_loss) == (pytest.approx(0.52), pytest.approx(1.5, rel=1e-4))
+    assert (config.explained_loss, config.sampling_loss) == (pytest.approx(2.6), pytest.approx(1.5, rel=1e-4))
     assert config.probes == 11
     calibrated = torch.tensor(config.error_scale), torch.tensor(config.error_floor)
     final = Reading(truth + error[order], *(part[order] for part in covariances), *[None] * 4, *calibrated)

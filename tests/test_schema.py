@@ -45,7 +45,7 @@ CONFIG = [
     ("periods", [None, 10.0], "a list of length 1"),
     ("error_scale", [-0.1], "at least 0"),
     ("error_floor", [INFINITE], "at least 0"),
-    ("unexplained_share", "0.3", "at least 0"),
+    ("explained_loss", "0.03", "at least 0"),
     ("sampling_loss", [0.03], "at least 0"),
     ("prompts", "a cup", "a list, each a text"),
     ("only_mid_control", "sometimes", "true or false"),

@@ -493,8 +493,9 @@ def test_a_control_is_calibrated_anew(control_folder, write_dataset, capsys, fai
     data = f"data_root={write_dataset(range(8))}"
     run_script(tool_calibrate.main, tool_calibrate.settings, [str(control_folder), data], paths=("MODEL_PATH",))
     config = load_model(control_folder).control_net.config
-    assert len(config.error_scale) == 1 and 0 < config.unexplained_share <= 1
-    assert config.sampling_loss > 0 and config.probes >= 8
+    assert (
+        len(config.error_scale) == 1 and config.explained_loss > 0 and config.sampling_loss > 0 and config.probes >= 8
+    )
     assert (control_folder / WEIGHTS).read_bytes() == weights
     assert "error bars come from 1 validation picture(s)" in capsys.readouterr().out
 

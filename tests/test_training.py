@@ -429,7 +429,7 @@ def test_resume_path_keeps_weights_and_statistics(train, make_model, tmp_path, c
     controls, names = [(0.0, 1.0), (3.0, 21.0)], ["angle", "zoom"]
     fit_statistics(model.control_net, controls, names, ["degrees", ""], ["a cup", "a cat", "a cat"])
     randomize_zero_convolutions(model.control_net)
-    model.control_net.register_to_config(error_scale=[0.1, 0.1], error_floor=[0.1, 0.1], unexplained_share=0.1)
+    model.control_net.register_to_config(error_scale=[0.1, 0.1], error_floor=[0.1, 0.1], explained_loss=0.1)
     save_model(model, tmp_path / "earlier")
     earlier = load_model(tmp_path / "earlier").control_net
     out_dir = train(f"resume_path={tmp_path / 'earlier'}", "max_steps=1", "learning_rate=1e-12")
@@ -437,7 +437,7 @@ def test_resume_path_keeps_weights_and_statistics(train, make_model, tmp_path, c
     assert list(trained.config.control_mean) == [1.5, 11.0] and list(trained.config.control_std) == [1.5, 10.0]
     assert (list(trained.config.control_low), list(trained.config.control_high)) == ([0.0, 0.5], [4.0, 21.0])
     assert list(trained.config.prompts) == ["a square", "a cat", "a cup"]
-    assert trained.config.error_scale is trained.config.error_floor is trained.config.unexplained_share is None
+    assert trained.config.error_scale is trained.config.error_floor is trained.config.explained_loss is None
     out = capsys.readouterr().out
     assert "the range of angle is now 0 to 4, which was 0 to 3 degrees\n" in out
     assert "the range of zoom is now 0.5 to 21, which was 1 to 21\n" in out
