@@ -59,15 +59,17 @@ class DenoisingObjective(Objective):
         return rearrange(prediction - self.wanted[picture], "(p k) c h w -> p k c (h w)", k=len(draw_index))
 
     @torch.no_grad()
-    def unexplained(self, loss):
-        """loss: (B,), of the targets at controls. Returns: (B,), as shares of what it is without a control.
+    def unexplained(self, residuals):
+        """residuals: (B, K, C, n), of the targets at controls. Returns: (B,), their loss as a share of that without.
 
-        Above 1 they explain less than nothing. Source: Wright 1921, what the coefficient of determination lacks of 1.
+        Above 1 a control explains less than nothing. Of two draws of opposite noise, which tell much the same, the
+        first is taken. Source: Wright 1921, what the coefficient of determination lacks of 1.
         """
-        every, draws = torch.arange(len(self.target), device=loss.device), torch.arange(self.draws)
-        some = every.split(max(1, self.chunk // self.draws))
+        every, draws = torch.arange(len(residuals), device=residuals.device), torch.arange(0, self.draws, 2)
+        some = every.split(max(1, self.chunk // len(draws)))
         alone = torch.cat([self.residuals(None, index, draws) for index in some])
-        return loss / likelihood_loss(alone, self.alike)[0]
+        loss, without = (likelihood_loss(own, self.alike)[0] for own in (residuals[:, draws], alone))
+        return loss / without
 
     @property
     def middle_draws(self):

@@ -57,7 +57,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     found = levenberg_marquardt(objective, control, index, bounds, **how)
     valleys = distinct_solutions(found, index, objective, bounds)
     best = found.select(torch.stack([own[0] for own in valleys]))
-    loss = best.loss
+    loss, share = best.loss, objective.unexplained(best.residuals)
     if target.reference is not None and not how:
         best = levenberg_marquardt(objective, best, every, bounds, scale=loss)
     both = free[:, None] & free
@@ -69,8 +69,7 @@ def read_controls(model, target, known=None, draws=8, seed=0, start=None):
     control = model.control_net.wrap(best.control)
     others = [model.control_net.wrap(found.control[own[1:]]).tolist() for own in valleys]
     calibrated, circles = config.error_scale is not None, dict(periods=config.periods, middle=config.control_mean)
-    reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, **circles)
-    reading.unexplained_share = objective.unexplained(loss)
+    reading = Reading(control, *covariances, loss, best.iterations, others, [], *learned, calibrated, share, **circles)
     if proposes and not calibrated:
         reading = replace(reading, control=torch.where(free, second, control), unmoved=control)
     if config.proposal_scale is not None:
