@@ -191,9 +191,9 @@ def train(s, model, data, datasets, out_dir):
     return [losses, *monitor.describe(model, seen)]
 
 
-def finish(model, data, rows, validation, out_dir):
+def finish(model, data, dataset, out_dir):
     """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
-    config, seen, dataset = model.control_net.config, not data.validation, validation or rows
+    config, seen = model.control_net.config, not data.validation
     control, reading, drawn = calibrate(model, out_dir, dataset)
     print(*describe_asked(config, control, reading, drawn, seen), describe_bars(config, dataset, seen), sep="\n")
     write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
@@ -230,7 +230,7 @@ def main(s):
     gc.collect()  # the optimizer's memory
     if rank_zero_only.rank == 0:
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
-        finish(trained, data, rows, validation, out_dir)
+        finish(trained, data, validation or rows, out_dir)
     print(f"the control: {out_dir} (give it to test5.py as model_path={s.out_dir})")
 
 

@@ -65,11 +65,14 @@ class DenoisingObjective(Objective):
         Above 1 a control explains less than nothing. Of two draws of opposite noise, which tell much the same, the
         first is taken. Source: Wright 1921, what the coefficient of determination lacks of 1.
         """
+
+        def without(_, index, draw_index):
+            return (self.residuals(None, index, draw_index),)
+
         every, draws = torch.arange(len(residuals), device=residuals.device), torch.arange(0, self.draws, 2)
-        some = every.split(max(1, self.chunk // len(draws)))
-        alone = torch.cat([self.residuals(None, index, draws) for index in some])
-        loss, without = (likelihood_loss(own, self.alike)[0] for own in (residuals[:, draws], alone))
-        return loss / without
+        (alone,) = self._in_chunks(without, every[:, None], every, draws, self.chunk)
+        loss, loss_alone = (likelihood_loss(own, self.alike)[0] for own in (residuals[:, draws], alone))
+        return loss / loss_alone
 
     @property
     def middle_draws(self):
