@@ -90,7 +90,7 @@ def named(model, picture, name):
 @lru_cache(32)
 def encode(model, prompt, reference, a_prompt):
     """Returns: the Target of a drawing, kept while its numbers move. reference: the path of picture A, or None."""
-    return model.encode([prompt], None, reference and [load_picture(reference)], a_prompt)
+    return model.encode([prompt or ""], None, reference and [load_picture(reference)], a_prompt)
 
 
 def prepare(model, s, prompt, reference, seed):
@@ -102,7 +102,9 @@ def prepare(model, s, prompt, reference, seed):
 
 
 def to_control(model, numbers):
-    """Returns: (1, d), periodic numbers within their circle."""
+    """Returns: (1, d), periodic numbers within their circle. Raises: InputError for what is no number."""
+    for name, value in zip(model.control_net.config.control_names, numbers):
+        expect(f"{name}: expected", value, number())
     return model.control_net.wrap(torch.tensor([numbers], dtype=torch.float64)).to(model.base.device)
 
 
@@ -167,16 +169,23 @@ def tell_numbers(result, known=()):
 
 
 def gather(model, s, files, reference, prompt, folder):
-    """Put what was uploaded, zips unpacked, into a folder. Returns: its Rows, those of a prompt.json if it has one."""
-    for file in map(Path, files):
-        if file.suffix.lower() == ".zip":
-            unpack(file, folder, 3 * s.max_pictures, UNPACKED * 1e6 * s.max_upload_mb)
+    """Put what was uploaded into a folder; a zip is unpacked there, several into folders of their names.
+
+    Returns: its Rows, those of a prompt.json if it has one. Raises: InputError if it has several.
+    """
+    zips = [file for file in map(Path, files) if file.suffix.lower() == ".zip"]
+    for file in [*zips, *(file for file in map(Path, files) if file not in zips)]:
+        place = folder / (file.stem if file in zips else file.name)
+        place = folder / file.parent.name / place.name if place.exists() else place
+        if file in zips:
+            unpack(file, place if len(zips) > 1 else folder, 3 * s.max_pictures, UNPACKED * 1e6 * s.max_upload_mb)
         else:
-            place = folder / file.name
-            place = folder / file.parent.name / file.name if place.exists() else place
             place.parent.mkdir(exist_ok=True)
             shutil.copy(file, place)
-    index = min(folder.rglob("prompt.json"), default=None)
+    index, *others = sorted(folder.rglob("prompt.json")) or [None]
+    if others:
+        names = ", ".join(str(file.relative_to(folder)) for file in [index, *others])
+        raise InputError(f"{names}: more than one prompt.json; read one after the other")
     asked = dict(targets=str(index or folder), target_image_path="", input_image_path=reference or "")
     asked["prompt"] = "" if index else prompt
     rows, count = find_rows(Settings(s | asked), dict.fromkeys(asked, ""), model.control_net)

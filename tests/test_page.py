@@ -13,8 +13,10 @@ import zipfile
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
-from urllib.request import urlopen
+from types import SimpleNamespace
+from urllib.request import Request, urlopen
 
 import pytest
 from matplotlib.figure import Figure
@@ -163,6 +165,34 @@ def test_rows_cannot_name_files_of_the_machine(s, folder, tmp_path, outside):
     packed = make_zip(tmp_path / "many.zip", **{"prompt.json": json.dumps(row)})
     with pytest.raises(InputError, match="lies outside of what was uploaded"):
         last(page.read_many(load_model(folder), s, [str(packed)], None, None, ""))
+
+
+def test_pictures_in_several_zips_are_all_read(s, folder, picture, tmp_path):
+    zips = [str(make_zip(tmp_path / f"{name}.zip", **{"1.png": picture.read_bytes()})) for name in "ab"]
+    html = last(page.read_many(load_model(folder), s, [*zips, str(picture)], None, None, "a cup"))
+    names = {row["file"] for row in csv.DictReader(io.StringIO(offered(html, "results.csv").decode()))}
+    assert names == {"a/1.png", "b/1.png", picture.name}
+    row = json.dumps({"target": "1.png", "prompt": "a cup"})
+    packed = make_zip(tmp_path / "two.zip", **{f"{name}/prompt.json": row for name in "ab"})
+    with pytest.raises(InputError, match="a/prompt.json, b/prompt.json: more than one prompt.json"):
+        last(page.read_many(load_model(folder), s, [str(packed)], None, None, ""))
+
+
+def test_a_number_that_is_none_is_named(s, folder):
+    with pytest.raises(InputError, match="control: expected a finite number, got null"):
+        last(page.draw(load_model(folder), s, None, None, 0, None))
+
+
+def test_a_visitor_cannot_name_a_file_of_the_machine(s, picture, tmp_path):
+    own = tmp_path / "uploads" / "own.png"
+    shutil.copy(picture, own)
+    receive = partial(gradio_control.receive, s, {picture})
+    assert receive(None) is None
+    assert receive(SimpleNamespace(path=str(own))) == str(own)
+    assert receive(SimpleNamespace(path=str(picture))) == str(picture)  # an example
+    for path in ("/etc/hostname", f"{s.uploads}/../other.png", None):
+        with pytest.raises(InputError, match="not uploaded"):
+            receive(SimpleNamespace(path=path))
 
 
 def test_more_than_max_pictures_are_refused(s, folder, picture, tmp_path):
@@ -315,6 +345,10 @@ def test_visitors_at_once_each_get_their_own(served, make_model):
         html = clients[i % 4].submit("a cup", None, seed, i / 50, api_name="/draw").result()
         return b64decode(re.search(r'src="data:image/png;base64,([^"]+)"', html)[1])
 
+    asked = json.dumps({"data": [None, {"path": "/etc/hostname"}, "a cup", ""]}).encode()
+    begun = json.load(urlopen(Request(f"{address}/gradio_api/call/read", asked, {"Content-Type": "application/json"})))
+    answer = urlopen(f"{address}/gradio_api/call/read/{begun['event_id']}").read()
+    assert b"event: error" in answer and b"hostname" not in answer
     alone = [draw(i, 1) for i in range(50)]
     before = memory(process)
     with ThreadPoolExecutor(4) as pool:
