@@ -211,7 +211,8 @@ class GradientDescent:
 
     unit: (d,), of each number. learning_rate: of plain SGD, in those units. None: the first step has length MAX_STEP,
     then the rate follows the curvature that the last step met (SGD-BB), so that one setting suits targets of any
-    contrast. No step is longer than MAX_STEP.
+    contrast. No step is longer than MAX_STEP. It has settled after PATIENCE steps in a row shorter than TOLERANCE, as a
+    share of the first one's length over MAX_STEP: a small rate makes steps short from the start.
     Source: Tan et al. 2016, Barzilai-Borwein step size for stochastic gradient descent.
     """
 
@@ -220,7 +221,7 @@ class GradientDescent:
     def __init__(self, unit, learning_rate=None):
         self.unit, self.adaptive, self.rate = unit, learning_rate is None, learning_rate
         self.moved = self.previous = None  # the last step, and the gradient before it
-        self.short = 0  # steps in a row that were shorter than TOLERANCE
+        self.short, self.first = 0, None  # short steps in a row; the first one's length
 
     @property
     def settled(self):
@@ -236,6 +237,8 @@ class GradientDescent:
             self.rate = self.moved @ self.moved / bend if bend > 0 else self.rate
         step = -self.rate * gradient
         step = step * (self.MAX_STEP / step.norm().clamp_min(self.MAX_STEP))
-        self.short = self.short + 1 if step.norm() < self.TOLERANCE else 0
+        length = step.norm()
+        self.first = length if self.first is None else self.first
+        self.short = self.short + 1 if length < self.TOLERANCE * self.first / self.MAX_STEP else 0
         self.moved, self.previous = step, gradient
         return step * self.unit

@@ -203,3 +203,11 @@ def test_gradient_descent_settles_at_the_bottom():
             assert (step / unit).norm() <= descent.MAX_STEP * 1.001
             control, steps = control + step, steps + 1
         assert descent.settled and (control / unit).norm() < 0.15
+
+
+@pytest.mark.parametrize("rate, slope", [(0.01, 0.1), (0.01, 0.0), (None, 0.0)])
+def test_steps_that_are_short_from_the_start_settle_nothing(rate, slope):
+    descent = GradientDescent(torch.ones(1).double(), rate)
+    for _ in range(20):
+        descent.step(torch.tensor([slope]).double())
+    assert not descent.settled
