@@ -1,6 +1,7 @@
 """Pairs of pictures between which known things change, cut at random from any photographs."""
 
 import math
+import os
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +30,20 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def list_pictures(folder):
-    """Returns: the pictures in a folder and below it, without hidden ones. Raises: InputError if there are none."""
-    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    """Returns: the pictures in a folder and below it, links followed, without hidden ones.
+
+    Raises: InputError if there are none.
+    """
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        own = (Path(place, name) for name in names if not name.startswith("."))
+        files += [file for file in own if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files.sort()
     if not files:
         raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
     return files

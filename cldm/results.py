@@ -120,7 +120,10 @@ def save_series(out_dir, config, count):
     series = Series(config)
 
     def write(partial):
-        with open(partial, "w", newline="", encoding="utf-8") as file, open(out_dir / "results.jsonl", "rb") as lines:
+        with (
+            open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+            open(out_dir / "results.jsonl", "rb") as lines,
+        ):
             lines = tqdm(lines, "making results.csv", count, delay=2, leave=False)
             write_table(file, map(json.loads, lines), series)
 

@@ -1,6 +1,7 @@
 """What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
 
 import glob
+import re
 from functools import partial
 from pathlib import Path
 
@@ -51,11 +52,20 @@ def find_targets(s, defaults, reference):
             key = "prompt" if s.prompt else "input_image_path"
             raise InputError(f'setting "{key}": has no effect with targets, whose rows say it; leave it out')
         return partial(iterate_rows, path, known=False)
-    files = list_pictures(path) if path.is_dir() else [path] if path.exists() else sorted(glob.glob(str(path)))
+    if path.exists():
+        files = list_pictures(path) if path.is_dir() else [path]
+    else:
+        files = glob.glob(str(path), recursive=True)
     if not files:
         raise InputError(f'targets {path}: not there; expected a folder, pictures like "photos/*.jpg" or a prompt.json')
     files = list(map(str, files))  # a fifth of the memory that paths take
+    files.sort(key=natural)
     return lambda: (Row(None, Path(file), s.prompt, reference) for file in files)
+
+
+def natural(name):
+    """Returns: by what names are sorted so that 2 comes before 10."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split("([0-9]+)", name))]
 
 
 def parse_known(text, names):

@@ -64,7 +64,9 @@ class Series:
         order = np.argsort(self.x, kind="stable")
         control, std, errors = (np.reshape(own, (-1, self.count)) for own in (self.control, self.std, self.errors))
         flagged, prompt = np.array(self.flagged, bool), np.array(self.prompt)
-        return [own[order] for own in (np.array(self.x), control, Z90 * std, errors, flagged, prompt)]
+        periods = np.array([period or np.inf for period in self.config.periods])  # bars as Reading.margin has them
+        bars = np.where(std > 0.999 * periods / 12**0.5, periods / 2, Z90 * std)
+        return [own[order] for own in (np.array(self.x), control, bars, errors, flagged, prompt)]
 
 
 def unroll(values, trusted, period):
@@ -102,13 +104,13 @@ def draw_series(series):
     """
     config, (x, control, bars, _, flagged, prompt) = series.config, series.arrays()
     read, several = ~np.isnan(control[:, 0]), 1 < len(series.prompts) <= len(HUES)
-    prompt = prompt if several else np.zeros_like(prompt)
+    coloured = prompt if several else np.zeros_like(prompt)
     flags = dict(color=VERMILION, fmt="s", markersize=6, markerfacecolor="none")
     named = ", ".join(f"{count:,} {flag}" for flag, count in series.flags.items() if flag != "unreadable")
     groups = [(f"flagged ({named})", read & flagged, flags)]
     for i, (text, colour) in enumerate(zip(series.prompts, HUES) if several else [("", HUES[0])]):
         said = f"readings of {plain(textwrap.shorten(text, 32) or 'no prompt')}" if several else "readings"
-        groups.append((said, read & ~flagged & (prompt == i), dict(color=colour, fmt="o", markersize=3)))
+        groups.append((said, read & ~flagged & (coloured == i), dict(color=colour, fmt="o", markersize=3)))
 
     def place(x):
         return (1e6 * x).round().astype("datetime64[us]") if series.clock else x

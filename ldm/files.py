@@ -224,7 +224,7 @@ def digest(paths):
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".md") if path.is_dir() else [path]
         for file in files:
-            total.update(str(file.relative_to(path.parent)).encode())
+            total.update(str(file.relative_to(path.parent)).encode(errors="surrogateescape"))
             with open(file, "rb") as opened:
                 total.update(hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest()

@@ -388,12 +388,26 @@ def test_targets_may_be_a_folder_a_glob_or_a_picture(arguments, picture, tmp_pat
         Image.open(picture).save(tmp_path / "many" / name)
     (tmp_path / "many" / "._a.jpg").write_text("left by another system")
     (tmp_path / "many" / "notes.txt").write_text("no picture")
-    for targets, names in (("many", ["a.jpg", "b.png"]), ("many/?.png", ["b.png"]), ("many/a.jpg", ["a.jpg"])):
+    for number in (10, 9):
+        Image.open(picture).save(tmp_path / "many" / f"{number}.bmp")
+    for targets, names in (
+        ("many", ["9.bmp", "10.bmp", "a.jpg", "b.png"]),
+        ("many/?.png", ["b.png"]),
+        (f"{tmp_path}/**/*.bmp", ["9.bmp", "10.bmp"]),
+        ("many/a.jpg", ["a.jpg"]),
+    ):
         run(*arguments, f"targets={tmp_path / targets}", "prompt=a cup")
         results = read_results(tmp_path)
         assert [Path(result["target"]).name for result in results] == names
         assert {result["prompt"] for result in results} == {"a cup"}
         (tmp_path / "out" / "results.jsonl").unlink()
+
+
+def test_names_need_not_be_utf_8(arguments, picture, tmp_path):
+    (tmp_path / "many").mkdir()
+    shutil.copy(picture, os.fsencode(tmp_path) + b"/many/Z\xe4hler.png")
+    run(*arguments, f"targets={tmp_path / 'many'}", "prompt=a cup")
+    assert b"Z\xe4hler.png," in (tmp_path / "out" / "results.csv").read_bytes()
 
 
 @pytest.mark.parametrize("setting", ["prompt=a cup", "input_image_path=x.png", "target_image_path=x.png"])

@@ -533,6 +533,11 @@ def test_broken_pictures_are_found_before_the_first_step(photos, tmp_path):
         (photos / name).write_bytes(b"no picture")
     (photos / "x.png").mkdir()
     good = list_pictures(photos)
+    (photos / "round").symlink_to(photos)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "album").symlink_to(photos)
+    assert [file.name for file in list_pictures(tmp_path / "linked")] == [file.name for file in good]
+    assert list_pictures(photos) == good
     assert {file.name for file in good} >= {"a.png", "b.jpg"} and all(file.is_file() for file in good)
     ranges = choose_changes(["zoom"])
     read_photos(good, [], ranges, 0)

@@ -108,3 +108,16 @@ def test_every_prompt_has_a_curve_of_its_own():
     assert lines["litres"].get_color() != lines["tens"].get_color()
     many = draw_series(gather(controls, minutes=minutes, prompts=[str(i) for i in range(18)]))
     assert len(many.axes[0].containers) == 1
+
+
+def test_of_many_prompts_none_is_continued_from_another():
+    """Six dials that stand still, of which three have the same colour."""
+    controls, prompts = [[float(i % 6) * 1.5] for i in range(60)], [str(i % 6) for i in range(60)]
+    (line,) = (own[0] for own in draw_series(gather(controls, prompts=prompts)).axes[0].containers)
+    assert line.get_ydata() == pytest.approx(np.ravel(controls))
+
+
+def test_an_interval_may_be_the_whole_circle():
+    series = gather([[5.0], [2.0]])
+    series.std[0] = 10 / 12**0.5
+    assert series.arrays()[2][:, 0] == pytest.approx([5.0, 0.5])
