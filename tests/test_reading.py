@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import CHANNELS, LATENT_SIZE
 
-from cldm import calibration, reading
+from cldm import calibration, denoising, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
 from cldm.confidence import Reading, decimals, is_ambiguous, is_outside, standard_errors, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
-from cldm.objective import Objective
+from cldm.objective import Objective, likelihood_loss
 from cldm.proposal import Proposal
 from cldm.reading import (
     PROBES,
@@ -140,8 +140,23 @@ def test_a_control_that_explains_less_than_nothing_is_flagged(trained, make_targ
             self.wanted = self.wanted + 0.01 * noise
 
     monkeypatch.setattr(reading, "DenoisingObjective", Expected)
+    monkeypatch.setattr(denoising, "NEAR", 0.0)
     found = read_controls(trained(), make_target(3))
     assert (found.unexplained_share > 1).all() and all("unexplained" in flags for flags in found.flags)
+
+
+def test_near_1_the_share_left_is_that_of_all_draws(trained, make_target, monkeypatch):
+    objective, control = DenoisingObjective(trained(), make_target(3)), torch.tensor([[0.3], [1.0], [-0.4]]).double()
+    residuals = objective.evaluate(control, torch.arange(3))
+    alone = objective.residuals(None, torch.arange(3), torch.arange(objective.draws))
+    expected = likelihood_loss(residuals, objective.alike)[0] / likelihood_loss(alone, objective.alike)[0]
+    monkeypatch.setattr(denoising, "NEAR", 0.0)
+    half = objective.unexplained(residuals)
+    monkeypatch.setattr(denoising, "NEAR", torch.inf)
+    torch.testing.assert_close(objective.unexplained(residuals), expected)
+    assert (half != expected).any()
+    monkeypatch.setattr(denoising, "NEAR", (half - 1).abs().median().item())  # which one target is nearer to
+    assert (objective.unexplained(residuals) == half).sum() == 2
 
 
 def test_valleys_are_low_and_below_their_neighbours():
