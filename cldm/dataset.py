@@ -324,6 +324,8 @@ def split_rows(data_root):
     middle = circle_middle(rows.controls, periods)
     if other.exists():
         validation = read_rows(other, like=rows[0])
+        if shared := count_shared(validation, rows):
+            print(f"warning: {other}: {shared} of {len(validation)} rows are training's, too; their errors are smaller")
         return tuple(wrap_rows(own, periods, middle) for own in (rows, validation))
     rows = wrap_rows(rows, periods, middle)
     subjects = find_subjects(rows)
@@ -336,18 +338,38 @@ def split_rows(data_root):
     return rows[~held_out], rows[held_out]
 
 
+def count_shared(rows, others):
+    """Returns: how many of Rows show what some of other Rows show, by the names of pictures and by prompt."""
+
+    def shown(row):
+        return *map(os.path.normpath, row.pictures), row.prompt
+
+    targets = {rows.columns["target"][place] for place in rows.places}
+    texts = others.columns["target"]
+    found = {shown(others[i]) for i, place in enumerate(others.places) if texts[place] in targets}
+    return sum(shown(row) in found for row in rows) if found else 0
+
+
 def find_subjects(rows):
     """Number what Rows with references show, in the order of the file: those that share a picture show the same, and so
-    do those that others join, of which each shares one with the next.
+    do those that others join, of which each shares one with the next. Of up to HASHED rows, copies of a reference are
+    one picture.
 
     Returns: (N,); all 0 without references, where prompts tell subjects apart.
     """
     if "reference" not in rows.columns:
         return np.zeros(len(rows), int)
-    columns = (rows.columns[key] for key in ("target", "reference"))
+
+    def list_names(key):
+        return (os.path.normpath(rows.columns[key][place]) for place in rows.places)
+
+    contents = {}  # of references
+    for name in set(list_names("reference")) if len(rows) <= HASHED else ():
+        with suppress(OSError, ValueError), open(rows.file.parent / name, "rb") as file:  # else, it is told later
+            contents[name] = hashlib.file_digest(file, "sha256").digest()
     names = [
-        np.fromiter((hash(os.path.normpath(texts[place])) for place in rows.places), np.int64, len(rows))
-        for texts in columns
+        np.fromiter((hash(contents.get(name, name)) for name in list_names(key)), np.int64, len(rows))
+        for key in ("target", "reference")
     ]
     pictures, ends = np.unique(names, return_inverse=True)
     ends = ends.reshape(2, -1)
@@ -407,11 +429,13 @@ def read_control_names(data_root, control_dim):
     """Returns: control_dim names, units and periods of a dataset, and which are absolute; None where nobody says."""
     file = Path(data_root) / CONTROLS_FILE
     if not file.exists():
+        if (other := file.with_suffix(".yml")).exists():
+            raise InputError(f"{other}: would not be read; call it {file.name}")
         return None, None, None, None
     config = read_config(file)
     schema = dict.fromkeys(("names", "units"), each(TEXT, control_dim))
     own = {"periods": each(or_null(POSITIVE), control_dim), "absolute": each(FLAG, control_dim)}
-    check(file, config, schema | own, schema, complete=False)
+    check(file, config, schema | own, schema)
     if len(set(config.names)) < control_dim:
         raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
     return config.names, config.units, config.get("periods") or [None] * control_dim, config.get("absolute")

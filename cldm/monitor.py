@@ -39,6 +39,15 @@ def take_handful(model, dataset):
     return load_batch(model, dataset, spread_out(HANDFUL, dataset))
 
 
+def across(control_net, control):
+    """Returns: (B, d), of each of (B, d) numbers the trained one that is farthest away."""
+    config = control_net.config
+    low, high = (control.new_tensor(ends) for ends in (config.control_low, config.control_high))
+    half = control.new_tensor([(period or 0.0) / 2 for period in config.periods])
+    ends = torch.where(control - low > high - control, low, high)
+    return torch.where(half > 0, control_net.wrap(control + half), ends)
+
+
 def read_handful(model, dataset):
     """Read HANDFUL items of a ControlDataset as invert.py reads them.
 
@@ -61,6 +70,8 @@ def describe_asked(config, control, reading, drawn, seen):
     lines.append(f"draws {tell_errors(config, shown.tolist())}, as read back from drawings at those numbers: asked.png")
     middle = control.median(0).values
     guesses = wrap(control - middle, config.periods).abs().quantile(0.5, 0)
+    quarter = guesses.new_tensor(config.control_high).sub(guesses.new_tensor(config.control_low)) / 4
+    guesses = torch.where(guesses > 0, guesses, quarter)  # where half of the pictures or more share a number
     for name, error, guess in zip(config.control_names, errors.tolist(), guesses.tolist()):
         if error > GUESSED * guess:
             lines.append(
@@ -81,7 +92,7 @@ def draw_asked(config, control, drawn):
         bars = dict(fmt="o", color=BLUE, markersize=4, elinewidth=0.8, label="read back, 90% intervals")
         axes.errorbar(control[:, k], read[:, k], drawn.margin[:, k], **bars)
         low, high = control[:, k].min().item(), control[:, k].max().item()
-        room = 0.06 * (high - low)
+        room = 0.06 * (high - low) or 1.0
         axes.set(xlabel=f"{what}, asked for", ylabel="read back from the drawing", xlim=(low - room, high + room))
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
@@ -124,7 +135,8 @@ class Monitor(pl.Callback):
         """Returns: the mean response of HANDFUL pictures of a ControlDataset."""
         target, control = take_handful(model, dataset)
         gaps = wrap(control - control[:, None], model.control_net.config.periods) / model.control_net.spread(control)
-        others = control[gaps.norm(dim=2).argmax(1)]  # of each, the numbers farthest from its own
+        gaps, others = gaps.norm(dim=2).max(1)  # of each, the numbers farthest from its own
+        others = torch.where(gaps[:, None] > 0, control[others], across(model.control_net, control))
         scheduler, latents = model.base.scheduler, target.latents
         noises = draw_noise(latents.shape, len(RESPONSE_LEVELS), 0, latents.device)
         losses = torch.zeros(2, device=latents.device)

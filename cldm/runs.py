@@ -88,7 +88,7 @@ def describe_run(s, model, data, trainer):
     return {key: s[key] for key in keys} | {
         "batch_size": s.batch_size * trainer.world_size,
         "precision": trainer.precision,
-        "hint": model.control_net.config.hint,
+        **{key: model.control_net.config[key] for key in ("hint", "fusion", "proposals", "class_embed_type")},
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "the pictures": pictures,
         "latents": "float16" if s.latents_cache and not data.ranges and are_many(data.train) else None,
@@ -116,7 +116,7 @@ def find_checkpoint(out_dir, run):
     except Exception as error:  # zip, pickle, key: torch raises many kinds
         remedy = f"delete it to {f'go on from {earlier[-1].name}' if earlier else 'start anew'}"
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); {remedy}") from None
-    other = {key: before.get(key) for key in run if before.get(key) != run[key] and key != "max_steps"}
+    other = {key: was for key, was in before.items() if key in run and was != run[key] and key != "max_steps"}
     said = [key if key.startswith("the ") else f"{key}={was} (now {run[key]})" for key, was in other.items()]
     if other or step > run["max_steps"]:
         problem = f"has done {step} steps already, more than max_steps={run['max_steps']}"

@@ -81,12 +81,13 @@ def tell_subjects(data):
     return lines
 
 
-def find_contradictions(rows):
-    """Returns: a line if some of N rows show the same, pictures and prompt, at other numbers."""
+def find_contradictions(rows, periods):
+    """Returns: a line if some of N rows show the same, pictures and prompt, at other numbers. periods: d, or None."""
     first, found = {}, []
     for row in rows:
         before = first.setdefault((row.target, row.reference, row.prompt), row)
-        if before.control != row.control:
+        apart = before.control != row.control  # of a million rows, few
+        if apart and wrap(torch.tensor(before.control).double() - torch.tensor(row.control), periods or ()).any():
             found.append((before, row))
     if not found:
         return []
@@ -96,7 +97,7 @@ def find_contradictions(rows):
 
 def survey_rows(data_root, image_size):
     """Returns: lines on the rows and pictures of a folder; the InputErrors of its lines and files."""
-    lines, problems, like, names = [], [], None, None
+    lines, problems, like, names, periods = [], [], None, None, None
     for name in (TRAINING_FILE, VALIDATION_FILE):
         file, found = Path(data_root) / name, []
         if name != TRAINING_FILE and not file.exists():
@@ -109,13 +110,13 @@ def survey_rows(data_root, image_size):
         if not like:
             like = rows[0]
             try:
-                names = read_control_names(data_root, len(like.control))[0]
+                names, _, periods, _ = read_control_names(data_root, len(like.control))
             except InputError as error:
                 problems.append(error)
         places, broken = {str(picture): row.place for row in rows for picture in row.pictures}, {}
         sizes = check_pictures([*places], broken)
         problems += [InputError(f"{places[path]}: {error}") for path, error in broken.items()]
-        lines += find_contradictions(rows)
+        lines += find_contradictions(rows, periods)
         lines += describe_numbers([row.control for row in rows], names or default_names(len(like.control)))
         lines += describe_prompts([row.prompt for row in rows])
         lines.append(f"{len(places)} pictures; {describe_fit(sizes, image_size) or 'all as large as the model takes'}")

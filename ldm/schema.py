@@ -103,8 +103,10 @@ def check(where, config, schema, required=(), complete=True):
 
 @lru_cache(1024)  # a million rows have the same keys
 def is_misspelt(name, names):
-    """Returns: whether a name is much like one of `names`, a tuple."""
-    return bool(difflib.get_close_matches(name, names, 1, MISSPELT))
+    """Returns: whether a name is much like one of `names`, a tuple, or short for one."""
+    name = name.casefold()
+    short = len(name) > 2 and any(own.startswith(name) for own in names)
+    return short or bool(difflib.get_close_matches(name, names, 1, MISSPELT))
 
 
 def nearest(name, names):

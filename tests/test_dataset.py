@@ -11,6 +11,7 @@ from cldm.conversion import fit_statistics
 from cldm.dataset import (
     ControlDataset,
     TrainingOrder,
+    find_subjects,
     hold_out,
     parse_control,
     read_control_names,
@@ -164,9 +165,10 @@ def test_keys_of_a_row_may_be_more_but_not_misspelt(write_dataset):
     text = file.read_text()
     file.write_text(text.replace('"target"', '"camera": "left", "targets": 1, "target"'))
     assert len(read_rows(file)) == 2
-    file.write_text(text.replace('"target"', '"refrence": "a.png", "target"'))
-    with pytest.raises(InputError, match=r'line 1: unknown key "refrence" \(did you mean "reference"\?\)'):
-        read_rows(file)
+    for key in ("refrence", "REFERENCE", "ref"):
+        file.write_text(text.replace('"target"', f'"{key}": "a.png", "target"'))
+        with pytest.raises(InputError, match=f'line 1: unknown key "{key}"'):
+            read_rows(file)
 
 
 def test_file_that_is_no_text_is_named(tmp_path):
@@ -321,6 +323,16 @@ def test_periodic_numbers_are_brought_into_one_turn(write_dataset, capsys):
             read_data(folder)
 
 
+def test_names_of_numbers_stand_in_one_file_alone(write_dataset):
+    folder, text = write_dataset([1, 2]), "names: [hour]\nunits: [h]\ncircular: [12]\n"
+    (folder / "controls.yaml").write_text(text)
+    with pytest.raises(InputError, match='controls.yaml: unknown key "circular"'):
+        read_data(folder)
+    (folder / "controls.yaml").rename(folder / "controls.yml")
+    with pytest.raises(InputError, match="controls.yml: would not be read; call it controls.yaml"):
+        read_data(folder)
+
+
 def test_numbers_may_be_the_targets_own(write_dataset):
     folder, said = write_dataset([[1, 2], [3, 4]]), "names: [turn, light]\nunits: ['', '']\nabsolute: "
     for text in ("[1, 0]", "[true]", "yes"):
@@ -350,6 +362,25 @@ def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects, capsys):
         assert validation == {"5", "11"} & {str(i) for i in range(subjects)} and not train & validation
         assert f"{subjects} subjects, of which {len(validation)} are kept" in capsys.readouterr().out
         assert len(train) + len(validation) == subjects
+
+
+def test_copies_of_a_reference_are_one(write_dataset):
+    folder = write_dataset([0])
+    rows = [(f"r{i}_{j}.png", f"{i}_{j}.png", i) for i in range(12) for j in range(3)]
+    for name, _, subject in rows:
+        (folder / name).write_bytes(bytes([subject]))
+    lines = (json.dumps(dict(target=own, reference=name, source=i, prompt="")) for i, (name, own, _) in enumerate(rows))
+    (folder / "prompt.json").write_text("\n".join(lines))
+    assert find_subjects(read_rows(folder / "prompt.json")).tolist() == [subject for *_, subject in rows]
+
+
+def test_rows_that_validation_shares_with_training_are_told(write_dataset, capsys):
+    folder = write_dataset([1, 2, 3])
+    lines = (folder / "prompt.json").read_text().splitlines()
+    other = json.loads(lines[1]) | {"prompt": "another", "source": 2}
+    (folder / "validation.json").write_text("\n".join([lines[0], json.dumps(other)]))
+    split_rows(folder)
+    assert "validation.json: 1 of 2 rows are training's, too" in capsys.readouterr().out
 
 
 def test_a_subject_that_most_rows_show_is_not_held_out(write_dataset):

@@ -72,6 +72,9 @@ def test_rows_that_contradict_each_other_are_named(survey, write_dataset, capsys
     survey(folder)
     (told,) = re.findall("^warning: (.*) at other numbers, and 1 more", capsys.readouterr().out, re.MULTILINE)
     assert told == f"{folder / 'prompt.json'} line 8 shows what {folder / 'prompt.json'} line 2 shows,"
+    (folder / "controls.yaml").write_text("names: [hour]\nunits: [h]\nperiods: [5]\n")  # 2 is 7, 3 is 8
+    survey(folder)
+    assert "at other numbers" not in capsys.readouterr().out
 
 
 def test_a_sound_dataset_is_described_and_nothing_is_written(survey, write_dataset, capsys, tmp_path):

@@ -34,7 +34,7 @@ from cldm.conversion import fit_statistics
 from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
-from cldm.monitor import HANDFUL, Monitor
+from cldm.monitor import HANDFUL, Monitor, across, describe_asked, draw_asked
 from cldm.runs import SaveBestAndLast, choose_precision, hold_folder, list_checkpoints
 from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
 from ldm.base import has_bfloat16
@@ -302,6 +302,7 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
         "only_mid_control=true": "only_mid_control=False",
         "sd_locked=false": "sd_locked=True",
         "hint=coordinate": "hint=dense",
+        "modulated=true": "class_embed_type=None",
         "precision=bf16-mixed": "precision=32-true",
         "batch_size=1": "batch_size=2",
         f"base={unlike / 'mini.yaml'}": "the base",
@@ -817,11 +818,34 @@ def test_patience_ends_a_training_that_no_longer_improves(train, given_errors, t
 def test_response_is_what_the_own_number_takes_off_the_loss(make_model, base, write_dataset):
     rows = read_rows(write_dataset([1, 2, 3, 4], size=32) / "prompt.json")
     monitor, dataset = Monitor([], Path()), ControlDataset(rows, base, 32)
-    assert monitor.find_response(make_model(fresh=True), dataset) == 0
+    ranged = dict(control_low=[1.0], control_high=[4.0])
+    model = make_model(fresh=True)
+    model.control_net.register_to_config(**ranged)
+    assert monitor.find_response(model, dataset) == 0
     model = make_model()
+    model.control_net.register_to_config(**ranged)
     with patch.object(model, "predict", lambda noisy, *given: noisy * 0 + given[2][:, :, None, None].float()):
         numbers = monitor.find_response(model, dataset)
-    assert 0 < abs(numbers) < 1
+        alike = monitor.find_response(model, ControlDataset(rows[:1], base, 32))
+    assert 0 < abs(numbers) < 1 and 0 < abs(alike) < 1
+
+
+def test_of_pictures_that_share_a_number_the_guess_is_of_the_range(make_model):
+    model = make_model(2, periods=[None, 360.0])
+    model.control_net.register_to_config(control_low=[0.0, -180.0], control_high=[10.0, 180.0])
+    config = model.control_net.config
+    control = torch.tensor([[6.0, 90.0]] * 3).double()
+    assert across(model.control_net, control).tolist() == [[0.0, -90.0]] * 3
+    for error, warned in (1.0, False), (2.0, True):
+        reading = SimpleNamespace(control=control + torch.tensor([error, 40.0]))
+        lines = describe_asked(config, control, reading, reading, False)
+        assert [line.split()[1] for line in lines if "by guessing" in line] == ["control"] * warned
+
+
+def test_a_plot_of_one_number_has_room(make_model, recwarn):
+    config, control = make_model().control_net.config, torch.tensor([[5.0]] * 3).double()
+    draw_asked(config, control, SimpleNamespace(control=control, margin=control))
+    assert not recwarn.list
 
 
 def test_training_tells_what_it_does(train, capsys, monkeypatch, tmp_path):
