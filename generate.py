@@ -47,6 +47,8 @@ from ldm.pictures import load_picture
 def parse_controls(text, count, names):
     """Read a number, a list or a range of controls. Returns: (B, d) float64. Raises: InputError."""
     try:
+        if "..." in text:
+            raise ValueError
         ends = [json.loads(part) if part.lstrip()[:1] == "[" else float(part) for part in text.split("..")]
         if len(ends) == 1:
             (value,) = ends

@@ -79,6 +79,9 @@ def read_readings(folder):
     for number, row in rows:
         photograph = read_photograph(f"{file} line {number}", folder, row)
         dials.setdefault(photograph.dial, []).append(photograph)
+    if len({p.time.tzinfo is None for own in dials.values() for p in own}) != 1:
+        found = "some times have an offset from UTC, others none" if dials else "no rows"
+        raise InputError(f"{file}: {found}; expected lines of {', '.join(COLUMNS)}, times all alike")
     check_pictures([photograph.file for own in dials.values() for photograph in own])
     return {dial: sorted(dials[dial], key=lambda photograph: photograph.time) for dial in sorted(dials)}
 

@@ -26,7 +26,7 @@ def test_control_is_a_number_a_list_or_a_range(text, names, expected):
     assert generate.parse_controls(text, 3, list(names)).tolist() == expected
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "1..", "1..[2,3]", "[[1,2]]", "NaN"])
+@pytest.mark.parametrize("text", ["", "x", "[]", "1..", "1...2", "1..[2,3]", "[[1,2]]", "NaN"])
 def test_what_is_no_control_is_named(text):
     with pytest.raises(InputError, match='"control": expected 1 number'):
         generate.parse_controls(text, 3, ["a"])

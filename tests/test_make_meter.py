@@ -117,6 +117,7 @@ def test_settings_that_cannot_be_are_named(folder, arguments, message):
         ("dial1/1600.png,1,2019-06-01T16:00:00", 'dial "1" has 1 pictures, 0 with a value; labelled=2 needs'),
         ("dial1/1600.png", 'line 2: "time" must be like 2019-06-01T16:10:12, got ""'),
         ("dial1/1600.png,1,2019-06-01T16:00:00,1,x", 'line 2: "value_from_next_dial" must be'),
+        ("", "readings.csv: no rows; expected lines of file"),
         ("dial1/1600.png,1,4 pm,1,", 'line 2: "time" must be like 2019-06-01T16:10:12, got "4 pm"'),
         ("dial1/1200.png,1,2019-06-01T16:00:00,1,", "1200.png: no such file, expected a picture"),
     ],
@@ -135,3 +136,10 @@ def test_missing_columns_and_files_are_named(folder):
     (folder / "readings.csv").unlink()
     with pytest.raises(InputError, match="readings.csv: no such file; expected lines of file, dial, time"):
         run(folder)
+
+
+def test_times_are_all_alike(folder):
+    file = folder / "readings.csv"
+    file.write_text(file.read_text().replace("T16:10:00,", "T16:10:00+02:00,"))
+    with pytest.raises(InputError, match="readings.csv: some times have an offset from UTC, others none"):
+        run(folder, "labelled=3")

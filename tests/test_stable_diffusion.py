@@ -219,7 +219,7 @@ def export(model, tmp_path, name="control"):
 
 
 @pytest.mark.parametrize("version", [1], indirect=True)
-@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (20.0, 0.5), (3.0, 1e9)])
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (20.0, 0.5), (2015.0, 5.0), (3.0, 1e9)])
 def test_the_original_computes_the_same_of_an_exported_file(model, tmp_path, mean, std):
     """Its MLP takes the number as it is, ours the normalised one."""
     torch.manual_seed(5)
