@@ -26,7 +26,7 @@ MOTIONS = ("rotation", "zoom", "shift x", "shift y")
 def are_changes(names, units, absolute=None):
     """absolute: whether a number is no change; None: none is. Returns: [whether it is of CHANGES, by name and unit]."""
     rows = zip(names, units, absolute or repeat(False))
-    return [CHANGES.get(name, ("",))[0] == unit and not own for name, unit, own in rows]
+    return [name in CHANGES and CHANGES[name][0] == unit and not own for name, unit, own in rows]
 
 
 def choose_changes(controls):

@@ -6,6 +6,7 @@ by its variance, as calibration judged it.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from scipy.optimize import least_squares
 from torch.nn import functional as F
 
 from cldm.changes import CHANGES, NO_CHANGE, SMALLEST, are_changes, expose, similarity
-from cldm.confidence import widen
+from cldm.confidence import is_outside, widen
 from cldm.evidence import BEYOND, CLIPPED, LEAST_SHARED
 from ldm.pictures import pictures_to_tensor
 
@@ -43,11 +44,18 @@ def find_bounds(config=None):
 
 
 def refine_reading(reading, pictures, config, known=()):
-    """Take into account what fits find, as far as calibration trusts them. As fit_pictures. Returns: a Reading."""
+    """Take into account what fits find, as far as calibration trusts them, and judge by that what is outside the range.
+
+    As fit_pictures. Returns: a Reading.
+    """
     if config.fit_scale is None or {*config.control_names} <= {*known}:
         return reading
     control, std = fit_pictures(reading, pictures, config, known)
-    return reading.with_opinion(control, widen(std, config.fit_scale, config.fit_floor), config.fit_correlation or 0)
+    std = widen(std, config.fit_scale, config.fit_floor)
+    refined, flag = reading.with_opinion(control, std, config.fit_correlation or 0), "outside_range"
+    outside = is_outside(config, refined.control, refined.std).tolist()
+    flags = [[flag] * out + [own for own in flags if own != flag] for out, flags in zip(outside, reading.flags)]
+    return replace(refined, flags=flags)
 
 
 def fit_pictures(reading, pictures, config, known=()):

@@ -35,6 +35,7 @@ from ldm.pictures import load_picture
 from ldm.schema import InputError, Settings, expect, number
 
 BATCH = 4  # pictures read between two signs of progress
+NAMED = 10  # files that are told not to be read
 UNPACKED = 20  # times max_upload_mb that a zip may come to
 
 
@@ -198,6 +199,14 @@ def gather(model, s, files, reference, prompt, folder):
     return rows
 
 
+def list_left(folder, rows):
+    """Returns: names of files in a folder that none of its Rows is of, but for hidden ones and prompt.json."""
+    used = {path.resolve() for row in rows for path in row.pictures}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "prompt.json")
+    names = (file.relative_to(folder) for file in files if file.resolve() not in used)
+    return [str(name) for name in names if not any(part[0] in "._" for part in name.parts)]
+
+
 def read_many(model, s, files, folder, reference, prompt):
     """Yields: progress, then HTML of all that was read from many pictures, and of its curve."""
     files = [*(files or []), *(folder or [])]
@@ -206,20 +215,23 @@ def read_many(model, s, files, folder, reference, prompt):
     config, results, how = model.control_net.config, [], Settings(s | {"figures": False})
     with tempfile.TemporaryDirectory(dir=s.uploads) as folder:
         reference = Path(reference) if reference else None
-        rows = gather(model, s, files, reference, prompt, Path(folder).resolve())
+        folder = Path(folder).resolve()
+        rows = gather(model, s, files, reference, prompt, folder)
+        left = list_left(folder, rows)
         for first in range(0, len(rows), BATCH):
             yield tell_progress(first, len(rows)) + tabulate_results(config, results[-20:])
             batch = rows[first : first + BATCH]
             read_now, _ = read_each(model, how, {}, batch, tell=False)
             for row, result in zip(batch, read_now):
-                result["target"] = str(row.target.relative_to(Path(folder).resolve()))
+                result["target"] = str(row.target.relative_to(folder))
                 if "problem" in result:  # a visitor knows only the name
-                    result["problem"] = result["problem"].replace(f"{Path(folder).resolve()}/", "")
+                    result["problem"] = result["problem"].replace(f"{folder}/", "")
             results += read_now
     series, table = Series(config), io.StringIO()
     write_table(table, results, series)
     csv, png = table.getvalue().encode(), to_png(draw_series(series).savefig)
     offers = offer("results.csv", "text/csv", csv) + offer("series.png", "image/png", png)
+    offers += tell_flags({"not read:": ", ".join(left[:NAMED]) + ", …" * (len(left) > NAMED)} if left else {})
     yield tell_progress(len(rows), len(rows)) + offers + show(png) + tabulate_results(config, results)
 
 

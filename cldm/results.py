@@ -142,7 +142,7 @@ def summarize(config, series):
     for name, unit, error, bar in numbers if known.any() else ():
         middle, most, worst = np.quantile(error, (0.5, 0.95, 1))
         share = "" if series.flags["uncalibrated"] else f"; interval90 holds the truth for {(error <= bar).mean():.0%}"
-        text = f"{name}: error median {middle:.3f}, 95% within {most:.3f}, worst {worst:.3f} {unit}".rstrip()
+        text = f"{name}: error median {middle:.3g}, 95% within {most:.3g}, worst {worst:.3g} {unit}".rstrip()
         print(f"{text}{share} of {len(error)} targets")
     for flag, meaning in FLAGS.items():
         if flagged := series.flags[flag]:

@@ -155,6 +155,7 @@ class SaveBestAndLast(pl.Callback):
     def on_train_start(self, trainer, module):
         self.saved_at = time.monotonic()
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
+        trainer.should_stop = bool(self.patience) and self.since >= self.patience  # when started again after its end
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 

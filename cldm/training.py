@@ -158,19 +158,20 @@ class ControlTraining(pl.LightningModule):
         timesteps = (low + draw_timesteps(size, total, generator)[own] * (high - low) / total).long()
         kept = (torch.rand(size, generator=generator) >= self.method.prompt_dropout)[own]
         hidden = torch.rand(size, 5, generator=generator)[own]  # of the Proposal
-        noise, timesteps, kept, hidden = (
-            drawn.to(self.device, non_blocking=True) for drawn in (noise, timesteps, kept, hidden)
+        noises = torch.stack([noise, torch.randn(size, *shape[1:], generator=generator)[own]], 1)  # the reference's too
+        noises, timesteps, kept, hidden = (
+            drawn.to(self.device, non_blocking=True) for drawn in (noises, timesteps, kept, hidden)
         )
         if self.proposes:
-            loss = self.proposal_loss(batch, noise, hidden)
+            loss = self.proposal_loss(batch, noises, hidden)
             self.note(loss, batch)
             unused = sum(p.sum() for p in self.later.values())  # whose gradients other processes wait for
             return PROPOSAL * loss + 0 * unused
         if self.average and self.untrained:
             self.average.optimization_step = 0  # its warm-up is anew, for what begins to learn
-        squares = self.squared_errors(batch, noise, timesteps, kept)
+        squares = self.squared_errors(batch, noises[:, 0], timesteps, kept)
         self.note(squares.mean(), batch)
-        others = self.other_losses(batch, noise, hidden)
+        others = self.other_losses(batch, noises, hidden)
         if self.method.likelihood:
             return LIKELIHOOD * squares.clamp_min(SMALLEST).log().mean() + others
         weights = self.snr_weights(timesteps)[:, None] if self.method.min_snr else 1
@@ -182,21 +183,21 @@ class ControlTraining(pl.LightningModule):
             self.recent.append(self.loss)
         self.log("loss", self.loss)
 
-    def other_losses(self, batch, noise, hidden):
+    def other_losses(self, batch, noises, hidden):
         """Returns: of what is trained beside the denoising, a hint's draft and a Proposal; 0 without them."""
         net, latents, losses = self.model.control_net, batch["latents"], 0
         if net.config.fusion != "affine":
             hint = net.controlnet_cond_embedding
             losses, hint.draft = DRAFT * F.mse_loss(hint.draft.float(), latents), None
         if net.proposal is not None:
-            losses = losses + PROPOSAL * self.proposal_loss(batch, noise, hidden)
+            losses = losses + PROPOSAL * self.proposal_loss(batch, noises, hidden)
         return losses
 
-    def proposal_loss(self, batch, noise, hidden):
-        """Returns: the mean loss of the Proposal. noise: (B, C, h, w). hidden: (B, 5), which places it does not see."""
+    def proposal_loss(self, batch, noises, hidden):
+        """Returns: the mean loss of the Proposal. noises: (B, 2, C, h, w). hidden: (B, 5), what it does not see."""
         net, seen = self.model.control_net, [batch[key] for key in ("latents", "reference") if key in batch]
-        noise = torch.stack([noise, noise.flip(0)][: len(seen)], 1)
-        return net.proposal.loss(torch.stack(seen, 1), noise, hidden, net.normalize(batch["control"])).mean()
+        control = net.normalize(batch["control"])
+        return net.proposal.loss(torch.stack(seen, 1), noises[:, : len(seen)], hidden, control).mean()
 
     def snr_weights(self, timesteps):
         """Returns: (B,), what the squared errors at timesteps count. Source: Hang et al. 2023, eq. 9, table 4."""

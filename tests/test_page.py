@@ -173,6 +173,9 @@ def test_pictures_in_several_zips_are_all_read(s, folder, picture, tmp_path):
     names = {row["file"] for row in csv.DictReader(io.StringIO(offered(html, "results.csv").decode()))}
     assert names == {"a/1.png", "b/1.png", picture.name}
     row = json.dumps({"target": "1.png", "prompt": "a cup"})
+    members = {"prompt.json": row, "1.png": picture.read_bytes(), "2.png": b"", "notes.txt": b"", "._2.png": b""}
+    some = make_zip(tmp_path / "some.zip", **members)
+    assert "not read:</b> 2.png, notes.txt<" in last(page.read_many(load_model(folder), s, [str(some)], None, None, ""))
     packed = make_zip(tmp_path / "two.zip", **{f"{name}/prompt.json": row for name in "ab"})
     with pytest.raises(InputError, match="a/prompt.json, b/prompt.json: more than one prompt.json"):
         last(page.read_many(load_model(folder), s, [str(packed)], None, None, ""))

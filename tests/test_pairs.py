@@ -326,7 +326,7 @@ def nearly(make_model, photos):
         truth = torch.tensor([[change[name] for name in names]]).double()
         covariance = torch.diag((0.02 * width).square())[None]
         learned = torch.ones(len(names)).double(), torch.zeros(len(names)).double()
-        reading = Reading(truth + 0.02 * width, 0 * covariance, covariance, *[None] * 4, *learned)
+        reading = Reading(truth + 0.02 * width, 0 * covariance, covariance, *[None] * 3, [[]], *learned)
         return control_net.config, [(target, reference)], truth, reading
 
     return make
@@ -358,6 +358,17 @@ def test_a_fit_looks_where_the_control_was_trained(nearly, photos, name, low, hi
     assert torch.equal(refine_reading(near, [(target, reference)], config).control, near.control)
 
 
+@pytest.mark.parametrize("most, before, after", [(0.3, [], ["outside_range"]), (0.5, ["outside_range"], [])])
+def test_the_range_is_judged_by_what_the_fit_found(nearly, photos, most, before, after):
+    """Truth is 0.4, which is what was read, give or take 0.07."""
+    config, _, _, reading = nearly(["exposure"])
+    reference, target, _ = draw_pair(random.Random(4), [photos / "a.png"], 96, {"exposure": (0.4, 0.4)})
+    reading = replace(reading, control=torch.tensor([[0.4]]).double(), flags=[[*before, "ambiguous"]])
+    config.control_low, config.control_high = [-1.0], [most]
+    assert refine_reading(reading, [(target, reference)], config).flags == [[*after, "ambiguous"]]
+    assert reading.flags == [[*before, "ambiguous"]]
+
+
 def test_a_fit_that_goes_elsewhere_is_left_out(nearly, monkeypatch):
     config, pictures, _, reading = nearly(["rotation"])
     for far, loss in ((2.5, 0.1), (0.0, math.inf)):
@@ -371,8 +382,9 @@ def test_a_formula_knows_numbers_by_name_and_unit(nearly):
     config, *_ = nearly(["rotation", "zoom"])
     config.absolute = [True, False]
     assert not has_formula(config)
-    config.absolute, config.control_units = None, ["radians", "ratio"]
-    assert not has_formula(config)
+    for names, units in (["rotation", "zoom"], ["radians", "ratio"]), (["control 1", "size"], ["", ""]):
+        config.absolute, config.control_names, config.control_units = None, names, units
+        assert not has_formula(config)
 
 
 def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):

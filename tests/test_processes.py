@@ -206,6 +206,7 @@ def test_processes_share_the_draws_of_one(monkeypatch):
         module, taken = ControlTraining(model, Method(1.0, 9, prompt_dropout=0.5)), []
         module.trainer, module.log = Mock(world_size=processes, global_rank=rank), lambda *_: None
         module.squared_errors = lambda batch, *drawn: taken.extend(drawn) or torch.zeros(1)
+        module.other_losses = lambda batch, *drawn: taken.extend(drawn) or 0
         module.training_step({"latents": torch.zeros(size, 4, 2, 2)}, 0)
         return taken
 
@@ -213,6 +214,9 @@ def test_processes_share_the_draws_of_one(monkeypatch):
     for one, *parts in zip(whole, *halves):
         assert torch.equal(one, torch.stack(parts, 1).flatten(0, 1))
     assert 0 < whole[2].sum() < 16
+    assert torch.equal(whole[3][:, 0], whole[0])
+    noise, other = draws(0, 1, 1)[3][0]
+    assert (noise != other).all()  # of a batch of one, too
 
 
 @pytest.fixture(scope="module")

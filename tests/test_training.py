@@ -812,7 +812,10 @@ def test_patience_ends_a_training_that_no_longer_improves(train, given_errors, t
         steps_done(tmp_path / "out") == 8
         and "2 validation(s) in a row found no better control" in capsys.readouterr().out
     )
-    assert (tmp_path / "out" / "last" / "config.json").exists()
+    before = files(tmp_path / "out")
+    train("max_steps=20", "patience=2")
+    after = files(tmp_path / "out")
+    assert all(after[name] == before[name] for name in before if name.suffix in (".safetensors", ".ckpt", ".csv"))
 
 
 def test_response_is_what_the_own_number_takes_off_the_loss(make_model, base, write_dataset):
