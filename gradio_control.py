@@ -96,15 +96,15 @@ def serve(s, worker, function):
     return handle
 
 
-def receive(s, shown, payload):
-    """payload: of a picture's component. shown: paths of the page's own pictures. Returns: its path, or None.
+def receive(s, own, payload):
+    """payload: of a picture's component. own: paths of the page's own pictures. Returns: its path, or None.
 
     Raises: InputError for any other file of this machine, which gradio lets a visitor name.
     """
     if not payload:
         return None
     path = Path(payload.path or "").resolve()
-    if path not in shown and not path.is_relative_to(Path(s.uploads).resolve()):
+    if path not in own and not path.is_relative_to(Path(s.uploads).resolve()):
         raise InputError("a picture that was not uploaded; drop one, or click an example")
     return str(path)
 
@@ -135,7 +135,7 @@ def build(s, model, examples, worker):
         return serve(s, worker, partial(function, model, s))
 
     first, prompts = examples[0] if examples else None, list(config.prompts or [""])
-    shown = {file.resolve() for row in examples for file in row.pictures}
+    own = {file.resolve() for row in examples for file in row.pictures}
     start = first.control if first else config.control_mean
 
     def make_prompt():
@@ -145,7 +145,7 @@ def build(s, model, examples, worker):
 
     def make_picture(label, **options):
         picture = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=300, **options)
-        picture.preprocess = partial(receive, s, shown)  # undecoded: load_picture is what decodes it
+        picture.preprocess = partial(receive, s, own)  # undecoded: load_picture is what decodes it
         return picture
 
     def make_reference(**options):
@@ -186,12 +186,12 @@ def build(s, model, examples, worker):
             wanted, read = [reference, target, prompt, known], handle(page.read_picture)
             if examples:
                 rows = [[row.reference and str(row.reference), str(row.target), row.prompt, ""] for row in examples]
-                looks = dict(
+                shown = dict(
                     visible_columns=[0, 1] if uses_reference else [1, 2],
                     label="Click one to read it",
                     examples_per_page=4,
                 )
-                gr.Examples(rows, wanted, reading, read, run_on_click=True, cache_examples=False, **looks)
+                gr.Examples(rows, wanted, reading, read, run_on_click=True, cache_examples=False, **shown)
             reading.render()
             button.click(read, wanted, reading, api_name="read")
         with gr.Tab("Many"):

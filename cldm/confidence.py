@@ -61,9 +61,8 @@ class Reading:
 
     @property
     def largest_std(self):
-        """(d,), standard error of a periodic number of which nothing is known; infinite of others."""
-        periods = self.periods or [None] * len(self.error_scale)
-        return self.error_scale.new_tensor([period / 12**0.5 if period else math.inf for period in periods])
+        """(d,), as largest_std has it."""
+        return largest_std(self.periods or [None] * len(self.error_scale)).to(self.error_scale)
 
     @property
     def covariance(self):
@@ -111,12 +110,12 @@ class Reading:
     @property
     def anywhere(self):
         """(B, d) bool, whether a periodic number may lie anywhere on its circle."""
-        return self.std > 0.999 * self.largest_std
+        return is_anywhere(self.std, self.largest_std)
 
     @property
     def margin(self):
         """(B, d), half the width of interval90."""
-        return torch.where(self.anywhere, 3**0.5 * self.largest_std, Z90 * self.std)
+        return half_interval(self.std, self.largest_std)
 
     @property
     def interval90(self):
@@ -127,6 +126,21 @@ class Reading:
             for side in (-self.margin, self.margin)
         )
         return torch.stack([*ends], 2)
+
+
+def largest_std(periods):
+    """Returns: (d,) float64, standard error of a periodic number of which nothing is known; infinite of others."""
+    return torch.tensor([period / 12**0.5 if period else math.inf for period in periods], dtype=torch.float64)
+
+
+def is_anywhere(std, largest):
+    """std: (..., d). largest: (d,), of largest_std. Returns: (..., d) bool, whether a number may lie all round."""
+    return std > 0.999 * largest
+
+
+def half_interval(std, largest):
+    """As is_anywhere. Returns: (..., d), half of the 90% interval, which may be the whole circle."""
+    return torch.where(is_anywhere(std, largest), 3**0.5 * largest, Z90 * std)
 
 
 def decimals(std):

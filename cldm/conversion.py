@@ -93,7 +93,8 @@ def export_control(control_net, file):
     mean, std = weight.new_tensor(inputs).T
     weights[f"{HINT}mlp.0.weight"] = (weight / std).float()
     weights[f"{HINT}mlp.0.bias"] = (bias - weight @ (mean / std)).float()
-    weights |= to_half({key: t for key, t in weights.items() if not key.startswith(f"{HINT}mlp.0.")})  # exact
+    others = {key: t for key, t in weights.items() if not key.startswith(f"{HINT}mlp.0.")}
+    weights |= to_half(others)  # which would round away what a large mean leaves of a number
     weights = {CONTROL + original_key(key, config.layers_per_block): t for key, t in weights.items()}
     own = json.loads(control_net.to_json_string())
     count = control_net.control_dim

@@ -75,6 +75,11 @@ class Row:
     def pictures(self):
         return [picture for picture in (self.target, self.reference) if picture is not None]
 
+    @property
+    def shown(self):
+        """What a model sees of it: two rows that show the same should have the same numbers."""
+        return self.target, self.reference, self.prompt
+
     def load(self):
         """Returns: its PIL pictures, target and perhaps reference. Raises: InputError that names the row's place."""
         loaded = []
@@ -339,15 +344,11 @@ def split_rows(data_root):
 
 
 def count_shared(rows, others):
-    """Returns: how many of Rows show what some of other Rows show, by the names of pictures and by prompt."""
-
-    def shown(row):
-        return *map(os.path.normpath, row.pictures), row.prompt
-
+    """Returns: how many of Rows show what some of other Rows show."""
     targets = {rows.columns["target"][place] for place in rows.places}
     texts = others.columns["target"]
-    found = {shown(others[i]) for i, place in enumerate(others.places) if texts[place] in targets}
-    return sum(shown(row) in found for row in rows) if found else 0
+    found = {others[i].shown for i, place in enumerate(others.places) if texts[place] in targets}
+    return sum(row.shown in found for row in rows) if found else 0  # of a million, none need be made
 
 
 def find_subjects(rows):

@@ -37,10 +37,11 @@ def list_pictures(folder):
     files, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(place) in seen:  # by a link
+        real = os.path.realpath(place)
+        if real in seen:  # by a link
             folders.clear()
             continue
-        seen.add(os.path.realpath(place))
+        seen.add(real)
         own = (Path(place, name) for name in names if not name.startswith("."))
         files += [file for file in own if file.suffix.lower() in SUFFIXES and file.is_file()]
     files.sort()

@@ -11,7 +11,7 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cldm.confidence import Z90
+from cldm.confidence import half_interval, largest_std
 from cldm.dataset import parse_time
 from cldm.hints import wrap
 from cldm.report import COLOURS, VERMILION, WIDTH, label, plain
@@ -64,8 +64,7 @@ class Series:
         order = np.argsort(self.x, kind="stable")
         control, std, errors = (np.reshape(own, (-1, self.count)) for own in (self.control, self.std, self.errors))
         flagged, prompt = np.array(self.flagged, bool), np.array(self.prompt)
-        periods = np.array([period or np.inf for period in self.config.periods])  # bars as Reading.margin has them
-        bars = np.where(std > 0.999 * periods / 12**0.5, periods / 2, Z90 * std)
+        bars = half_interval(torch.from_numpy(std), largest_std(self.config.periods)).numpy()
         return [own[order] for own in (np.array(self.x), control, bars, errors, flagged, prompt)]
 
 

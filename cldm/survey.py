@@ -85,7 +85,7 @@ def find_contradictions(rows, periods):
     """Returns: a line if some of N rows show the same, pictures and prompt, at other numbers. periods: d, or None."""
     first, found = {}, []
     for row in rows:
-        before = first.setdefault((row.target, row.reference, row.prompt), row)
+        before = first.setdefault(row.shown, row)
         apart = before.control != row.control  # of a million rows, few
         if apart and wrap(torch.tensor(before.control).double() - torch.tensor(row.control), periods or ()).any():
             found.append((before, row))
