@@ -74,7 +74,7 @@ from torch.utils.data import DataLoader
 from cldm.calibration import calibrate
 from cldm.changes import are_changes, choose_changes
 from cldm.conversion import add_control, fit_statistics
-from cldm.dataset import Ahead, TrainingOrder, read_data
+from cldm.dataset import CONTROLS_FILE, Ahead, TrainingOrder, read_data
 from cldm.logger import PictureLogger, Progress, describe_bars, describe_data, describe_losses
 from cldm.model import load_base, load_model, save_model
 from cldm.monitor import Monitor, describe_asked, draw_asked
@@ -148,13 +148,14 @@ def make_model(s, data):
             how["proposals"] = PROPOSALS if references and not known else 0
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
-    given = numbers, references, data.periods or own[2]
+    given = numbers, references, data.periods or numbers * [None]
     if own != given:
         made, has = (
             f"{n} number(s), {'with' if r else 'without'} references" + f", periods {p}" * any(p)
             for n, r, p in (own, given)
         )
-        raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; train a fresh control")
+        remedy = f"mend {CONTROLS_FILE}, or train a fresh control"
+        raise InputError(f"resume_path {s.resume_path}: made for {made}, the data has {has}; {remedy}")
     if s.proposal_steps and model.control_net.proposal is None:
         found = "the control has no proposal that would learn in them"
         raise InputError(f'setting "proposal_steps": {found}; leave it out, or train a fresh one with proposals=8')

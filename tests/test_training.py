@@ -502,7 +502,10 @@ def test_a_control_keeps_the_periods_that_it_was_trained_with(train, write_datas
     file.write_text("names: [angle, zoom]\nunits: [degrees, '']\nperiods: [6, null]\n")
     with pytest.raises(InputError, match="other settings or data: the rows;"):
         train("max_steps=2")
-    with pytest.raises(InputError, match=r"made for .*, periods \[5, None\], .* has .*, periods \[6, None\]; train"):
+    with pytest.raises(InputError, match=r"made for .*, periods \[5, None\], .* has .*, periods \[6, None\]; mend"):
+        train(f"resume_path={out_dir}", f"out_dir={tmp_path / 'other'}")
+    file.unlink()  # unnamed numbers do not say that they go round
+    with pytest.raises(InputError, match=r"made for .*, periods \[5, None\], .* has .* without references; mend"):
         train(f"resume_path={out_dir}", f"out_dir={tmp_path / 'other'}")
 
 
