@@ -39,10 +39,9 @@ def main(s, paths):
     config, (low, high) = model.control_net.config, search_bounds(model.control_net.config)
     rows = not data.ranges and data.validation
     controls = torch.tensor(rows.controls if rows else data.controls, dtype=torch.float64)
-    same = dict(names=config.control_names, units=config.control_units, periods=config.periods)
-    same["absolute"] = config.absolute or len(low) * [False]
+    same = dict(names=config.control_names, units=config.control_units, absolute=config.absolute or len(low) * [False])
     fits = all(getattr(data, key) in (None, list(own)) for key, own in same.items())
-    fits = fits and (data.names or not any(config.periods))  # a circle takes any number
+    fits = fits and data.periods_beside(config.periods) == list(config.periods)
     fits = fits and bool(s.pairs) <= model.control_net.uses_reference and controls.shape[1:] == low.shape
     if not fits or not ((low <= (own := model.control_net.wrap(controls))) & (own <= high)).all():
         numbers = (f"{name} {unit}".rstrip() for name, unit in zip(config.control_names, config.control_units))

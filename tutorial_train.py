@@ -148,7 +148,7 @@ def make_model(s, data):
             how["proposals"] = PROPOSALS if references and not known else 0
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
-    given = numbers, references, data.periods or numbers * [None]
+    given = numbers, references, data.periods_beside(own[2])
     if own != given:
         made, has = (
             f"{n} number(s), {'with' if r else 'without'} references" + f", periods {p}" * any(p)

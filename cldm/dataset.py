@@ -190,6 +190,10 @@ class TrainingData:
     def prompts(self):
         return [""] if self.ranges else self.train.prompts
 
+    def periods_beside(self, own):
+        """own: d periods of a control. Returns: the data's; where it names its numbers alone, the control's."""
+        return self.periods or (list(own) if self.names else [None] * len(own))  # a circle takes any number
+
     @property
     def has_references(self):
         return bool(self.ranges) or self.train[0].reference is not None

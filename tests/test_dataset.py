@@ -10,6 +10,7 @@ import torch
 from cldm.conversion import fit_statistics
 from cldm.dataset import (
     ControlDataset,
+    TrainingData,
     TrainingOrder,
     find_subjects,
     hold_out,
@@ -22,6 +23,16 @@ from cldm.dataset import (
 )
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor, tensor_to_pictures
 from ldm.settings import InputError
+
+
+def test_only_named_numbers_go_round_as_a_control_says():
+    own = [5.0, None]
+    for names, periods, expected in (
+        (None, None, [None, None]),
+        (["hour", "size"], None, own),  # as pairs, which are cut by formula
+        (["hour", "size"], [6.0, None], [6.0, None]),
+    ):
+        assert TrainingData([], [], np.zeros((1, 2)), names, names, periods).periods_beside(own) == expected
 
 
 @pytest.mark.parametrize(
