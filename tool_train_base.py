@@ -2,10 +2,10 @@
 
     python tool_train_base.py out_dir=runs/tiny_dc
 
-Three stages: draw views of the photographs, train the VAE, train text encoder and UNet on its latents; on a GPU if
-there is one.
-A VAE that lies in out_dir already is kept; a run that was killed goes on when it is started again. docs/weights.md
-names the Debian packages that the photographs are in.
+Four stages: draw views of the photographs, train the VAE, train on its latents a matcher, which finds places of one
+picture in another, then text encoder and UNet; on a GPU if there is one.
+A VAE and a matcher that lie in out_dir already are kept; a run that was killed goes on when it is started again.
+docs/weights.md names the Debian packages that the photographs are in.
 """
 
 from ldm.settings import InputError, answer, check_numbers, run_script
@@ -17,6 +17,8 @@ settings = dict(
     image_size=128,  # pixels
     vae_views=5000,  # pictures drawn from the photographs
     vae_steps=3000,
+    matcher_pairs=4000,  # of pictures whose moves are known
+    matcher_steps=1500,
     unet_views=5000,
     unet_subjects=0.6,  # the share of them that show a subject in its framing; the others are details of anything
     unet_steps=10500,
@@ -36,20 +38,25 @@ import random
 import re
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DDIMScheduler, UNet2DConditionModel
 from einops import rearrange
 from PIL import Image, ImageEnhance, ImageFilter
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cldm.matcher import MATCHER_FILE, Matcher
 from cldm.model import pick_device
 from cldm.pairs import list_pictures, open_photo
 from cldm.training import half_cosine
+from dataForTrain.flying import cut_blob, draw_pair
 from dataForTrain.make_dataset import EXTRA, TRAIN, Photo, find_photo, map_in_processes, render, render_framed
 from ldm.base import load_vae, roughly
+from ldm.checkpoints import to_half
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder, write_whole
 from ldm.pictures import pictures_to_tensor
 from ldm.text import tokenize
@@ -61,6 +68,8 @@ from ldm.text import tokenize
 LIKE = ROOT / "models" / "tiny_dc"
 RESUME_FILE, KEPT = "resume.ckpt", 200  # what a stopped training goes on from; steps after which it is written
 SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
+PLAIN = 0.15  # share of a matcher's pairs before one colour
+NOISE = 0.1  # added to its latents, whose spread is 1
 CONSTANT = 16.0  # of four channels of the decoder, so that its normalisation begins as the identity
 
 
@@ -124,9 +133,7 @@ def draw_views(s, seed, count, subjects, processes=1):
     Returns: (count, 3, size, size) bytes; their prompts. They depend on the seed, not on the number of processes.
     """
     rng, chosen = random.Random(seed), []
-    shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
-    photos = [file for folder in s.photos.split(",") for file in largest_pictures(find_path(folder))]
-    stamps = [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
+    shipped, photos, stamps = find_sources(s)
     for number in range(count):
         if rng.random() < subjects:
             photo = rng.choice(list(TRAIN.values()))
@@ -139,6 +146,42 @@ def draw_views(s, seed, count, subjects, processes=1):
     drawn = map_in_processes(processes, partial(draw_view, s, seed), chosen, chunk=16)
     views, prompts = zip(*tqdm(drawn, desc="drawing views", total=count))
     return pictures_to_tensor(views, scaled=False), list(prompts)
+
+
+def find_sources(s):
+    """Returns: the paths of the photographs that packages carry, of those of the settings, and of the cut-outs."""
+    shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
+    photos = [file for folder in s.photos.split(",") for file in largest_pictures(find_path(folder))]
+    return shipped, photos, [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
+
+
+def draw_flight(s, places, seed, chosen):
+    """chosen: (number of the pair, a photograph, cut-outs or None, each). Returns: as dataForTrain.flying.draw_pair."""
+    number, photo, cutouts = chosen
+    rng, size = random.Random(f"{seed} {number}"), 2 * s.image_size
+    layers = []
+    for file in cutouts:
+        if file is None:
+            layers.append(cut_blob(rng, draw_detail(rng, size, photo)))
+            continue
+        with Image.open(file) as picture:
+            layers.append(picture.convert("RGBA"))
+        layers[-1].thumbnail((size, size))
+    plain = Image.new("RGB", (size, size), tuple(rng.randrange(256) for _ in range(3)))
+    background = plain if rng.random() < PLAIN else draw_detail(rng, size, photo)
+    return draw_pair(rng, s.image_size, places, background, layers)
+
+
+def draw_flights(s, places):
+    """Returns: tensors of all pairs, as dataForTrain.flying.draw_pair has each. places: latents along a side."""
+    rng, chosen = random.Random(s.seed + 2), []
+    shipped, photos, stamps = find_sources(s)
+    for number in range(s.matcher_pairs):
+        cutouts = [rng.choice(stamps) if rng.random() < 0.6 else None for _ in range(rng.randint(1, 2))]
+        chosen.append((number, rng.choice(rng.choice([shipped, photos])), cutouts))
+    chosen.sort(key=lambda one: one[1])  # so that each file is opened once, or by few processes
+    drawn = map_in_processes(s.processes, partial(draw_flight, s, places, s.seed), chosen, chunk=16)
+    return [torch.from_numpy(np.stack(part)) for part in zip(*tqdm(drawn, desc="drawing pairs", total=len(chosen)))]
 
 
 def largest_pictures(folder):
@@ -271,6 +314,33 @@ def train_vae(s, pictures, device):
     return vae
 
 
+def encode_views(vae, pictures):
+    """pictures: (N, 3, H, W) bytes. Returns: (N, C, h, w), scaled latents."""
+    with torch.no_grad(), roughly(vae.device):
+        parts = tqdm(pictures.split(64), desc="encoding")
+        return vae.config.scaling_factor * torch.cat(
+            [vae.encode(part.to(vae.device) / 127.5 - 1).latent.float() for part in parts]
+        )
+
+
+def train_matcher(s, vae):
+    """Returns: a Matcher of the VAE's latents that finds again what flies before photographs."""
+    pictures, moves, seen = draw_flights(s, s.image_size // 4)
+    latents = encode_views(vae, pictures.flatten(0, 1)).unflatten(0, (-1, 2))
+    matcher = Matcher(latents.shape[2]).to(vae.device)
+    generator = torch.Generator().manual_seed(s.seed + 2)
+
+    def loss_at(step):
+        index = torch.randint(len(latents), (s.batch_size,), generator=generator)
+        batch = latents[index]
+        batch = batch + NOISE * torch.randn(batch.shape, generator=generator).to(batch.device)
+        with roughly(batch.device):
+            return matcher.loss(batch, *(own[index].to(batch.device) for own in (moves, seen)))
+
+    train_steps(s, matcher, generator, s.matcher_steps, s.learning_rate, loss_at, "matcher")
+    return matcher
+
+
 def train_unet(s, latents, prompts):
     """Train text encoder and UNet on v-prediction. Returns: both, their weights averaged over steps; the scheduler."""
     scheduler = DDIMScheduler.from_pretrained(LIKE / "scheduler")
@@ -306,26 +376,27 @@ def train_unet(s, latents, prompts):
 
 
 def main(s):
-    counts = dict.fromkeys(("vae_views", "vae_steps", "unet_views", "unet_steps", "batch_size"), (1, math.inf))
+    counts = "vae_views", "vae_steps", "matcher_pairs", "matcher_steps", "unet_views", "unet_steps", "batch_size"
+    counts = dict.fromkeys(counts, (1, math.inf))
     check_numbers(s, int, **counts, processes=(1, 1024), image_size=(32, 4096), seed=(0, 2**63 - 2))
     check_numbers(s, unet_subjects=(0, 1), prompt_dropout=(0, 1), learning_rate=(0, math.inf))
     if s.image_size % 32:
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
     device = pick_device(s.device)
-    out = fresh_folder(s.out_dir, s.overwrite, own=["vae", RESUME_FILE], never=["model.yaml"])
+    out = fresh_folder(s.out_dir, s.overwrite, own=["vae", MATCHER_FILE, RESUME_FILE], never=["model.yaml"])
     torch.manual_seed(s.seed)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s, s.seed, s.vae_views, 0, s.processes)[0], device)
         with whole_folder(out, removes=[RESUME_FILE]) as folder:
             vae.half().save_pretrained(folder / "vae")
     vae = load_vae(out / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False)
-    pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects, s.processes)
     vae.to(device)
-    with torch.no_grad(), roughly(device):
-        parts = tqdm(pictures.split(64), desc="encoding")
-        latents = torch.cat([vae.encode(part.to(device) / 127.5 - 1).latent.float() for part in parts])
-    latents *= vae.config.scaling_factor
-    unet, text_encoder, scheduler = train_unet(s, latents, prompts)
+    if not (out / MATCHER_FILE).exists():
+        weights = to_half(train_matcher(s, vae).state_dict())
+        with whole_folder(out, removes=[RESUME_FILE]) as folder:
+            save_file(weights, folder / MATCHER_FILE)
+    pictures, prompts = draw_views(s, s.seed + 1, s.unet_views, s.unet_subjects, s.processes)
+    unet, text_encoder, scheduler = train_unet(s, encode_views(vae, pictures), prompts)
     with whole_folder(out, removes=[RESUME_FILE]) as folder:
         for name, model in {"unet": unet.half(), "text_encoder": text_encoder.half(), "scheduler": scheduler}.items():
             model.save_pretrained(folder / name)

@@ -219,7 +219,7 @@ class NumericControlNet(ControlNetModel):
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""
         latents = (own for own in (target.latents, target.reference) if own is not None)
-        return self.proposal(*(own.to(self.proposal.first.weight.dtype) for own in latents))
+        return self.proposal(*(own.to(self.proposal.matcher.first.weight.dtype) for own in latents))
 
     @property
     def uses_reference(self):

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from cldm.controlnet import NumericControlNet, default_names
 from cldm.hints import circle_middle
+from cldm.matcher import MATCHER_FILE
 from cldm.model import CALIBRATED, ControlLDM
 from ldm.checkpoints import CONTROL, HINT, fill_control, find_control, identify, original_key, read_weights, to_half
 from ldm.files import find_path, write_whole
@@ -42,6 +43,9 @@ def add_control(
         projection_class_embeddings_input_dim=control_dim + sum(map(bool, periods or ())) if modulated else None,
         **others,
     )
+    matcher = find_path(config.base) / MATCHER_FILE
+    if control_net.uses_reference and control_net.proposal is not None and matcher.is_file():
+        control_net.proposal.matcher.load_state_dict(read_weights(matcher))
     if encoder:
         weights = read_weights(find_path(encoder))
         if not (found := find_control(weights)):

@@ -3,63 +3,19 @@
 import math
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.resnet import ResnetBlock2D
 from einops import rearrange
 from torch import nn
 
 from cldm.hints import decode
+from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, WIDTHS, Matcher, blocks, run
 
-SIDES = 8, 32  # of the latents that are looked at; larger ones are averaged to the second, smaller ones enlarged
-WIDTHS = 64, 96, 192  # channels there, and at a half and a quarter of it
-GROUPS = 16
-# The reference is compared with the target at the first two sides, finely and coarsely:
-REACHES = 4, 5  # places to each side
-HEADS = 1, 2  # parts of the features that are compared each by itself
-KEYS = 32, 96  # features
-SHARPNESS = 4.0  # of a comparison, cosines beside features of spread 1
+LOUDNESS = 0.4  # of comparisons, logits of cosines, beside features of spread 1
+NEAR = 32  # channels that fine comparisons become
+WIDTH = 192  # channels at a quarter of the side, beyond a Matcher's
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
 NOISE = 0.1  # added to latents in training, whose spread is 1
 ERASED, ERASED_SIDES = 0.5, (0.125, 0.5)  # share of rows that lose a rectangle in training; shares of a side, its own
 LEAST_STD = 0.01  # of a component, in units of a number's spread
-
-
-def blocks(before, *widths):
-    """Returns: residual blocks, each of which halves the side if it changes the width."""
-    parts = []
-    for width in widths:
-        own = dict(in_channels=before, out_channels=width, down=width != before)
-        parts.append(ResnetBlock2D(**own, temb_channels=None, groups=GROUPS))
-        before = width
-    return nn.ModuleList(parts)
-
-
-def run(parts, hidden):
-    for part in parts:
-        hidden = part(hidden, None)
-    return hidden
-
-
-def compare(target, reference, heads, reach):
-    """Compare every place of the target with those around it in the reference.
-
-    target, reference: (B, C, h, w). heads: groups of the C features. reach: places to each side.
-    Returns: (B, heads * (2 reach + 1)^2, h, w), cosines, 0 beyond the picture.
-    Source: Dosovitskiy et al. 2015, FlowNet's correlation layer.
-    """
-    size, device = target.shape[2:], target.device
-    target, reference = (
-        F.normalize(rearrange(own, "b (n c) h w -> b n (h w) c", n=heads), dim=3) for own in (target, reference)
-    )
-    every = target @ reference.transpose(2, 3)  # (B, n, places of the target, places of the reference)
-    moves = torch.arange(-reach, reach + 1, device=device)
-    y, x = (torch.arange(extent, device=device)[:, None] + moves for extent in size)  # (h, m), (w, m)
-    inside = rearrange((y >= 0) & (y < size[0]), "h m -> h 1 m 1") & rearrange((x >= 0) & (x < size[1]), "w k -> w 1 k")
-    place = rearrange(y.clamp(0, size[0] - 1) * size[1], "h m -> h 1 m 1")
-    place = place + rearrange(x.clamp(0, size[1] - 1), "w k -> w 1 k")
-    place, inside = (rearrange(own, "h w m k -> (h w) (m k)") for own in (place, inside))
-    near = every.gather(3, place.expand(*every.shape[:2], -1, -1)) * inside.to(every.dtype)
-    return rearrange(near, "b n (h w) m -> b (n m) h w", h=size[0])
 
 
 def hide(latents, noise, draws):
@@ -82,7 +38,7 @@ def hide(latents, noise, draws):
 class Proposal(nn.Module):
     """A mixture of Gaussians over numbers, given latents of a target, and of a reference where there is one.
 
-    With a reference, both go through one encoder, and their features are compared place by place.
+    With a reference, a Matcher compares both place by place; what moved where goes in beside the comparisons.
     inputs: of an encoded control, as NumericControlNet.normalize has it. channels: of latents. components: K.
     Source: Bishop 1994, mixture density networks; He et al. 2016, residual networks.
     """
@@ -90,48 +46,35 @@ class Proposal(nn.Module):
     def __init__(self, inputs, channels, components, uses_reference):
         super().__init__()
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
-        first, width, last = WIDTHS
-        self.first = nn.Conv2d(channels, first, 3, padding=1)
-        self.encoder = nn.ModuleList([blocks(first, first), blocks(first, width, width, width)])
-        self.uses_reference = uses_reference
+        self.matcher, self.uses_reference, width = Matcher(channels, uses_reference), uses_reference, WIDTHS[1]
         if uses_reference:
-            fine, coarse = (heads * (2 * reach + 1) ** 2 for heads, reach in zip(HEADS, REACHES))
-            self.keys = nn.ModuleList(
-                nn.Sequential(nn.GroupNorm(GROUPS, own), nn.SiLU(), nn.Conv2d(own, key, 1))
-                for own, key in zip(WIDTHS, KEYS)
-            )
-            halve = nn.Conv2d(KEYS[0], width, 3, 2, 1)
+            fine, coarse = (heads * ((2 * reach + 1) ** 2 + MOVES) for heads, reach in zip(HEADS, REACHES))
+            halve = nn.Conv2d(NEAR, width, 3, 2, 1)
             self.near = nn.ModuleList(
-                [nn.Sequential(nn.Conv2d(fine, KEYS[0], 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
+                [nn.Sequential(nn.Conv2d(fine, NEAR, 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
             )
             self.merge = nn.Conv2d(2 * width, width, 1)
-        self.trunk = blocks(width, width, width, last, last, last)
+        self.trunk = blocks(width, width, width, WIDTH, WIDTH, WIDTH)
         self.head = nn.Sequential(
-            nn.GroupNorm(GROUPS, last),
+            nn.GroupNorm(GROUPS, WIDTH),
             nn.SiLU(),
             nn.AdaptiveAvgPool2d(POOLED),
             nn.Flatten(),
-            nn.Linear(last * POOLED**2, HIDDEN),
+            nn.Linear(WIDTH * POOLED**2, HIDDEN),
             nn.SiLU(),
             nn.Linear(HIDDEN, math.prod(self.shape)),
         )
 
-    def encode(self, latents):
-        """Returns: features at the first two sides."""
-        size = [min(max(extent, SIDES[0]), SIDES[1]) // 2 * 2 for extent in latents.shape[2:]]
-        fine = run(self.encoder[0], self.first(F.adaptive_avg_pool2d(latents, size)))
-        return fine, run(self.encoder[1], fine)
-
     def forward(self, latents, reference=None):
         """latents, reference: (B, C, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
-        after = self.encode(latents)
+        after = self.matcher.encode(latents)
         hidden = after[-1]
         if self.uses_reference:
-            before = self.encode(reference)
+            before = self.matcher.encode(reference)
             hidden = self.merge(torch.cat([before[-1], hidden], 1))
-            for part, key, *both, heads, reach in zip(self.near, self.keys, after, before, HEADS, REACHES):
-                near = compare(*map(key, both), heads, reach)
-                hidden = hidden + part(SHARPNESS * near.to(hidden.dtype))
+            for part, logits, reach in zip(self.near, self.matcher.compare(after, before), REACHES):
+                near = torch.cat([LOUDNESS * logits.flatten(1, 2), Matcher.flow(logits, reach)], 1)
+                hidden = hidden + part(near.to(hidden.dtype))
         hidden = run(self.trunk, hidden).to(self.head[-1].weight.dtype)
         with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
             weights, mean, log_std = self.head(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)

@@ -23,9 +23,10 @@ from cldm.confidence import Reading
 from cldm.dataset import Row, read_rows, split_rows
 from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
+from cldm.matcher import compare
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
-from cldm.proposal import Proposal, compare, hide
+from cldm.proposal import Proposal, hide
 from cldm.reading import MARGIN, fill_range, read_controls
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from cldm.solvers import levenberg_marquardt
@@ -283,7 +284,7 @@ def test_a_proposal_compares_places(normal):
     """A moved picture is most like the reference at the place that it was moved from, and nothing lies beyond it."""
     reference = normal(2, 16, 6, 7)
     target = reference.roll((1, -2), (2, 3))  # down and to the left
-    near = compare(target, reference, 2, 4).unflatten(1, (2, 9, 9))
+    near = compare(target, reference, 2, 4).unflatten(2, (9, 9))
     torch.testing.assert_close(near[:, :, 3, 6, 1:, :-2], torch.ones(2, 2, 5, 5))
     assert not near[:, :, 0, :, :4].any() and near.abs().max() <= 1 + 1e-6
     assert (near.flatten(2, 3).argmax(2)[..., 1:, :-2] == 3 * 9 + 6).all()
