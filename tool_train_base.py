@@ -155,6 +155,14 @@ def find_sources(s):
     return shipped, photos, [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
 
 
+def cut_square(rng, size, file):
+    """Returns: a square cut anywhere from a photograph; PIL, size x size."""
+    photo = open_photo(file)
+    side = min(photo.size) * 2 ** rng.uniform(-3, 0)
+    x, y = (rng.uniform(0, extent - side) for extent in photo.size)
+    return photo.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
+
+
 def draw_flight(s, places, seed, chosen):
     """chosen: (number of the pair, a photograph, cut-outs or None, each). Returns: as dataForTrain.flying.draw_pair."""
     number, photo, cutouts = chosen
@@ -162,13 +170,13 @@ def draw_flight(s, places, seed, chosen):
     layers = []
     for file in cutouts:
         if file is None:
-            layers.append(cut_blob(rng, draw_detail(rng, size, photo)))
+            layers.append(cut_blob(rng, cut_square(rng, size, photo)))
             continue
         with Image.open(file) as picture:
             layers.append(picture.convert("RGBA"))
         layers[-1].thumbnail((size, size))
     plain = Image.new("RGB", (size, size), tuple(rng.randrange(256) for _ in range(3)))
-    background = plain if rng.random() < PLAIN else draw_detail(rng, size, photo)
+    background = plain if rng.random() < PLAIN else cut_square(rng, size, photo)
     return draw_pair(rng, s.image_size, places, background, layers)
 
 
