@@ -38,6 +38,7 @@ def check_control(file):
         "latent_size": or_null(number(1, whole=True)),
         "fusion": one_of(*FUSIONS),
         "proposals": number(0, whole=True),
+        "flows": FLAG,
         "periods": or_null(each(or_null(POSITIVE), control_dim)),
         "absolute": or_null(each(FLAG, control_dim)),
         "control_low": or_null(each(number(), control_dim)),
@@ -78,8 +79,9 @@ class NumericControlNet(ControlNetModel):
     hint: one of HINTS; with "reference", the control is a change from a reference picture, whose latents go in too.
     hint_hidden: widths of the MLP's hidden layers; None: as in HINTS. hint_octaves: of "coordinate" alone.
     latent_size: side of the latents, needed by "dense" and "original" alone. fusion: of "reference", one of FUSIONS.
-    proposals: components of a Proposal that is trained beside; 0: none. class_embed_type: "projection": the numbers
-    modulate every block, too, by way of the time embedding (Perez et al. 2018, FiLM).
+    proposals: components of a Proposal that is trained beside; 0: none. flows: as Proposal has it; False in controls of
+    older code. class_embed_type: "projection": the numbers modulate every block, too, by way of the time embedding
+    (Perez et al. 2018, FiLM).
     control_names, control_units: d texts. periods: d numbers, None where one does not go round; None: none does.
     absolute: with "reference", d bools, whether a number is the target's own; the others are changes; None: all are.
     control_mean, control_std: the training set's statistics, which normalise a control. control_low, control_high: the
@@ -102,6 +104,7 @@ class NumericControlNet(ControlNetModel):
         latent_size: int | None = None,
         fusion: str = "affine",
         proposals: int = 0,
+        flows: bool = False,
         control_names: tuple[str, ...] = ("control",),
         control_units: tuple[str, ...] = ("",),
         control_mean: tuple[float, ...] = (0.0,),
@@ -140,7 +143,7 @@ class NumericControlNet(ControlNetModel):
             self.controlnet_cond_embedding = ReferenceHint(*size, self.config.in_channels, goes_round, fusion)
         else:
             self.controlnet_cond_embedding = DenseHint(*size, latent_size, original=hint == "original")
-        size = inputs, self.config.in_channels, proposals, self.uses_reference
+        size = inputs, self.config.in_channels, proposals, self.uses_reference, flows
         self.proposal = Proposal(*size) if proposals else None
 
     @staticmethod
@@ -219,7 +222,7 @@ class NumericControlNet(ControlNetModel):
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""
         latents = (own for own in (target.latents, target.reference) if own is not None)
-        return self.proposal(*(own.to(self.proposal.matcher.first.weight.dtype) for own in latents))
+        return self.proposal(*(own.to(self.proposal.first.weight.dtype) for own in latents))
 
     @property
     def uses_reference(self):

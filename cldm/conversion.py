@@ -32,6 +32,7 @@ def add_control(
     control_net = NumericControlNet.from_unet(
         base.unet,
         hint=hint,
+        flows=hint == "reference" and bool(others.get("proposals")),
         hint_hidden=hint_hidden,
         latent_size=config.image_size // base.downsampling if hint in ("dense", "original") else None,
         control_names=default_names(control_dim),
@@ -44,8 +45,8 @@ def add_control(
         **others,
     )
     matcher = find_path(config.base) / MATCHER_FILE
-    if control_net.uses_reference and control_net.proposal is not None and matcher.is_file():
-        control_net.proposal.matcher.load_state_dict(read_weights(matcher))
+    if control_net.config.flows and matcher.is_file():
+        control_net.proposal.load_state_dict(read_weights(matcher), strict=False)
     if encoder:
         weights = read_weights(find_path(encoder))
         if not (found := find_control(weights)):

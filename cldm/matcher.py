@@ -1,7 +1,5 @@
 """Where the places of one picture are in another: features of latents by which they are found."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
@@ -16,7 +14,7 @@ GROUPS = 16
 REACHES = 4, 5  # places to each side
 HEADS = 1, 2  # parts of the features that are compared each by itself
 KEYS = 32, 96  # features
-SHARPNESS = 10.0  # of a comparison at first: what cosines are multiplied by
+SHARPNESS = 10.0  # what cosines are multiplied by; learned, it stayed there
 MOVES = 3  # channels of a flow: to the right, down, and how sure
 
 
@@ -87,7 +85,6 @@ class Matcher(nn.Module):
                 nn.Sequential(nn.GroupNorm(GROUPS, own), nn.SiLU(), nn.Conv2d(own, key, 1))
                 for own, key in zip(WIDTHS, KEYS)
             )
-            self.log_sharpness = nn.Parameter(torch.full((len(KEYS),), math.log(SHARPNESS)))
 
     def encode(self, latents):
         """Returns: features at both sides."""
@@ -98,10 +95,8 @@ class Matcher(nn.Module):
     def compare(self, target, reference):
         """target, reference: what `encode` returns. Returns: logits (B, heads, (2 reach + 1)^2, h, w) of both sides."""
         return [
-            sharpness * compare(key(after), key(before), heads, reach)
-            for key, sharpness, after, before, heads, reach in zip(
-                self.keys, self.log_sharpness.exp(), target, reference, HEADS, REACHES
-            )
+            SHARPNESS * compare(key(after), key(before), heads, reach)
+            for key, after, before, heads, reach in zip(self.keys, target, reference, HEADS, REACHES)
         ]
 
     @staticmethod

@@ -7,9 +7,9 @@ from einops import rearrange
 from torch import nn
 
 from cldm.hints import decode
-from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, WIDTHS, Matcher, blocks, run
+from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, SHARPNESS, WIDTHS, Matcher, blocks, run
 
-LOUDNESS = 0.4  # of comparisons, logits of cosines, beside features of spread 1
+LOUDNESS = 4 / SHARPNESS  # of comparisons, beside features of spread 1
 NEAR = 32  # channels that fine comparisons become
 WIDTH = 192  # channels at a quarter of the side, beyond a Matcher's
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
@@ -35,20 +35,20 @@ def hide(latents, noise, draws):
     return torch.where(rearrange(y, "b h -> b 1 1 h 1") & rearrange(x, "b w -> b 1 1 1 w"), noise, latents)
 
 
-class Proposal(nn.Module):
+class Proposal(Matcher):
     """A mixture of Gaussians over numbers, given latents of a target, and of a reference where there is one.
 
-    With a reference, a Matcher compares both place by place; what moved where goes in beside the comparisons.
-    inputs: of an encoded control, as NumericControlNet.normalize has it. channels: of latents. components: K.
+    With a reference, both are compared place by place. inputs: of an encoded control, as NumericControlNet.normalize
+    has it. channels: of latents. components: K. flows: whether what moved where goes in beside the comparisons.
     Source: Bishop 1994, mixture density networks; He et al. 2016, residual networks.
     """
 
-    def __init__(self, inputs, channels, components, uses_reference):
-        super().__init__()
+    def __init__(self, inputs, channels, components, uses_reference, flows=True):
+        super().__init__(channels, uses_reference)
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
-        self.matcher, self.uses_reference, width = Matcher(channels, uses_reference), uses_reference, WIDTHS[1]
+        self.uses_reference, self.flows, width = uses_reference, flows, WIDTHS[1]
         if uses_reference:
-            fine, coarse = (heads * ((2 * reach + 1) ** 2 + MOVES) for heads, reach in zip(HEADS, REACHES))
+            fine, coarse = (heads * ((2 * reach + 1) ** 2 + MOVES * flows) for heads, reach in zip(HEADS, REACHES))
             halve = nn.Conv2d(NEAR, width, 3, 2, 1)
             self.near = nn.ModuleList(
                 [nn.Sequential(nn.Conv2d(fine, NEAR, 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
@@ -67,14 +67,14 @@ class Proposal(nn.Module):
 
     def forward(self, latents, reference=None):
         """latents, reference: (B, C, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
-        after = self.matcher.encode(latents)
+        after = self.encode(latents)
         hidden = after[-1]
         if self.uses_reference:
-            before = self.matcher.encode(reference)
+            before = self.encode(reference)
             hidden = self.merge(torch.cat([before[-1], hidden], 1))
-            for part, logits, reach in zip(self.near, self.matcher.compare(after, before), REACHES):
-                near = torch.cat([LOUDNESS * logits.flatten(1, 2), Matcher.flow(logits, reach)], 1)
-                hidden = hidden + part(near.to(hidden.dtype))
+            for part, logits, reach in zip(self.near, self.compare(after, before), REACHES):
+                near = [LOUDNESS * logits.flatten(1, 2), *[self.flow(logits, reach)] * self.flows]
+                hidden = hidden + part(torch.cat(near, 1).to(hidden.dtype))
         hidden = run(self.trunk, hidden).to(self.head[-1].weight.dtype)
         with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
             weights, mean, log_std = self.head(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)

@@ -88,7 +88,7 @@ def describe_run(s, model, data, trainer):
     return {key: s[key] for key in keys} | {
         "batch_size": s.batch_size * trainer.world_size,
         "precision": trainer.precision,
-        **{key: model.control_net.config[key] for key in ("hint", "fusion", "proposals", "class_embed_type")},
+        **{key: model.control_net.config[key] for key in ("hint", "fusion", "proposals", "flows", "class_embed_type")},
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "the pictures": pictures,
         "latents": "float16" if s.latents_cache and not data.ranges and are_many(data.train) else None,
@@ -112,7 +112,8 @@ def find_checkpoint(out_dir, run):
         return None, 0
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        step, before = checkpoint["global_step"], {f.name: f.default for f in fields(Method)} | checkpoint["run"]
+        older = {field.name: field.default for field in fields(Method)} | {"flows": False}  # where it does not say
+        step, before = checkpoint["global_step"], older | checkpoint["run"]
     except Exception as error:  # zip, pickle, key: torch raises many kinds
         remedy = f"delete it to {f'go on from {earlier[-1].name}' if earlier else 'start anew'}"
         raise InputError(f"{file}: not a whole checkpoint ({type(error).__name__}); {remedy}") from None
