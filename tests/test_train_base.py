@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import load_file
 
 import tool_train_base
+from cldm.conversion import add_control
+from cldm.matcher import MATCHER_FILE
 from ldm.base import LatentDiffusion
 from ldm.settings import InputError, Settings
 
@@ -71,6 +74,7 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
     arguments = dict(vae_views=4, vae_steps=2, unet_views=4, unet_steps=2, batch_size=2, image_size=64)
+    arguments |= dict(matcher_pairs=20, matcher_steps=2)
     s = Settings(tool_train_base.settings | arguments | pictures | dict(out_dir=str(tmp_path / "base")))
     tool_train_base.main(s)
     base = LatentDiffusion.from_pretrained(tmp_path / "base")
@@ -78,6 +82,11 @@ def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
     alone = tool_train_base.draw_views(s, 0, 40, 0.2)
     assert torch.equal(views, alone[0]) and prompts == alone[1]
     assert {"", "a frog"} < set(prompts)
+    flights, again = (tool_train_base.draw_flights(Settings(s | {"processes": n}), 16) for n in (1, 2))
+    assert all(torch.equal(*both) for both in zip(flights, again))
+    fresh = add_control(base, Settings(base=str(tmp_path / "base")), hint="reference", proposals=2)
+    learned = load_file(tmp_path / "base" / MATCHER_FILE)
+    assert torch.equal(fresh.control_net.proposal.first.weight, learned["first.weight"].float())
     views = views / 127.5 - 1
     latents = base.encode(views)
     assert latents.shape == (40, base.unet.config.in_channels, 16, 16) and base.downsampling == 4
