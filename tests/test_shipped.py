@@ -4,17 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import ImageEnhance
 
 import test5
 import test5_s1
 from cldm.calibration import draw_latents
+from cldm.conversion import add_control
 from cldm.dataset import read_rows
 from cldm.hints import wrap
-from cldm.model import load_model
+from cldm.matcher import REACHES, Matcher
+from cldm.model import load_base, load_model
 from cldm.reading import read_controls
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path
-from ldm.pictures import load_picture
+from ldm.pictures import load_picture, pictures_to_tensor
 from ldm.settings import Settings
 
 
@@ -73,6 +76,22 @@ def test_a_thing_never_seen_is_read_within_its_intervals():
     assert (error <= found.margin[0]).all() and found.flags == [[]]
     for own, most in zip(found.margin[0].tolist(), (30, 8, 0.15, 45, 25)):
         assert own < most
+
+
+def test_the_matcher_finds_what_moved():
+    """Two crops of a photograph that it never saw: what B, darker, shows lies 12 pixels to the right in A, 4 above."""
+    base, config = load_base("models/tiny.yaml")
+    photo = render_framed(HELD_OUT["gravel"], 144)
+    reference, target = (photo.crop((x, y, x + 128, y + 128)) for x, y in ((0, 4), (12, 0)))
+    pictures = [reference, ImageEnhance.Brightness(target).enhance(0.7)]
+    latents = base.encode(pictures_to_tensor(pictures))
+    matcher = add_control(base, config, hint="reference", proposals=1).control_net.proposal
+    with torch.no_grad():
+        fine, coarse = matcher.compare(*(matcher.encode(own[None]) for own in latents.flip(0)))
+    for logits, reach, places, near in ((fine, REACHES[0], 32, 2), (coarse, REACHES[1], 16, 5)):
+        right, down, _ = Matcher.flow(logits.mean(1, keepdim=True), reach)[0, :, 4:-4, 4:-4].flatten(1) * reach
+        moved = [way.median().item() * 128 / places for way in (right, down)]
+        assert moved == pytest.approx([12, -4], abs=near)
 
 
 @pytest.mark.slow
