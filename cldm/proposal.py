@@ -9,7 +9,7 @@ from torch import nn
 from cldm.hints import decode
 from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, SHARPNESS, WIDTHS, Matcher, blocks, run
 
-LOUDNESS = 4 / SHARPNESS  # of comparisons, beside features of spread 1
+LOUDNESS, MOVED = 4 / SHARPNESS, 6.0  # of comparisons, and of the few moves beside them, for features of spread 1
 NEAR = 32  # channels that fine comparisons become
 WIDTH = 192  # channels at a quarter of the side, beyond a Matcher's
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
@@ -73,7 +73,7 @@ class Proposal(Matcher):
             before = self.encode(reference)
             hidden = self.merge(torch.cat([before[-1], hidden], 1))
             for part, logits, reach in zip(self.near, self.compare(after, before), REACHES):
-                near = [LOUDNESS * logits.flatten(1, 2), *[self.flow(logits, reach)] * self.flows]
+                near = [LOUDNESS * logits.flatten(1, 2), *[MOVED * self.flow(logits, reach)] * self.flows]
                 hidden = hidden + part(torch.cat(near, 1).to(hidden.dtype))
         hidden = run(self.trunk, hidden).to(self.head[-1].weight.dtype)
         with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
