@@ -3,16 +3,18 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 from cldm.hints import decode
 from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, SHARPNESS, WIDTHS, Matcher, blocks, run
 
-LOUDNESS, MOVED = 4 / SHARPNESS, 6.0  # of comparisons, and of the few moves beside them, for features of spread 1
-NEAR = 32  # channels that fine comparisons become
+LOUDNESS, MOVED = 4 / SHARPNESS, 6.0  # of comparisons and of moves, for features of spread 1
+NEAR, MOVING = 32, 64  # channels that fine comparisons become, and moves
 WIDTH = 192  # channels at a quarter of the side, beyond a Matcher's
 POOLED, HIDDEN = 4, 256  # places to a side that the last layers see; width between them
+JOINED = 4  # of the last layers have pooled, when moves join
 NOISE = 0.1  # added to latents in training, whose spread is 1
 ERASED, ERASED_SIDES = 0.5, (0.125, 0.5)  # share of rows that lose a rectangle in training; shares of a side, its own
 LEAST_STD = 0.01  # of a component, in units of a number's spread
@@ -39,45 +41,52 @@ class Proposal(Matcher):
     """A mixture of Gaussians over numbers, given latents of a target, and of a reference where there is one.
 
     With a reference, both are compared place by place. inputs: of an encoded control, as NumericControlNet.normalize
-    has it. channels: of latents. components: K. flows: whether what moved where goes in beside the comparisons.
+    has it. channels: of latents. components: K. flows: with a reference, whether the last layers see what moved where.
     Source: Bishop 1994, mixture density networks; He et al. 2016, residual networks.
     """
 
-    def __init__(self, inputs, channels, components, uses_reference, flows=True):
+    def __init__(self, inputs, channels, components, uses_reference, flows):
         super().__init__(channels, uses_reference)
         self.shape, self.ends = (components, 1 + 2 * inputs), [1, 1 + inputs]
         self.uses_reference, self.flows, width = uses_reference, flows, WIDTHS[1]
+        pool = nn.AdaptiveAvgPool2d(POOLED), nn.Flatten()
         if uses_reference:
-            fine, coarse = (heads * ((2 * reach + 1) ** 2 + MOVES * flows) for heads, reach in zip(HEADS, REACHES))
+            fine, coarse = (heads * (2 * reach + 1) ** 2 for heads, reach in zip(HEADS, REACHES))
             halve = nn.Conv2d(NEAR, width, 3, 2, 1)
             self.near = nn.ModuleList(
                 [nn.Sequential(nn.Conv2d(fine, NEAR, 1), nn.SiLU(), halve), nn.Conv2d(coarse, width, 1)]
             )
             self.merge = nn.Conv2d(2 * width, width, 1)
+        if flows:
+            sides = nn.Conv2d(sum(HEADS) * MOVES, MOVING, 3, 2, 1), nn.Conv2d(MOVING, MOVING, 3, 2, 1)
+            self.moves = nn.Sequential(sides[0], nn.SiLU(), sides[1], nn.SiLU(), *pool)
         self.trunk = blocks(width, width, width, WIDTH, WIDTH, WIDTH)
         self.head = nn.Sequential(
             nn.GroupNorm(GROUPS, WIDTH),
             nn.SiLU(),
-            nn.AdaptiveAvgPool2d(POOLED),
-            nn.Flatten(),
-            nn.Linear(WIDTH * POOLED**2, HIDDEN),
+            *pool,
+            nn.Linear((WIDTH + MOVING * flows) * POOLED**2, HIDDEN),
             nn.SiLU(),
             nn.Linear(HIDDEN, math.prod(self.shape)),
         )
 
     def forward(self, latents, reference=None):
         """latents, reference: (B, C, h, w). Returns: log weights (B, K), means and spreads (B, K, inputs), encoded."""
-        after = self.encode(latents)
+        after, moves = self.encode(latents), []
         hidden = after[-1]
         if self.uses_reference:
             before = self.encode(reference)
             hidden = self.merge(torch.cat([before[-1], hidden], 1))
             for part, logits, reach in zip(self.near, self.compare(after, before), REACHES):
-                near = [LOUDNESS * logits.flatten(1, 2), *[MOVED * self.flow(logits, reach)] * self.flows]
-                hidden = hidden + part(torch.cat(near, 1).to(hidden.dtype))
-        hidden = run(self.trunk, hidden).to(self.head[-1].weight.dtype)
+                hidden = hidden + part((LOUDNESS * logits).flatten(1, 2).to(hidden.dtype))
+                moves.append(F.adaptive_avg_pool2d(MOVED * self.flow(logits, reach), hidden.shape[2:]))
+        hidden = run(self.trunk, hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
-            weights, mean, log_std = self.head(hidden).float().unflatten(1, self.shape).tensor_split(self.ends, 2)
+            seen = self.head[:JOINED](hidden.to(self.head[-1].weight.dtype))
+            if self.flows:
+                seen = torch.cat([seen, self.moves(torch.cat(moves, 1).to(seen.dtype))], 1)
+            seen = self.head[JOINED:](seen).float().unflatten(1, self.shape)
+        weights, mean, log_std = seen.tensor_split(self.ends, 2)
         return weights.squeeze(2).log_softmax(1), mean, log_std.exp() + LEAST_STD
 
     @staticmethod
