@@ -15,7 +15,6 @@ REACHES = 4, 5  # places to each side
 HEADS = 1, 2  # parts of the features that are compared each by itself
 KEYS = 32, 96  # features
 SHARPNESS = 10.0  # what cosines are multiplied by; learned, it stayed there
-MOVES = 3  # channels of a flow: to the right, down, and how sure
 
 
 def blocks(before, *widths):
@@ -101,12 +100,10 @@ class Matcher(nn.Module):
 
     @staticmethod
     def flow(logits, reach):
-        """Returns: (B, heads * MOVES, h, w), expected moves as shares of the reach, and the likeliest one's weight."""
+        """Returns: (B, 2 * heads, h, w), expected moves to the right and down, as shares of the reach."""
         steps = torch.arange(-reach, reach + 1, device=logits.device, dtype=logits.dtype) / reach
         moves = torch.stack(torch.meshgrid(steps, steps, indexing="xy")).flatten(1)
-        weights = logits.softmax(2)
-        mean = einsum(weights, moves, "b n m h w, k m -> b n k h w")
-        return torch.cat([mean, weights.amax(2, keepdim=True)], 2).flatten(1, 2)
+        return einsum(logits.softmax(2), moves, "b n m h w, k m -> b n k h w").flatten(1, 2)
 
     def loss(self, latents, moves, seen):
         """latents: (B, 2, C, h, w), of targets and references. moves: (B, 2, h, w), where what a place of a target

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from cldm.hints import decode
-from cldm.matcher import GROUPS, HEADS, MOVES, REACHES, SHARPNESS, WIDTHS, Matcher, blocks, run
+from cldm.matcher import GROUPS, HEADS, REACHES, SHARPNESS, WIDTHS, Matcher, blocks, run
 
 LOUDNESS, MOVED = 4 / SHARPNESS, 6.0  # of comparisons and of moves, for features of spread 1
 NEAR, MOVING = 32, 64  # channels that fine comparisons become, and moves
@@ -58,7 +58,7 @@ class Proposal(Matcher):
             )
             self.merge = nn.Conv2d(2 * width, width, 1)
         if flows:
-            sides = nn.Conv2d(sum(HEADS) * MOVES, MOVING, 3, 2, 1), nn.Conv2d(MOVING, MOVING, 3, 2, 1)
+            sides = nn.Conv2d(2 * sum(HEADS), MOVING, 3, 2, 1), nn.Conv2d(MOVING, MOVING, 3, 2, 1)
             self.moves = nn.Sequential(sides[0], nn.SiLU(), sides[1], nn.SiLU(), *pool)
         self.trunk = blocks(width, width, width, WIDTH, WIDTH, WIDTH)
         self.head = nn.Sequential(

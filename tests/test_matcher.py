@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cldm.conversion import add_control
-from cldm.matcher import HEADS, MATCHER_FILE, MOVES, REACHES, Matcher, spread_over
+from cldm.matcher import HEADS, MATCHER_FILE, REACHES, Matcher, spread_over
+from cldm.proposal import JOINED, POOLED, WIDTH, Proposal
 from dataForTrain import flying
 from ldm.settings import Settings
 
@@ -70,7 +71,7 @@ def test_shares_of_whole_moves_have_the_moves_as_their_mean(normal):
     moves, reach = normal(2, 2, 3, 5).clamp(-2, 2), 2
     shares = spread_over(moves, reach)
     torch.testing.assert_close(shares.sum(1), torch.ones(2, 3, 5))
-    mean = Matcher.flow(shares.log()[:, None], reach)[:, :2] * reach
+    mean = Matcher.flow(shares.log()[:, None], reach) * reach
     torch.testing.assert_close(mean, moves, atol=2e-3, rtol=0)
 
 
@@ -88,8 +89,8 @@ def test_what_moved_is_found(matcher, normal):
     with torch.no_grad():
         logits = matcher.compare(*(matcher.encode(own) for own in (target, reference)))
     for own, heads, reach, step in zip(logits, HEADS, REACHES, (1, 2)):
-        flow = Matcher.flow(own, reach).unflatten(1, (heads, MOVES))[..., 6:-6, 6:-6].mean((0, 1, 3, 4))
-        torch.testing.assert_close(flow[:2] * reach * step, torch.tensor([2.0, -2.0]), atol=0.2, rtol=0)
+        flow = Matcher.flow(own, reach).unflatten(1, (heads, 2))[..., 6:-6, 6:-6].mean((0, 1, 3, 4))
+        torch.testing.assert_close(flow * reach * step, torch.tensor([2.0, -2.0]), atol=0.2, rtol=0)
 
 
 def test_the_loss_is_least_for_what_is_true(matcher, normal):
@@ -116,3 +117,15 @@ def test_a_fresh_proposal_begins_with_the_matcher_of_its_base(loaded_base, tmp_p
     own = add_control(base, config, hint="reference", proposals=2).control_net.proposal.state_dict()
     assert all(torch.equal(own[key], weights[key]) for key in weights)
     assert add_control(base, config, hint="coordinate", proposals=2).control_net.proposal is not None
+
+
+def test_moves_go_straight_to_the_last_layers_of_a_proposal(matcher, normal):
+    """Without anything else that they see, pictures that moved unlike one another suggest unlike numbers."""
+    proposal = Proposal(1, 4, 2, uses_reference=True, flows=True).eval()
+    proposal.load_state_dict(matcher.state_dict(), strict=False)
+    reference = normal(1, 4, 32, 32).expand(3, -1, -1, -1)
+    target = torch.cat([own.roll(move, 3) for own, move in zip(reference.split(1), (-2, 2, 2))])
+    with torch.no_grad():
+        proposal.head[JOINED].weight[:, : WIDTH * POOLED**2] = 0
+        left, right, again = proposal(target, reference)[1]
+    assert torch.allclose(right, again, atol=1e-5) and (left - right).abs().max() > 1e-3

@@ -89,7 +89,7 @@ def test_the_matcher_finds_what_moved():
     with torch.no_grad():
         fine, coarse = matcher.compare(*(matcher.encode(own[None]) for own in latents.flip(0)))
     for logits, reach, places, near in ((fine, REACHES[0], 32, 2), (coarse, REACHES[1], 16, 5)):
-        right, down, _ = Matcher.flow(logits.mean(1, keepdim=True), reach)[0, :, 4:-4, 4:-4].flatten(1) * reach
+        right, down = Matcher.flow(logits.mean(1, keepdim=True), reach)[0, :, 4:-4, 4:-4].flatten(1) * reach
         moved = [way.median().item() * 128 / places for way in (right, down)]
         assert moved == pytest.approx([12, -4], abs=near)
 
