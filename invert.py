@@ -79,7 +79,7 @@ def read_many(model, s, known, rows, count, out_dir, first=True):
     """
     config, start = model.control_net.config, 0
     if first:
-        about = dict(known=known, a_prompt=s.a_prompt, draws=s.draws, seed=s.seed)
+        about = dict(known=known, a_prompt=s.a_prompt, draws=s.draws, figures=bool(s.figures), seed=s.seed)
         about["sha256"] = digest_model(s.model_path, model.config.base)
         start = resume(out_dir, config, about, rows, count)
 

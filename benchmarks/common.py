@@ -66,7 +66,7 @@ def check_fits(model, data, where):
     if config.error_scale is None:
         raise InputError("model_path: expected a control that was trained to its end, with error bars")
     numbers = list(config.control_names), list(config.periods), model.control_net.uses_reference
-    found = data.names or numbers[0], data.periods or numbers[1], data.has_references
+    found = data.names or numbers[0], data.periods_beside(numbers[1]), data.has_references
     if numbers != found or data.controls.shape[1] != len(numbers[0]):
         expected = f"{', '.join(numbers[0])}, periods {numbers[1]}, {'with' if numbers[2] else 'without'} references"
         raise InputError(f"data_root {where}: expected rows as the control was trained on: {expected}")

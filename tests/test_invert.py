@@ -144,7 +144,8 @@ def test_targets_may_be_added_at_the_end(arguments, targets, tmp_path, capsys, f
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "draws=4", "prompts", "sources", "no settings", "weights", "picture", "binary", "a key"]
+    "change",
+    ["seed=1", "draws=4", "figures=true", "prompts", "sources", "no settings", "weights", "picture", "binary", "a key"],
 )
 def test_results_of_another_run_are_kept(arguments, targets, picture, tmp_path, fails_in_one_line, change):
     run(*arguments, targets)
