@@ -9,13 +9,13 @@ from einops import rearrange, repeat
 
 from cldm.confidence import NOTHING, Reading, is_ambiguous, is_outside, raise_flags, standard_errors, widen
 from cldm.denoising import DenoisingObjective
+from cldm.evidence import BEYOND
 from cldm.hints import wrap
 from cldm.proposal import Proposal
 from cldm.reference import MATCHES, find_moving, match_reference
 from cldm.solvers import SAME, distinct_solutions, keep_rivals, levenberg_marquardt
 from ldm.settings import InputError
 
-MARGIN = 0.35  # share of the trained range that is searched beyond either end
 PROBES = 8  # points probed for one number unless calibration asks for more; for several numbers SEVERAL times as many
 SEVERAL = 6
 PROFILE_POINTS, PROFILE_DRAWS = 33, 4  # of a profile of the loss over a number's range; half the points for several
@@ -153,7 +153,7 @@ def find_lower(bounds, periods, control, points, losses, here):
 
 
 def search_bounds(config, known=None):
-    """Returns: (2, d) float64, where controls are searched: the trained range and MARGIN beyond; known ones as given.
+    """Returns: (2, d) float64, where controls are searched: the trained range and BEYOND it; known ones as given.
 
     Of a periodic number, these are the ends of its circle.
     Raises: InputError if there is no trained range.
@@ -162,7 +162,7 @@ def search_bounds(config, known=None):
         raise InputError("this control was never trained, so its range is unknown: run tutorial_train.py")
     statistics = (config.control_low, config.control_high, config.control_std)
     low, high, std = (torch.tensor(own, dtype=torch.float64) for own in statistics)
-    margin = MARGIN * torch.where(high > low, high - low, std)
+    margin = BEYOND * torch.where(high > low, high - low, std)
     margin[[period is not None for period in config.periods]] = 0
     bounds = torch.stack([low - margin, high + margin])
     for name, number in (known or {}).items():

@@ -21,13 +21,14 @@ from benchmarks.common import compose, inverse
 from cldm.changes import CHANGES, NO_CHANGE, choose_changes
 from cldm.confidence import Reading
 from cldm.dataset import Row, read_rows, split_rows
+from cldm.evidence import BEYOND
 from cldm.fit import Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.matcher import compare
 from cldm.model import Sampling, Target, load_model, save_model
 from cldm.pairs import FreshPairs, draw_pair, draw_views, list_pictures, read_photos
 from cldm.proposal import Proposal, hide
-from cldm.reading import MARGIN, fill_range, read_controls
+from cldm.reading import fill_range, read_controls
 from cldm.reference import MATCHES, ReferenceHint, find_moving, match_reference, sample_bilinear
 from cldm.solvers import levenberg_marquardt
 from dataForTrain import make_dataset
@@ -251,7 +252,7 @@ def test_where_nothing_moves_a_reading_takes_a_step_from_what_is_proposed(make_m
     target = Target(torch.zeros(2, 77, 16), normal(2, CHANNELS, 8, 8), normal(2, CHANNELS, 8, 8))
     reading = read_controls(model, target, {"control 1": 2.5}, draws=2)
     ((control, index, options),) = starts
-    assert control.tolist() == [[2.5, 1 + 2 * MARGIN, 340], [2.5, 0.5, 40]] and index.tolist() == [0, 1]
+    assert control.tolist() == [[2.5, 1 + 2 * BEYOND, 340], [2.5, 0.5, 40]] and index.tolist() == [0, 1]
     assert options == {"iterations": 1} and reading.iterations.tolist() == [1, 1]
     assert reading.control.tolist() == [[2.5, 3, 340], [2.5, 0.5, 40]]  # until calibration knows how far to trust it
     assert "outside_range" in reading.flags[0] and "outside_range" not in reading.flags[1]
