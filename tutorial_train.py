@@ -146,6 +146,8 @@ def make_model(s, data):
         if s.proposals is None:
             known = data.names and all(are_changes(data.names, data.units, data.absolute))  # by formula
             how["proposals"] = PROPOSALS if references and not known else 0
+        changes = references and not all(data.absolute or [False])  # what is the target's own, moves tell little of
+        how["flows"] = bool(how["proposals"] and changes)
         model = add_control(*load_base(s.base), **how)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods_beside(own[2])

@@ -26,13 +26,12 @@ def add_control(
 
     periods, hint, hint_hidden: as NumericControlNet has them. encoder: a file with a ControlNet in the original
     layout, whose encoder is copied instead of the UNet's. modulated: whether the numbers act in every block.
-    others: fusion and proposals of NumericControlNet.
+    others: fusion, proposals and flows of NumericControlNet; with flows, a proposal begins with the base's matcher.
     Returns: ControlLDM whose output equals the base's exactly until it is trained.
     """
     control_net = NumericControlNet.from_unet(
         base.unet,
         hint=hint,
-        flows=hint == "reference" and bool(others.get("proposals")),
         hint_hidden=hint_hidden,
         latent_size=config.image_size // base.downsampling if hint in ("dense", "original") else None,
         control_names=default_names(control_dim),

@@ -55,10 +55,10 @@ class TestFreshControl:
         assert all(torch.equal(copied[k], v) for k, v in base.unet.down_blocks.state_dict().items())
 
 
-WAYS = dict(proposals=2), dict(modulated=True), *(dict(fusion=own) for own in FUSIONS[1:])
+WAYS = dict(proposals=2, flows=True), dict(modulated=True), *(dict(fusion=own) for own in FUSIONS[1:])
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, *way.items())))
+@pytest.mark.parametrize("way", WAYS, ids=str)
 class TestWaysOfAControl:
     def test_a_fresh_one_adds_exactly_nothing(self, make_model, base, inputs, way):
         model = make_model(2, "reference", fresh=True, **way)

@@ -10,10 +10,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cldm.conversion import add_control
+from cldm.dataset import TrainingData
 from cldm.matcher import HEADS, MATCHER_FILE, REACHES, Matcher, spread_over
 from cldm.proposal import JOINED, POOLED, WIDTH, Proposal
 from dataForTrain import flying
 from ldm.settings import Settings
+from tutorial_train import make_model, settings
 
 SIZE, PLACES = 64, 32  # pixels of a side, and places
 
@@ -114,9 +116,17 @@ def test_a_fresh_proposal_begins_with_the_matcher_of_its_base(loaded_base, tmp_p
     weights = Matcher(base.unet.config.in_channels).state_dict()
     save_file(weights, tmp_path / MATCHER_FILE)
     config = Settings(config | {"base": str(tmp_path)})
-    own = add_control(base, config, hint="reference", proposals=2).control_net.proposal.state_dict()
+    own = add_control(base, config, hint="reference", proposals=2, flows=True).control_net.proposal.state_dict()
     assert all(torch.equal(own[key], weights[key]) for key in weights)
     assert add_control(base, config, hint="coordinate", proposals=2).control_net.proposal is not None
+
+
+@pytest.mark.parametrize("absolute, expected", [(None, True), ([True, False], True), ([True, True], False)])
+def test_what_moved_is_told_of_changes_alone(base_yaml, absolute, expected):
+    numbers = dict(controls=np.eye(2), names=["turn", "light"], units=["", ""], absolute=absolute)
+    data = TrainingData([], [], **numbers, ranges=dict.fromkeys(["turn", "light"], (0, 1)))
+    net = make_model(Settings(settings | {"base": str(base_yaml)}), data).control_net
+    assert net.config.proposals and net.config.flows == net.proposal.flows == expected
 
 
 def test_moves_go_straight_to_the_last_layers_of_a_proposal(matcher, normal):

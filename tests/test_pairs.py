@@ -293,7 +293,7 @@ def test_a_proposal_compares_places(normal):
 
 @pytest.mark.parametrize("side", [2, 9, 25, 32, 64])
 def test_a_proposal_takes_latents_of_any_size(make_model, normal, side):
-    net = make_model(2, "reference", proposals=3).control_net
+    net = make_model(2, "reference", proposals=3, flows=True).control_net
     weights, mean, std = net.proposal(normal(2, CHANNELS, side, side), normal(2, CHANNELS, side, side))
     assert weights.shape == (2, 3) and mean.shape == std.shape == (2, 3, 2) and std.min() > 0
 

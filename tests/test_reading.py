@@ -374,7 +374,7 @@ def test_as_many_digits_are_told_as_mean_something(std, digits):
 
 def test_moments_of_a_mixture(make_model):
     """Of an ordinary number, and of one that goes round, about which the second picture says nothing."""
-    model = make_model(2, "reference", periods=[None, 360.0], proposals=2)
+    model = make_model(2, "reference", periods=[None, 360.0], proposals=2, flows=True)
     model.control_net.register_to_config(control_mean=[5.0, 180.0], control_std=[2.0, 360 / 12**0.5])
     weights = torch.tensor([[0.5, 0.5], [1.0, 1e-9]]).log()
     phase = math.radians(350)

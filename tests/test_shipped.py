@@ -85,7 +85,7 @@ def test_the_matcher_finds_what_moved():
     reference, target = (photo.crop((x, y, x + 128, y + 128)) for x, y in ((0, 4), (12, 0)))
     pictures = [reference, ImageEnhance.Brightness(target).enhance(0.7)]
     latents = base.encode(pictures_to_tensor(pictures))
-    matcher = add_control(base, config, hint="reference", proposals=1).control_net.proposal
+    matcher = add_control(base, config, hint="reference", proposals=1, flows=True).control_net.proposal
     with torch.no_grad():
         fine, coarse = matcher.compare(*(matcher.encode(own[None]) for own in latents.flip(0)))
     for logits, reach, places, near in ((fine, REACHES[0], 32, 2), (coarse, REACHES[1], 16, 5)):

@@ -84,7 +84,7 @@ def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
     assert {"", "a frog"} < set(prompts)
     flights, again = (tool_train_base.draw_flights(Settings(s | {"processes": n}), 16) for n in (1, 2))
     assert all(torch.equal(*both) for both in zip(flights, again))
-    fresh = add_control(base, Settings(base=str(tmp_path / "base")), hint="reference", proposals=2)
+    fresh = add_control(base, Settings(base=str(tmp_path / "base")), hint="reference", proposals=2, flows=True)
     learned = load_file(tmp_path / "base" / MATCHER_FILE)
     assert torch.equal(fresh.control_net.proposal.first.weight, learned["first.weight"].float())
     views = views / 127.5 - 1
