@@ -163,10 +163,10 @@ def cut_square(rng, size, file):
     return photo.resize((size, size), Image.Resampling.LANCZOS, box=(x, y, x + side, y + side))
 
 
-def draw_flight(s, places, seed, chosen):
+def draw_flight(s, places, chosen):
     """chosen: (number of the pair, a photograph, cut-outs or None, each). Returns: as dataForTrain.flying.draw_pair."""
     number, photo, cutouts = chosen
-    rng, size = random.Random(f"{seed} {number}"), 2 * s.image_size
+    rng, size = random.Random(f"{s.seed} {number}"), 2 * s.image_size
     layers = []
     for file in cutouts:
         if file is None:
@@ -188,7 +188,7 @@ def draw_flights(s, places):
         cutouts = [rng.choice(stamps) if rng.random() < 0.6 else None for _ in range(rng.randint(1, 2))]
         chosen.append((number, rng.choice(rng.choice([shipped, photos])), cutouts))
     chosen.sort(key=lambda one: one[1])  # so that each file is opened once, or by few processes
-    drawn = map_in_processes(s.processes, partial(draw_flight, s, places, s.seed), chosen, chunk=16)
+    drawn = map_in_processes(s.processes, partial(draw_flight, s, places), chosen, chunk=16)
     return [torch.from_numpy(np.stack(part)) for part in zip(*tqdm(drawn, desc="drawing pairs", total=len(chosen)))]
 
 

@@ -79,7 +79,8 @@ class Proposal(Matcher):
             hidden = self.merge(torch.cat([before[-1], hidden], 1))
             for part, logits, reach in zip(self.near, self.compare(after, before), REACHES):
                 hidden = hidden + part((LOUDNESS * logits).flatten(1, 2).to(hidden.dtype))
-                moves.append(F.adaptive_avg_pool2d(MOVED * self.flow(logits, reach), hidden.shape[2:]))
+                if self.flows:
+                    moves.append(F.adaptive_avg_pool2d(MOVED * self.flow(logits, reach), hidden.shape[2:]))
         hidden = run(self.trunk, hidden)
         with torch.autocast(hidden.device.type, enabled=False):  # numbers have more digits than bfloat16
             seen = self.head[:JOINED](hidden.to(self.head[-1].weight.dtype))
