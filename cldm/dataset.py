@@ -300,7 +300,7 @@ def _read_line(text, file, number, known):
 
 def _check_alike(file, line, first):
     """Raises: InputError if two Lines have unlike numbers of numbers, or only one has a reference."""
-    if line.control and len(line.control) != len(first.control):
+    if line.control and first.control and len(line.control) != len(first.control):
         found = f'"source" has {len(line.control)} numbers, the first row has {len(first.control)}'
         raise InputError(f"{file} line {line.number}: {found}; every row needs as many")
     if (line.reference is None) != (first.reference is None):
@@ -326,7 +326,8 @@ def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
     That is one subject in ten of pairs of FEW_SUBJECTS or more, and it says so: error bars are then those of subjects
-    never seen. Else it is one number in ten. Periodic numbers are brought into one turn.
+    never seen. Else it is one number in ten, and of pairs those of the same pictures the other way round. Periodic
+    numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
     periods = read_control_names(data_root, rows.controls.shape[1])[2] or ()
@@ -340,7 +341,7 @@ def split_rows(data_root):
     subjects = find_subjects(rows)
     held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
     if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
-        held_out = hold_out(rows.controls, rows.prompt_index, periods)
+        held_out = with_reverses(rows, hold_out(rows.controls, rows.prompt_index, periods))
     else:
         kept = len(np.unique(subjects[held_out]))
         print(f"pairs show {subjects.max() + 1} subjects, of which {kept} are kept for validation as a whole")
@@ -382,6 +383,16 @@ def find_subjects(rows):
     own = connected_components(graph, directed=False)[1][ends[0]]
     _, first, which = np.unique(own, return_index=True, return_inverse=True)
     return first.argsort().argsort()[which]
+
+
+def with_reverses(rows, chosen):
+    """chosen: (N,) bool, of Rows. Returns: (N,) bool, those and their pictures the other way round."""
+    if "reference" not in rows.columns:
+        return chosen
+    names = ([os.path.normpath(rows.columns[key][place]) for place in rows.places] for key in ("target", "reference"))
+    pairs = list(zip(*names))
+    backwards = {pairs[i][::-1] for i in chosen.nonzero()[0]}
+    return chosen | np.fromiter((pair in backwards for pair in pairs), bool, len(rows))
 
 
 def wrap_rows(rows, periods, middle):

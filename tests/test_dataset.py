@@ -14,6 +14,7 @@ from cldm.dataset import (
     TrainingOrder,
     find_subjects,
     hold_out,
+    iterate_rows,
     parse_control,
     read_control_names,
     read_data,
@@ -373,6 +374,30 @@ def test_of_pairs_whole_subjects_are_held_out(write_dataset, subjects, capsys):
         assert validation == {"5", "11"} & {str(i) for i in range(subjects)} and not train & validation
         assert f"{subjects} subjects, of which {len(validation)} are kept" in capsys.readouterr().out
         assert len(train) + len(validation) == subjects
+
+
+def test_a_pair_and_its_reverse_are_held_out_together(write_dataset):
+    """Of six subjects, each with a prompt of its own, every two of twelve pictures are a pair, there and back."""
+    folder = write_dataset([0])
+    rows = [(k, a, b) for k in range(6) for a in range(12) for b in range(12) if a != b]
+    texts = (dict(target=f"{k}_{b}.png", reference=f"{k}_{a}.png", source=b - a, prompt=f"{k}") for k, a, b in rows)
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, texts)))
+    train, validation = ({tuple(row.pictures) for row in own} for own in split_rows(folder))
+    assert validation and not train & {pair[::-1] for pair in validation} and len(train) + len(validation) == len(rows)
+    assert len(validation) < 0.25 * len(rows)
+
+
+def test_a_source_may_be_missing_where_it_is_only_compared(write_dataset):
+    """As of a meter's pictures, some of which are labelled."""
+    file = write_dataset([0, 1, 2, 3]) / "prompt.json"
+    texts = [json.loads(line) for line in file.read_text().splitlines()]
+    del texts[0]["source"], texts[2]["source"]
+    file.write_text("\n".join(map(json.dumps, texts)))
+    assert controls(iterate_rows(file, known=False)) == [None, (1.0,), None, (3.0,)]
+    texts[3]["source"] = [1, 2]
+    file.write_text("\n".join(map(json.dumps, texts)))
+    with pytest.raises(InputError, match="line 4.*2 numbers, the first row has 1"):
+        [*iterate_rows(file, known=False)]
 
 
 def test_copies_of_a_reference_are_one(write_dataset):
