@@ -90,7 +90,8 @@ def find_reach(reference, target, ranges, control, known=(), periods=None):
     at = read.clamp(min=torch.tensor(SMALLEST))
     width, least, most = high - low, torch.minimum(low, at), torch.maximum(high, at)
     periods = [(periods or {}).get(name) for name in NO_CHANGE]
-    beyond = width * torch.tensor([math.inf if period else BEYOND for period in periods])
+    goes_round = torch.tensor([*map(bool, periods)])
+    beyond = torch.where(goes_round & (width > 0), math.inf, BEYOND * width)
     least, most = least - beyond, most + beyond
     least[5].clamp_(min=0)
 

@@ -27,14 +27,15 @@ POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used
 VALIDATION_PAIRS, VALIDATION_ROWS = 144, 1000  # at most
 STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+OTHERS = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".pgm", ".ppm", ".tga"}
 
 
 def list_pictures(folder):
-    """Returns: the pictures in a folder and below it, links followed, without hidden ones.
+    """Returns: the pictures in a folder and below it, links followed, without hidden ones; tells of those of OTHERS.
 
     Raises: InputError if there are none.
     """
-    files, seen = [], set()
+    files, left, seen = [], [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         real = os.path.realpath(place)
@@ -42,11 +43,15 @@ def list_pictures(folder):
             folders.clear()
             continue
         seen.add(real)
-        own = (Path(place, name) for name in names if not name.startswith("."))
+        own = [Path(place, name) for name in names if not name.startswith(".")]
         files += [file for file in own if file.suffix.lower() in SUFFIXES and file.is_file()]
+        left += [file.suffix.lower() for file in own if file.suffix.lower() in OTHERS]
     files.sort()
     if not files:
         raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
+    if left:
+        kinds = ", ".join(sorted({*left}))
+        print(f"{folder}: {len(left)} picture(s) of other kinds are left out ({kinds}); convert them")
     return files
 
 

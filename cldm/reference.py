@@ -186,6 +186,8 @@ def find_moving(control_net, size):
     """Returns: (d,) bool, which numbers move a reference of latents of `size`, (h, w)."""
     hint, config = control_net.controlnet_cond_embedding, control_net.config
     weight = hint.mlp[0].weight
+    if hint.fusion == "attention":  # whose motion acts on nothing, and never learned
+        return torch.zeros(control_net.control_dim, dtype=torch.bool, device=weight.device)
     low, high = (
         torch.tensor(b, dtype=torch.float64, device=weight.device) for b in (config.control_low, config.control_high)
     )

@@ -76,6 +76,9 @@ def test_only_numbers_that_were_sought_are_widened():
     flat = draw(FEATURELESS["flat"][0])
     ranges = {"rotation": (-10, 10), "tilt": (0, 5), "zoom": (0.8, 1.25)}
     far = find_reach(flat, flat, ranges, torch.tensor([1.0, 2.0, 1.0]), known=["zoom"])
+    assert torch.equal(
+        far, find_reach(flat, flat, ranges, torch.tensor([1.0, 2.0, 1.0]), known=["zoom"], periods={"zoom": 3.0})
+    )
     assert far[0] > 10 and far[1:].tolist() == [0, 0]  # degrees
 
 

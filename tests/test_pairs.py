@@ -235,6 +235,15 @@ def test_the_reference_is_moved_onto_the_target_without_a_start(make_model, norm
         assert places[index == i][0, 0].item() == pytest.approx(truth[i, 0].item(), abs=0.05)
 
 
+@pytest.mark.parametrize("fusion, moves", [("attention", False), ("affine", True), ("both", True)])
+def test_only_what_is_fused_by_motion_moves(make_model, fusion, moves):
+    """A fresh hint's motion is small, but not nothing; with attention alone it acts on nothing."""
+    model = make_model(1, "reference", fusion=fusion)
+    model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0])
+    model.control_net.controlnet_cond_embedding.mlp[-1].weight.data *= 100
+    assert find_moving(model.control_net, (32, 32)).tolist() == [moves]
+
+
 def test_where_nothing_moves_a_reading_takes_a_step_from_what_is_proposed(make_model, normal, monkeypatch):
     """The last number goes round, and its proposal lies beyond its circle; the first is known, the second too large."""
     model = make_model(3, "reference", proposals=1, periods=[None, None, 360.0])
@@ -538,6 +547,15 @@ def test_pairs_that_cannot_be_cut_are_named(photos, base_yaml, control_folder, t
     assert "no pictures" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
     arguments = [f"base={base_yaml}", f"pairs={tmp_path / 'nowhere'}", f"out_dir={tmp_path / 'out'}"]
     assert "no such folder" in fails_in_one_line(tutorial_train.main, tutorial_train.settings, arguments)
+
+
+def test_pictures_of_other_kinds_are_not_left_out_silently(photos, capsys):
+    good = list_pictures(photos)
+    assert not capsys.readouterr().out
+    (photos / "x.HEIC").touch()
+    assert (
+        list_pictures(photos) == good and "1 picture(s) of other kinds are left out (.heic)" in capsys.readouterr().out
+    )
 
 
 def test_broken_pictures_are_found_before_the_first_step(photos, tmp_path):
