@@ -94,7 +94,7 @@ class Matcher(nn.Module):
     def compare(self, target, reference):
         """target, reference: what `encode` returns. Returns: logits (B, heads, (2 reach + 1)^2, h, w) of both sides."""
         return [
-            SHARPNESS * compare(key(after), key(before), heads, reach)
+            SHARPNESS * compare(key(after), key(before), heads, reach).float()  # moves have more digits than bfloat16
             for key, after, before, heads, reach in zip(self.keys, target, reference, HEADS, REACHES)
         ]
 
@@ -103,7 +103,8 @@ class Matcher(nn.Module):
         """Returns: (B, 2 * heads, h, w), expected moves to the right and down, as shares of the reach."""
         steps = torch.arange(-reach, reach + 1, device=logits.device, dtype=logits.dtype) / reach
         moves = torch.stack(torch.meshgrid(steps, steps, indexing="xy")).flatten(1)
-        return einsum(logits.softmax(2), moves, "b n m h w, k m -> b n k h w").flatten(1, 2)
+        with torch.autocast(logits.device.type, enabled=False):
+            return einsum(logits.softmax(2), moves, "b n m h w, k m -> b n k h w").flatten(1, 2)
 
     def loss(self, latents, moves, seen):
         """latents: (B, 2, C, h, w), of targets and references. moves: (B, 2, h, w), where what a place of a target

@@ -103,7 +103,7 @@ class Proposal(Matcher):
         spreads, columns = [], [*zip(middle.unbind(1), variance.unbind(1))]
         for period, unit in zip(config.periods, config.control_std):
             (centre, own), *columns = columns
-            if period:  # across the direction that sine and cosine point to
+            if period:  # as if sine and cosine were spread alike in all directions
                 (other, its), *columns = columns
                 angle = ((own + its) / 2).sqrt() / torch.hypot(centre, other).clamp_min(1e-6)
                 spreads.append((angle * period / (2 * math.pi)).clamp_max(period / 12**0.5))

@@ -139,3 +139,14 @@ def test_moves_go_straight_to_the_last_layers_of_a_proposal(matcher, normal):
         proposal.head[JOINED].weight[:, : WIDTH * POOLED**2] = 0
         left, right, again = proposal(target, reference)[1]
     assert torch.allclose(right, again, atol=1e-5) and (left - right).abs().max() > 1e-3
+
+
+def test_moves_are_as_exact_in_mixed_precision_as_their_logits():
+    """As what a proposal reads with is not what it was trained with, otherwise."""
+    matcher, latents = Matcher(12), torch.randn(2, 1, 12, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for logits, reach in zip(matcher.compare(*map(matcher.encode, latents)), REACHES):
+            flow = matcher.flow(logits, reach)
+            assert logits.dtype == flow.dtype == torch.float32
+            with torch.autocast("cpu", enabled=False):
+                torch.testing.assert_close(flow, matcher.flow(logits, reach))
