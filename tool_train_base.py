@@ -37,6 +37,7 @@ import math
 import random
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,6 +68,7 @@ from ldm.text import tokenize
 # ends in pure noise, so that nothing of a start picture leaks (Lin et al. 2024).
 LIKE = ROOT / "models" / "tiny_dc"
 RESUME_FILE, KEPT = "resume.ckpt", 200  # what a stopped training goes on from; steps after which it is written
+DETAILS = 64, 0.65  # least side of a detail of a photograph, in pixels; the largest, as a share of its own
 SPREAD = 0.5  # latent channels deviate by this power of their principal component's deviation
 PLAIN = 0.15  # share of a matcher's pairs before one colour
 NOISE = 0.1  # added to its latents, whose spread is 1
@@ -86,9 +88,12 @@ def recolour(rng, picture):
 def draw_detail(rng, size, file):
     """Returns: the busier of two squares cut anywhere from a photograph, turned by any angle; PIL, size x size."""
     photo = open_photo(file)
+    least, most = DETAILS[0], DETAILS[1] * min(photo.size)
+    if most < least:
+        raise InputError(f"{file}: {photo.width} x {photo.height} pixels are too few; leave it out of photos")
 
     def draw_square():
-        side = math.exp(rng.uniform(math.log(64), math.log(0.65 * min(photo.size))))
+        side = math.exp(rng.uniform(math.log(least), math.log(most)))
         reach = side / math.sqrt(2) + 2
         return side, [rng.uniform(reach, n - reach) for n in photo.size]
 
@@ -152,7 +157,10 @@ def find_sources(s):
     """Returns: the paths of the photographs that packages carry, of those of the settings, and of the cut-outs."""
     shipped = [find_photo(file) for file in [*(photo.file for photo in TRAIN.values()), *EXTRA]]
     photos = [file for folder in s.photos.split(",") for file in largest_pictures(find_path(folder))]
-    return shipped, photos, [file for file in list_pictures(find_path(s.stamps)) if file.suffix == ".png"]
+    stamps = [file for file in list_pictures(find_path(s.stamps)) if file.suffix.lower() == ".png"]
+    if not stamps:
+        raise InputError(f'setting "stamps": {s.stamps}: no .png in it, which cut-outs are')
+    return shipped, photos, stamps
 
 
 def cut_square(rng, size, file):
@@ -214,7 +222,7 @@ def train_steps(s, module, generator, steps, peak, loss_at, label):
     Every KEPT steps, all of it goes into RESUME_FILE in out_dir, from which a run of the same settings goes on.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), find_path(s.out_dir) / RESUME_FILE
+    optimizer, file = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.01), Path(s.out_dir) / RESUME_FILE
     first, smooth = 0, None
     about = {"stage": label, **s, "overwrite": None, "processes": None, "device": generator.device.type}
     if file.exists():
@@ -295,6 +303,7 @@ def start_as_pca(vae, mean, components, deviations):
 
 def train_vae(s, pictures, device):
     """Train the VAE on the views from their principal components on, to the least root mean square error of pixels."""
+    torch.manual_seed(s.seed)
     vae = AutoencoderDC.from_config(AutoencoderDC.load_config(LIKE / "vae"))
     start_as_pca(vae, *patch_pca(pictures[:: len(pictures) // 1000 + 1] / 127.5 - 1, vae.config.latent_channels))
     vae.to(device)
@@ -335,6 +344,7 @@ def train_matcher(s, vae):
     """Returns: a Matcher of the VAE's latents that finds again what flies before photographs."""
     pictures, moves, seen = draw_flights(s, s.image_size // 4)
     latents = encode_views(vae, pictures.flatten(0, 1)).unflatten(0, (-1, 2))
+    torch.manual_seed(s.seed + 2)  # as if the VAE had been there already
     matcher = Matcher(latents.shape[2]).to(vae.device)
     generator = torch.Generator().manual_seed(s.seed + 2)
 
@@ -353,6 +363,7 @@ def train_unet(s, latents, prompts):
     """Train text encoder and UNet on v-prediction. Returns: both, their weights averaged over steps; the scheduler."""
     scheduler = DDIMScheduler.from_pretrained(LIKE / "scheduler")
     config = UNet2DConditionModel.load_config(LIKE / "unet")
+    torch.manual_seed(s.seed + 1)  # likewise
     unet = UNet2DConditionModel.from_config(config, sample_size=latents.shape[-1])
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(LIKE / "text_encoder", dtype="float32"))
     # Token embeddings stay random: words that training never saw must look like words.
@@ -392,7 +403,7 @@ def main(s):
         raise InputError(f'setting "image_size": expected a multiple of 32, got {s.image_size}')
     device = pick_device(s.device)
     out = fresh_folder(s.out_dir, s.overwrite, own=["vae", MATCHER_FILE, RESUME_FILE], never=["model.yaml"])
-    torch.manual_seed(s.seed)
+    s.out_dir = str(out)
     if not (out / "vae").exists():
         vae = train_vae(s, draw_views(s, s.seed, s.vae_views, 0, s.processes)[0], device)
         with whole_folder(out, removes=[RESUME_FILE]) as folder:

@@ -1,5 +1,8 @@
 """tool_train_base.py: the VAE that starts as principal components, and the whole script in miniature."""
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,21 @@ def test_a_killed_training_goes_on_where_it_was(tmp_path, monkeypatch):
     assert torch.equal(train(tmp_path / "killed"), train(tmp_path / "whole"))
 
 
+def test_what_a_stage_begins_with_does_not_depend_on_those_before(pictures, monkeypatch):
+    """So that a run which was stopped between them goes on as it would have."""
+    began = []
+    monkeypatch.setattr(tool_train_base, "train_steps", lambda s, module, *_: began.append(module.state_dict()))
+    s = Settings(tool_train_base.settings | pictures | dict(matcher_pairs=2, image_size=64))
+    vae = AutoencoderDC.from_config(AutoencoderDC.load_config(tool_train_base.LIKE / "vae"))
+    vae.register_to_config(scaling_factor=1.0)
+    for seed in 1, 2:
+        torch.manual_seed(seed)
+        tool_train_base.train_matcher(s, vae)
+        tool_train_base.train_unet(s, torch.zeros(2, 12, 16, 16), ["a", "b"])
+    for first, second in zip(began[:2], began[2:], strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.slow
 def test_whole_script_makes_a_base_that_loads(tmp_path, pictures):
     arguments = dict(vae_views=4, vae_steps=2, unet_views=4, unet_steps=2, batch_size=2, image_size=64)
@@ -102,3 +120,16 @@ def test_only_the_largest_of_several_sizes_is_taken(pictures):
 def test_missing_folders_are_named(tmp_path, pictures, fails_in_one_line):
     arguments = [f"photos={tmp_path / 'none'}", f"stamps={pictures['stamps']}", f"out_dir={tmp_path / 'base'}"]
     assert "none: no pictures" in fails_in_one_line(tool_train_base.main, tool_train_base.settings, arguments)
+
+
+def test_photographs_and_folders_that_cannot_serve_are_named(tmp_path, pictures):
+    small = tmp_path / "jpegs" / "small.jpg"
+    small.parent.mkdir()
+    Image.new("RGB", (90, 200)).save(small)
+    with pytest.raises(InputError, match="small.jpg: 90 x 200 pixels are too few"):
+        tool_train_base.draw_detail(random.Random(0), 128, small)
+    stamp = Path(pictures["stamps"], "160x160.png")
+    stamp.rename(stamp.with_suffix(".PNG"))
+    assert stamp.with_suffix(".PNG") in tool_train_base.find_sources(Settings(pictures))[2]
+    with pytest.raises(InputError, match='"stamps".*no .png'):
+        tool_train_base.find_sources(Settings(pictures | dict(stamps=str(small.parent))))
