@@ -76,15 +76,18 @@ def main(s):
         check_used(s, settings, "with a control that is no change of a picture", "input_image_path")
     if ".." not in s.control:
         check_used(s, settings, "without a range", "count")
+    if s.scale == 1:
+        check_used(s, settings, "with scale=1, which is no guidance", "n_prompt")
     reference = load_picture(find_path(s.input_image_path)) if s.input_image_path else None
-    target = model.encode([s.prompt], None, reference and [reference], s.a_prompt, s.n_prompt)
+    prompt = model.choose_prompt(s.prompt, settings["prompt"])
+    target = model.encode([prompt], None, reference and [reference], s.a_prompt, s.n_prompt)
     sampling = Sampling(s.ddim_steps, s.scale, s.strength, s.eta)
     if config.control_low and (outside := is_outside(config, controls, torch.full_like(controls, math.inf)).sum()):
         print(f"outside_range: {outside} of {len(controls)} control(s) lie beyond the trained range")
     files = [f"control_{i:03d}.png" for i in range(1, len(controls) + 1)]
     report = {"files": files, "controls": controls.tolist()}
     write_whole(out_dir / "controls.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
-    for file in out_dir.glob("control_*.png"):  # of an earlier run
+    for file in (*out_dir.glob("control_*.png"), *out_dir.glob("strip.png")):  # of an earlier run
         file.unlink()
     pictures = {}
     for file, control in zip(files, tqdm(controls, desc="drawing", leave=False)):

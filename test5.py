@@ -47,7 +47,7 @@ from cldm.report import Inversion, save_inversion
 from cldm.solvers import GradientDescent
 from ldm.ddim import ddim_schedule, draw_noise
 from ldm.files import find_path, report_folder
-from ldm.pictures import fit_picture, load_picture, tell_fit
+from ldm.pictures import describe_shapes, fit_picture, load_picture, tell_fit
 
 
 def infer(model, s, start, target, control):
@@ -120,12 +120,15 @@ def main(s):
     model = load_model(s.model_path, device=s.device, save_memory=s.save_memory)
     control = check(s, model)
     pictures = [load_picture(find_path(path)) for path in (s.input_image_path, s.target_image_path)]
-    tell_fit([[picture.size] for picture in pictures], model.config.image_size)
+    sizes, changes = [picture.size for picture in pictures], model.control_net.uses_reference
+    tell_fit([sizes] if changes else [[size] for size in sizes], model.config.image_size)
     pictures = [fit_picture(picture, model.config.image_size) for picture in pictures]
-    start, target = (model.encode([s.prompt], [p], a_prompt=s.a_prompt, n_prompt=s.n_prompt) for p in pictures)
-    if model.control_net.uses_reference:
+    prompt = model.choose_prompt(s.prompt, settings["prompt"])
+    start, target = (model.encode([prompt], [p], a_prompt=s.a_prompt, n_prompt=s.n_prompt) for p in pictures)
+    if changes:
         target = replace(target, reference=start.latents)
     result = infer(model, s, start.latents, target, control)
+    result.flags += ["unlike_shapes"] * (changes and bool(describe_shapes(*sizes)))
     save_inversion(out_dir, model, result, *pictures, seed=s.seed)
     config = model.control_net.config
     for name, unit, value in zip(config.control_names, config.control_units, result.control.tolist()):

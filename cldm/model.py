@@ -19,7 +19,7 @@ from ldm.base import PREDICTION, LatentDiffusion, load_part
 from ldm.checkpoints import SD2, check_finite, identify, read_weights, to_half
 from ldm.ddim import ddim_sample, ddim_schedule
 from ldm.files import ROOT, find_path, fresh_folder, whole_folder
-from ldm.pictures import fit_picture, pictures_to_tensor
+from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
 from ldm.schema import FLAG, TEXT, check, number, one_of, or_null, read_config, reason, write_yaml
 from ldm.settings import InputError, Settings
 from ldm.unet import decode_unet, encode_unet
@@ -139,10 +139,14 @@ class ControlLDM(nn.Module):
         def latents(pictures):
             if pictures is None:
                 return None
-            fitted = [fit_picture(picture, self.config.image_size) for picture in pictures]
+            fitted = [fit_picture(load_picture(picture), self.config.image_size) for picture in pictures]
             return self.base.encode(pictures_to_tensor(fitted).to(self.base.device))
 
         return Target(embeddings, latents(pictures), latents(references), negative)
+
+    def choose_prompt(self, given, default):
+        """Returns: a script's prompt, `given`; "" in place of its `default` if the control has no texts."""
+        return "" if given == default and list(self.control_net.config.prompts or ()) == [""] else given
 
     def generate(self, noise, control, target, sampling=Sampling(), start=None):  # noqa: B008 (frozen)
         """Draw latents at a control: DDIM with classifier-free guidance (Ho & Salimans 2022).

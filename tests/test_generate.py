@@ -56,6 +56,19 @@ def test_a_periodic_number_is_named_within_its_circle(make_model, tmp_path, caps
     assert report["controls"] == [[9], [0], [1]] and "outside_range" not in capsys.readouterr().out
 
 
+def test_a_control_without_texts_is_given_none_by_default(make_model):
+    """The default is a subject of another control, which would lead a drawing away from picture A."""
+    model = make_model(2, "reference")
+    for known, prompt in (([""], ""), (["a cup", ""], "default"), (None, "default")):
+        model.control_net.register_to_config(prompts=known)
+        assert model.choose_prompt("default", "default") == prompt and model.choose_prompt("own", "default") == "own"
+
+
+def test_what_guidance_leads_away_from_needs_guidance(control_folder, fails_in_one_line):
+    line = fails_in_one_line(generate.main, generate.settings, [f"model_path={control_folder}", "n_prompt=blurred"])
+    assert '"n_prompt": has no effect with scale=1' in line
+
+
 def test_a_change_needs_its_picture(make_model, picture, tmp_path, fails_in_one_line):
     save_model(make_model(2, "reference"), tmp_path / "control")
     arguments = [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "control=[1,1]"]

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import ExifTags, Image, ImageCms
 
 from ldm.pictures import check_pictures, describe_fit, describe_shapes, load_picture
@@ -346,3 +347,15 @@ def test_cropping_is_described(sizes, line):
 def test_unlike_shapes_are_described(first, second, shift, zoom):
     for line in (describe_shapes(first, second), describe_shapes(second, first)):
         assert not line and not shift or f"by up to {shift} widths and zoom by up to a factor {zoom};" in line
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "RGBA", "CMYK"])
+def test_a_model_takes_pictures_as_they_were_opened(make_model, tmp_path, mode):
+    """Of any mode, turned as their tags say, as those that it opens itself."""
+    model, file = make_model(), tmp_path / f"a.{'jpg' if mode == 'CMYK' else 'png'}"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.radial_gradient("L").crop((0, 0, 100, 100)).convert(mode).save(file, exif=exif)
+    with Image.open(file) as opened:
+        own = model.encode([""], [opened]).latents
+    assert torch.equal(own, model.encode([""], [load_picture(file)]).latents)
