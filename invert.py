@@ -64,6 +64,7 @@ def read_one(model, s, known, row, out_dir):
     tell_fit([loaded[1]], model.config.image_size)
     reading, draw = read(model, s, known, [row], [loaded], figure)
     result = describe_reading(config, reading, 0, row, s.seed)
+    (out_dir / "figure.png").unlink(missing_ok=True)  # an earlier reading's
     write_whole(out_dir / "result.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
     tell_reading(config, reading, result)
     if figure:

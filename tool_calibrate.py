@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import torch
 
 from cldm.calibration import calibrate
+from cldm.conversion import MOST_PROMPTS
 from cldm.logger import describe_bars
 from cldm.model import load_model
 from cldm.pairs import training_set, validation_set
@@ -49,6 +50,9 @@ def main(s, paths):
             f"{s.pairs or s.data_root}: not what {folder} reads, {', '.join(numbers)} from {list(config.control_low)} "
             f"to {list(config.control_high)}; of pairs, controls= says names and ranges"
         )
+    known, given = set(config.prompts or ()), {*data.prompts, *(rows.prompts if rows else ())}
+    if 0 < len(known) < MOST_PROMPTS and not known & given:
+        raise InputError(f"{s.data_root}: none of its prompts is one of {folder}, such as {[*config.prompts][:3]}")
     chosen = model.base, model.config.image_size, s.seed
     dataset = validation_set(data, *chosen) or training_set(data, *chosen)
     calibrate(model, folder, dataset, s.pictures)

@@ -250,17 +250,19 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
         axes.plot(points[:, k], losses, color=BLUE, label="denoising loss")
         value, std, read = control[k].item(), None, dict(color=VERMILION, fmt="o", label="read")
+        period, middle = config.periods[k], points[[0, -1], k].mean()
+        place = value - period * round((value - middle) / period) if period else value  # on the axis
         if reading.calibrated:
             std, read["label"] = reading.std[i, k].item(), "read, with its 90% interval"
             read |= dict(xerr=reading.margin[i, k].item(), capsize=6, elinewidth=2.5)
-        axes.errorbar(value, np.interp(value, points[:, k], losses), **read)
-        ends = (config.control_low[k], config.control_high[k]) if config.periods[k] is None else points[[0, -1], k]
+        axes.errorbar(place, np.interp(place, points[:, k], losses), **read)
+        ends = points[[0, -1], k] if period else (config.control_low[k], config.control_high[k])
         axes.axvspan(*ends, color="gray", alpha=0.12, lw=0, label="trained range")
-        highest = ROOM[bool(config.periods[k])] * losses.max()
+        highest = ROOM[bool(period)] * losses.max()
         axes.set(xlim=(points[0, k], points[-1, k]), xlabel=label(name, unit), ylim=(0, highest))
         axes.set_title(f"{name} {tell_value(value, std)} {unit}".rstrip(), fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(4))
-        if period := config.periods[k]:  # the axis runs half a turn either way from what was read, through the seam
+        if period:  # the axis runs half a turn either way of the lowest loss, through the seam
             low = config.control_low[k]
             axes.xaxis.set_major_locator(MultipleLocator(period / 4))
             axes.xaxis.set_major_formatter(lambda x, _, low=low, period=period: f"{low + (x - low) % period:.6g}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 
@@ -64,13 +65,19 @@ def parse_line(line, asked):
 
 def when_changed(row):
     """Returns: when each of a Row's pictures was last written, in nanoseconds; None for what is not there."""
-    return [file.stat().st_mtime_ns if file.is_file() else None for file in row.pictures]
+    changed = dict.fromkeys(row.pictures)
+    for file in changed:
+        with suppress(OSError):  # a name may be too long
+            changed[file] = file.stat().st_mtime_ns if file.is_file() else None
+    return [changed[file] for file in row.pictures]
 
 
 def fingerprint(row):
     """Returns: what tells later whether a Row's pictures have changed, for its line of results.jsonl."""
-    changed = when_changed(row)
-    return dict(changed=changed, sha256="" if None in changed else digest(row.pictures))
+    changed, found = when_changed(row), ""
+    with suppress(OSError):  # no permission
+        found = "" if None in changed else digest(row.pictures)
+    return dict(changed=changed, sha256=found)
 
 
 def is_changed(row, result):

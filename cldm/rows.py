@@ -1,6 +1,7 @@
 """What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
 
 import glob
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ def find_rows(s, defaults, control_net):
     reference = find_path(s.input_image_path) if s.input_image_path and (own_reference or demo) else None
     if reference and own_reference and not s.targets and not own_target:
         raise InputError("input_image_path: picture A alone; give picture B too, target_image_path")
+    if not (control_net.uses_reference or s.targets or own_target):
+        raise InputError(f"model_path {s.model_path}: give the picture that it reads, target_image_path, or targets")
     rows, names, count = find_targets(s, defaults, reference), control_net.config.control_names, 0
     for row in tqdm(rows(), "looking at the rows", delay=2, leave=False):
         count += 1
@@ -59,6 +62,11 @@ def find_targets(s, defaults, reference):
     if not files:
         raise InputError(f'targets {path}: not there; expected a folder, pictures like "photos/*.jpg" or a prompt.json')
     files = list(map(str, files))  # a fifth of the memory that paths take
+    if s.get("out_dir"):  # where an earlier run left figures
+        own = os.path.abspath(find_path(s.out_dir)) + os.sep
+        files = [file for file in files if not os.path.abspath(file).startswith(own)]
+        if not files:
+            raise InputError(f"targets {path}: all of them lie in out_dir, {s.out_dir}; choose another one")
     files.sort(key=natural)
     return lambda: (Row(None, Path(file), s.prompt, reference) for file in files)
 

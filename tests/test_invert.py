@@ -87,6 +87,42 @@ def test_a_periodic_number_is_told_within_its_circle(arguments, targets, make_mo
     assert "of 2 targets" in capsys.readouterr().out
 
 
+def test_a_picture_must_be_named(arguments, fails_in_one_line):
+    assert "give the picture that it reads" in fails_in_one_line(invert.main, invert.settings, arguments)
+
+
+def test_no_earlier_figure_stays_beside_a_result(one, tmp_path):
+    run(*one)
+    run(*one, "figures=false")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
+
+
+def test_what_an_earlier_run_drew_is_no_target(arguments, picture, tmp_path, capsys, fails_in_one_line):
+    folder, out = tmp_path / "many", tmp_path / "many" / "out"
+    folder.mkdir()
+    shutil.copy(picture, folder / "z.png")
+    for _ in range(2):
+        run(arguments[0], f"targets={folder}", "prompt=a cup", f"out_dir={out}")
+    assert "going on after 1 of 1 targets" in capsys.readouterr().out and (out / "series.png").is_file()
+    asked = [arguments[0], f"targets={out}", f"out_dir={out}"]
+    assert "all of them lie in out_dir" in fails_in_one_line(invert.main, invert.settings, asked)
+
+
+def test_a_name_that_no_disk_holds_does_not_stop_the_others(arguments, targets, tmp_path):
+    file = tmp_path / "targets.json"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1]["target"] = 300 * "x" + ".png"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    run(*arguments, targets)
+    assert [result["flags"] == ["unreadable"] for result in read_results(tmp_path)] == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 def test_many_pictures(arguments, targets, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cldm.report.DRAWN", Sampling(2))
     run(*arguments, targets, "figures=true", "batch_size=2")

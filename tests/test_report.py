@@ -70,6 +70,21 @@ def test_a_reading(config):
     assert [len(axes.child_axes) for axes in figure.axes if axes.containers] == [0, 0, 0, 0, 1]
 
 
+def test_a_reading_beyond_the_seam_is_drawn_on_its_axis():
+    """The lowest loss lies at 11.5 o'clock, what is read with the proposal's help at 0.5."""
+    names = dict(control_names=["hour"], control_units=["h"], absolute=None, periods=[12.0])
+    config = SimpleNamespace(control_low=[0.0], control_high=[12.0], **names)
+    told = dict(control=torch.tensor([[0.5]]), margin=torch.tensor([[0.2]]), std=torch.tensor([[0.1]]))
+    reading = SimpleNamespace(flags=[[]], calibrated=True, reach=torch.zeros(1, 1), **told)
+    points = torch.linspace(5.5, 17.5, 9)
+    profiles = points[None, None, :, None], (points - 11.5).abs()[None, None]
+    figure = draw_reading(config, reading, 0, profiles, SimpleNamespace(prompt=""), (PICTURE, None, PICTURE))
+    (axes,) = (axes for axes in figure.axes if axes.containers)
+    dot, _, (bars,) = axes.containers[0].lines
+    assert dot.get_xydata()[0].tolist() == pytest.approx([12.5, 1]) and axes.get_xlim() == (5.5, 17.5)
+    assert bars.get_segments()[0][:, 0] == pytest.approx([12.3, 12.7]) and axes.get_title() == "hour +0.500 ± 0.100 h"
+
+
 def test_an_inversion_of_several_numbers(config):
     result = Inversion(start=torch.zeros(5), flags=["outside_range", "unsettled"])
     for i in range(8):

@@ -523,6 +523,15 @@ def test_other_numbers_do_not_calibrate_a_control(control_folder, write_dataset,
         assert "not what" in line and "reads, control from [0.0] to [7.0]" in line
 
 
+def test_subjects_that_a_control_does_not_know_do_not_calibrate_it(control_folder, write_dataset, fails_in_one_line):
+    model = load_model(control_folder)
+    model.control_net.register_to_config(control_low=[0.0], control_high=[7.0], prompts=["a photo of a leather bag"])
+    save_model(model, control_folder)
+    own = dict(arguments=[control_folder, f"data_root={write_dataset(range(8))}"], paths=("MODEL_PATH",))
+    line = fails_in_one_line(tool_calibrate.main, tool_calibrate.settings, **own)
+    assert "none of its prompts" in line and "a photo of a leather bag" in line
+
+
 def test_two_runs_do_not_share_a_folder(arguments, out_dir, control_folder, fails_in_one_line):
     with another_run(out_dir):
         assert "another run" in fails_in_one_line(test5.main, test5.settings, arguments)
