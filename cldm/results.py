@@ -96,8 +96,8 @@ def tell_reading(config, reading, result):
     """Print what was read from one target, with its flags. result: as describe_reading has it."""
     count = len(config.control_names)
     errors = reading.std[0].tolist() if reading.calibrated else [None] * count
-    for name, unit, *told in zip(tell_names(config), config.control_units, reading.control[0].tolist(), errors):
-        print(f"{name}: {tell_value(*told)} {unit}".rstrip())
+    for name, unit, value, std in zip(tell_names(config), config.control_units, reading.control[0].tolist(), errors):
+        print(f"{name}: {tell_value(value, std or None)} {unit}".rstrip() + " (given)" * (std == 0))
     for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
         print(f"{flag}: {text}")
     if not result["flags"]:

@@ -398,12 +398,15 @@ def test_a_formula_knows_numbers_by_name_and_unit(nearly):
         assert not has_formula(config)
 
 
-def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path):
+def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path, capsys):
     pair = [f"input_image_path={photos / 'a.png'}", f"target_image_path={photos / 'b.jpg'}", "prompt="]
     arguments = [f"model_path={paired}", *pair, f"out_dir={tmp_path / 'out'}"]
     run_script(invert.main, invert.settings, [*arguments, "known=exposure=0.25"])
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["control"][1] == 0.25 and result["std"][1] == 0 and result["std"][0] > 0
+    printed = capsys.readouterr().out.splitlines()
+    first, second = (line for line in printed if line.startswith(tuple(result["names"])))
+    assert " ± " in first and second.endswith("+0.250 stops (given)")
     assert result["covariance"][0][0] == pytest.approx(result["std"][0] ** 2) and result["covariance"][0][1] == 0
     run_script(invert.main, invert.settings, arguments)
     free = json.loads((tmp_path / "out" / "result.json").read_text())
