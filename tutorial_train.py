@@ -34,12 +34,12 @@ settings = dict(
     max_steps=1400,
     epochs=None,  # in place of max_steps: how often every row is taken
     logger_freq=500,  # steps between pictures, and between validations; the last step has its own
-    patience=None,  # validations in a row that find no better control, after which training ends; None: at max_steps
+    patience=None,  # validations in a row with 1.5 times the least error, after which training ends; None: at max_steps
     checkpoint_freq=500,  # steps between checkpoints, beside those after validations
     checkpoint_minutes=10.0,  # and minutes; 0: not by the clock
     keep_checkpoints=1,  # the last so many; the best control is kept apart
     learning_rate=1e-3,  # at its peak
-    warmup_steps=100,  # in which it rises to it
+    warmup_steps=100,  # in which it rises to it, a tenth of all at most
     schedule="cosine",  # it falls to zero as half a cosine; "constant": it stays
     gradient_clip=1.0,  # largest norm of the gradient; 0: any
     ema=None,  # decay of an average of the weights that becomes the control, 0.999 for example
@@ -85,7 +85,7 @@ from cldm.runs import SaveBestAndLast, count_steps, describe_run, find_checkpoin
 from cldm.survey import rehearse, survey_rows, tell_subjects
 from cldm.training import SCHEDULES, ControlTraining, Method, checkpointing
 from dataForTrain.make_dataset import find_pictures
-from ldm.files import find_path, write_whole
+from ldm.files import find_path, leave_out, write_whole
 
 PROPOSALS = 8  # places, by default
 OWN = "hint", "fusion", "modulated", "proposals"  # of a fresh control
@@ -124,7 +124,7 @@ def read(s):
     """Returns: the TrainingData, rows of data_root or the photographs that pairs names, one in ten for validation."""
     if not s.pairs:
         return read_data(find_path(s.data_root))
-    files, ranges = find_pictures(s.pairs), choose_changes(s.controls)
+    files, ranges = leave_out(find_pictures(s.pairs), s.get("out_dir")), choose_changes(s.controls)
     held_out = find_pictures("validation") if "train" in s.pairs.split(",") else files[5::10] or files[2:3]
     return read_photos([file for file in files if file not in held_out], held_out, ranges, s.seed)
 
@@ -220,7 +220,9 @@ def main(s):
     if s.check:
         return survey(s)
     out_dir = hold_folder(
-        s.out_dir, s.overwrite, inputs=map(find_path, s.pairs.split(",") if s.pairs else [s.data_root])
+        s.out_dir,
+        s.overwrite,
+        inputs=map(find_path, [*(s.pairs.split(",") if s.pairs else [s.data_root]), *filter(None, [s.resume_path])]),
     )
     data = read(s)
     if s.likelihood is None:
@@ -229,6 +231,8 @@ def main(s):
     print(*describe_data(data, model.control_net.config), *tell_subjects(data), f"results go to {out_dir}", sep="\n")
     given = data, model.base, model.config.image_size, s.seed, s.latents_cache
     rows, validation = training_set(*given), validation_set(*given)
+    if s.patience and not validation:
+        raise InputError('setting "patience": has no effect without validation, which five numbers would give')
     print(*train(s, model, data, (rows, validation), out_dir), sep="\n")
     gc.collect()  # the optimizer's memory
     if rank_zero_only.rank == 0:

@@ -173,7 +173,7 @@ class NumericControlNet(ControlNetModel):
     def to_precision(self, dtype):
         """Convert all weights but those that take or tell numbers, in place. Returns: self."""
         for name, part in self.named_children():
-            if name not in ("controlnet_cond_embedding", "proposal"):
+            if name not in ("controlnet_cond_embedding", "class_embedding", "proposal"):
                 part.to(dtype)
         self.controlnet_cond_embedding.output_dtype = dtype
         return self
@@ -212,7 +212,7 @@ class NumericControlNet(ControlNetModel):
         control, repeats = self.normalize(control[:, :, 0, 0]), len(sample) // len(control)
         self.controlnet_cond_embedding.repeats = repeats
         if self.class_embedding is not None:
-            kwargs["class_labels"] = control.to(sample.dtype).repeat_interleave(repeats, 0)
+            kwargs["class_labels"] = control.repeat_interleave(repeats, 0)
         control = control[:, :, None, None].expand(-1, -1, *sample.shape[2:])
         if self.uses_reference:
             down, right = (have // need for have, need in zip(maps.shape[2:], sample.shape[2:]))

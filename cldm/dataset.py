@@ -59,7 +59,8 @@ def parse_time(text):
 
 TIME = Rule("a time in ISO 8601, such as 2019-06-21T14:05:00", lambda v: isinstance(v, str) and parse_time(v))
 ROW = {"source": Rule("a number or a list of numbers", lambda _: True), "time": TIME}
-ROW |= dict.fromkeys(("target", "prompt", "reference"), JSON_TEXT)
+PICTURES = {"target", "reference"}
+ROW |= dict.fromkeys(PICTURES | {"prompt"}, JSON_TEXT)
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,11 @@ def split_rows(data_root):
     subjects = find_subjects(rows)
     held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
     if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
-        held_out = with_reverses(rows, hold_out(rows.controls, rows.prompt_index, periods))
+        shown, prompts = name_pictures(rows), rows.prompt_index
+        if len(np.unique(shown)) < len(np.unique([shown, prompts], axis=1).T):  # some stand under several prompts
+            prompts = np.zeros_like(prompts)
+        held_out = hold_out(rows.controls, prompts, periods)
+        held_out |= np.isin(shown, shown[held_out])
     else:
         kept = len(np.unique(subjects[held_out]))
         print(f"pairs show {subjects.max() + 1} subjects, of which {kept} are kept for validation as a whole")
@@ -350,9 +355,9 @@ def split_rows(data_root):
 
 def count_shared(rows, others):
     """Returns: how many of Rows show what some of other Rows show."""
-    targets = {rows.columns["target"][place] for place in rows.places}
+    targets = {os.path.normpath(rows.columns["target"][place]) for place in rows.places}
     texts = others.columns["target"]
-    found = {others[i].shown for i, place in enumerate(others.places) if texts[place] in targets}
+    found = {others[i].shown for i, place in enumerate(others.places) if os.path.normpath(texts[place]) in targets}
     return sum(row.shown in found for row in rows) if found else 0  # of a million, none need be made
 
 
@@ -385,14 +390,12 @@ def find_subjects(rows):
     return first.argsort().argsort()[which]
 
 
-def with_reverses(rows, chosen):
-    """chosen: (N,) bool, of Rows. Returns: (N,) bool, those and their pictures the other way round."""
-    if "reference" not in rows.columns:
-        return chosen
-    names = ([os.path.normpath(rows.columns[key][place]) for place in rows.places] for key in ("target", "reference"))
-    pairs = list(zip(*names))
-    backwards = {pairs[i][::-1] for i in chosen.nonzero()[0]}
-    return chosen | np.fromiter((pair in backwards for pair in pairs), bool, len(rows))
+def name_pictures(rows):
+    """Returns: (N,) a number for the pictures of each of Rows, the same for a pair and its reverse."""
+    names = (
+        [os.path.normpath(rows.columns[key][place]) for place in rows.places] for key in PICTURES & {*rows.columns}
+    )
+    return np.fromiter(map(hash, map(frozenset, zip(*names))), np.int64, len(rows))
 
 
 def wrap_rows(rows, periods, middle):

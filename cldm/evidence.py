@@ -93,7 +93,7 @@ def find_reach(reference, target, ranges, control, known=(), periods=None):
     goes_round = torch.tensor([*map(bool, periods)])
     beyond = torch.where(goes_round & (width > 0), math.inf, BEYOND * width)
     least, most = least - beyond, most + beyond
-    least[5].clamp_(min=0)
+    least = torch.maximum(least, least.new_tensor(SMALLEST))
 
     others = torch.cat([trial_changes(a, b, at, width), repetitions(a, b, at, least, most)])
     others = torch.where(width > 0, others, at).clamp(least, most)

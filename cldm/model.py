@@ -160,7 +160,10 @@ class ControlLDM(nn.Module):
         """
         scheduler, timesteps = ddim_schedule(self.base.scheduler, sampling.ddim_steps, sampling.denoise_strength)
         first, *others = noise.expand(-1, len(control), -1, -1, -1)
-        noisy = first if start is None else scheduler.add_noise(start, first, timesteps[:1].to(first.device))
+        pure = (
+            start is None or sampling.denoise_strength == 1
+        )  # Stable Diffusion's first timestep would keep some of it
+        noisy = first if pure else scheduler.add_noise(start, first, timesteps[:1].to(first.device))
 
         def prompted(latents, timestep):
             how = dict(strength=sampling.strength, guess_mode=sampling.guess_mode)
@@ -267,8 +270,8 @@ def pick_device(name):
     """Returns: the torch.device that `name` says, "auto" being a GPU where there is one. Raises: InputError."""
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(0, device=device).cpu()  # "meta" has nothing to give
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device, dtype=torch.float64).cpu()  # "meta" has nothing to give, "mps" no float64
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f'setting "device": {name} cannot be used ({reason(error)})') from None
     return device
 

@@ -8,6 +8,7 @@ import json
 import shutil
 import tempfile
 from base64 import b64encode
+from dataclasses import replace
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -125,9 +126,10 @@ def draw_range(model, s, prompt, reference, seed, name, *numbers):
     k = config.control_names.index(name)
     ends = config.control_low[k], config.control_high[k]
     values = torch.linspace(*ends, s.count + bool(config.periods[k]), dtype=torch.float64)[: s.count]  # ends meet
+    digits = 3 if len({f"{value:.3g}" for value in values.tolist()}) == s.count else 6
     for value in values.tolist():
         control = to_control(model, [*numbers[:k], value, *numbers[k + 1 :]])
-        panels[f"{name}\n{value:+.3g} {config.control_units[k]}"] = drawing(control)
+        panels[f"{name}\n{value:+.{digits}g} {config.control_units[k]}"] = drawing(control)
         yield f"<p>{len(panels)} of {s.count} drawn</p>"
     png = to_png(draw_strip(panels).savefig)
     yield show(png) + offer("strip.png", "image/png", png)
@@ -192,11 +194,28 @@ def gather(model, s, files, reference, prompt, folder):
     rows, count = find_rows(Settings(s | asked), dict.fromkeys(asked, ""), model.control_net)
     if count > s.max_pictures:
         raise InputError(f"{count} pictures, at most {s.max_pictures} are read at once; invert.py reads any number")
-    rows = [*rows()]
+    rows = [find_loose(row, folder) for row in rows()]
     for path in (path for row in rows for path in row.pictures):
         if path != reference and not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path}: lies outside of what was uploaded")
     return rows
+
+
+def find_loose(row, folder):
+    """Returns: a Row whose pictures are found in a folder by name where they are not in their places, since of a folder
+    that is uploaded the files come without their places. Raises: InputError if several have such a name.
+    """
+    parts = {}
+    for key in ("target", "reference"):
+        path = getattr(row, key)
+        if path is None or path.exists() or not path.parent.resolve().is_relative_to(folder.resolve()):
+            continue
+        there = [file for file in folder.rglob("*") if file.name == path.name]
+        if len(there) > 1:
+            raise InputError(f"{path.name}: {len(there)} files are called so; upload a zip of the folder instead")
+        if there:
+            parts[key] = there[0]
+    return replace(row, **parts)
 
 
 def list_left(folder, rows):
@@ -213,9 +232,11 @@ def read_many(model, s, files, folder, reference, prompt):
     if not files:
         raise InputError("pictures: none are there; drop some, or a zip of them")
     config, results, how = model.control_net.config, [], Settings(s | {"figures": False})
-    with tempfile.TemporaryDirectory(dir=s.uploads) as folder:
-        reference = Path(reference) if reference else None
-        folder = Path(folder).resolve()
+    with tempfile.TemporaryDirectory(dir=s.uploads) as own:
+        folder = Path(own).resolve() / "given"
+        folder.mkdir()
+        if reference:  # copied, since the page deletes uploads after a while
+            reference = Path(shutil.copy(reference, own))
         rows = gather(model, s, files, reference, prompt, folder)
         left = list_left(folder, rows)
         for first in range(0, len(rows), BATCH):

@@ -99,14 +99,14 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
         return reading, profiles
     config = model.control_net.config
     lower = find_lower(search_bounds(config, known), config.periods, reading.lowest, *profiles)
-    if (lower == reading.lowest).all():
-        return reading, profiles
-    most = max(map(len, reading.others))  # every target starts from as many places
-    others = [own + place[None].expand(most - len(own), -1).tolist() for own, place in zip(reading.others, lower)]
-    others = lower.new_tensor(others).view(len(target), most, lower.shape[1])
-    start = torch.cat([reading.lowest[:, None], lower[:, None], others], 1)
-    reading = read_controls(model, target, known, draws, seed, start)
-    return reading, profile(model, target, reading.lowest, seed)
+    for i in (lower != reading.lowest).any(1).nonzero()[:, 0].tolist():  # one by one, so that none depends on others
+        others = lower.new_tensor(reading.others[i]).view(-1, lower.shape[1])
+        start = torch.stack([reading.lowest[i], lower[i], *others])
+        own = read_controls(model, target.select([i]), known, draws, seed, start[None])
+        reading = reading.exchange([i], own)
+        for part, anew in zip(profiles, profile(model, target.select([i]), own.lowest, seed)):
+            part[i] = anew[0]
+    return reading, profiles
 
 
 @torch.no_grad()

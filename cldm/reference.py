@@ -144,7 +144,8 @@ def sample_bilinear(features, positions):
     positions = torch.minimum(positions.clamp_min(0), size - 1)
     corner = torch.minimum(positions.detach().floor(), size - 2)
     right, down = (positions - corner)[:, :, None].unbind(1)  # (B, 1, h, w) each
-    index = rearrange((corner[:, 1] * width + corner[:, 0]).long(), "b h w -> b 1 (h w)")
+    whole = (corner[:, 1] * width + corner[:, 0]).nan_to_num(0).long()  # nan comes back by `right` and `down`
+    index = rearrange(whole, "b h w -> b 1 (h w)")
     index, flat = index.expand(-1, features.shape[1], -1), features.flatten(2)
     neighbours = (flat.gather(2, index + k).unflatten(2, positions.shape[2:]) for k in (0, 1, width, width + 1))
     top, top_right, bottom, bottom_right = neighbours

@@ -1,7 +1,6 @@
 """What is to be read: the pictures that invert.py's settings name, and the numbers that need not be found."""
 
 import glob
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from tqdm import tqdm
 
 from cldm.dataset import Row, iterate_rows, parse_control
 from cldm.pairs import SUFFIXES, list_pictures
-from ldm.files import find_path
+from ldm.files import find_path, leave_out
 from ldm.settings import InputError, check_used, nearest
 
 
@@ -62,11 +61,8 @@ def find_targets(s, defaults, reference):
     if not files:
         raise InputError(f'targets {path}: not there; expected a folder, pictures like "photos/*.jpg" or a prompt.json')
     files = list(map(str, files))  # a fifth of the memory that paths take
-    if s.get("out_dir"):  # where an earlier run left figures
-        own = os.path.abspath(find_path(s.out_dir)) + os.sep
-        files = [file for file in files if not os.path.abspath(file).startswith(own)]
-        if not files:
-            raise InputError(f"targets {path}: all of them lie in out_dir, {s.out_dir}; choose another one")
+    if not (files := leave_out(files, s.get("out_dir"))):
+        raise InputError(f"targets {path}: all of them lie in out_dir, {s.out_dir}; choose another one")
     files.sort(key=natural)
     return lambda: (Row(None, Path(file), s.prompt, reference) for file in files)
 

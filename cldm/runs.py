@@ -33,7 +33,7 @@ def hold_folder(out_dir, overwrite, inputs):
     """
     path, _ = hold_together(out_dir)
     if not list_checkpoints(path):
-        own = ["tensorboard", "pictures"] if (path / "tensorboard").exists() else []  # of a run killed early
+        own = ["tensorboard", "pictures", "log.csv"] if (path / "tensorboard").exists() else []  # of a run killed early
         if all(file.name.startswith(PARTIAL) for file in (path / CHECKPOINTS).glob("*")):  # as it wrote its first
             own.append(CHECKPOINTS)
         control_folder(path, overwrite, own=own, inputs=inputs)
@@ -54,7 +54,7 @@ def make_trainer(s, out_dir, callbacks):
     trainer = start_trainer(
         s,
         max_steps=s.max_steps,
-        val_check_interval=min(s.logger_freq, s.max_steps) * s.accumulate,
+        val_check_interval=s.logger_freq * s.accumulate,
         accumulate_grad_batches=s.accumulate,
         check_val_every_n_epoch=None,  # count steps: several processes see several epochs
         logger=TensorBoardLogger(out_dir, name="", version="tensorboard"),
@@ -196,6 +196,7 @@ class SaveBestAndLast(pl.Callback):
             return self.checkpoint(trainer)
         loss, base_loss = (trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss"))
         error, least = self.monitor.error, min((earlier for *_, earlier in self.history), default=math.inf)
+        error = error if math.isfinite(error) else math.inf
         self.since = 0 if error <= HARDLY * least else self.since + 1
         if trainer.is_global_zero and not self.since:
             save_model(module.model, self.out_dir)

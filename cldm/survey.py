@@ -21,7 +21,7 @@ from cldm.hints import wrap
 from cldm.logger import count_values
 from cldm.pairs import training_set
 from cldm.runs import count_steps, make_trainer
-from cldm.training import ControlTraining, Method
+from cldm.training import ControlTraining, Method, checkpointing
 from ldm.pictures import check_pictures, describe_fit, fit_picture, pictures_to_tensor
 from ldm.schema import Settings
 from ldm.settings import InputError
@@ -40,7 +40,8 @@ def describe_numbers(controls, names):
     """controls: N times d numbers. names: d texts. Returns: a line each, its range and a histogram of its values."""
     lines = []
     for name, values in zip(names, np.array(controls).T):
-        counts, _ = np.histogram(values, BINS)
+        shares = (values - values.min()) / (np.ptp(values) or 1)  # bins of large numbers might be none
+        counts, _ = np.histogram(shares, BINS, (0, 1))
         bars = "".join(BARS[int(np.ceil(count / counts.max() * (len(BARS) - 1)))] for count in counts)
         lines.append(f"{name}: |{bars}| {values.min():.10g} to {values.max():.10g}, {count_values(values)}")
     return lines
@@ -133,7 +134,7 @@ def rehearse(s, model, data):
     encoding = 0 if s.pairs else (time.perf_counter() - began) / len(some)
     first = REHEARSED if s.proposal_steps else 0
     count = first + REHEARSED
-    method = Method(0.0, count, sd_locked=s.sd_locked, proposal_steps=first)
+    method = Method(0.0, count, sd_locked=s.sd_locked, proposal_steps=first, ema=s.ema)
     module, ends = ControlTraining(model, method), []
 
     class Clock(pl.Callback):
@@ -145,7 +146,8 @@ def rehearse(s, model, data):
     with TemporaryDirectory() as folder:
         processes = make_trainer(s, folder, []).world_size
         single = Settings(s | dict(max_steps=count, accumulate=1, devices=1, num_nodes=1))
-        make_trainer(single, folder, [Clock()]).fit(module, batches)
+        with checkpointing(model, s.save_memory):
+            make_trainer(single, folder, [Clock()]).fit(module, batches)
     alone, step = (s.accumulate * (own[-1] - own[0]) / (REHEARSED - 1) for own in (ends[:REHEARSED], ends[first:]))
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()

@@ -268,6 +268,7 @@ class ControlTraining(pl.LightningModule):
     def diverged(self, what, value, batch=None):
         """Returns: the InputError of a loss that is not finite, or too large, perhaps in a batch."""
         places, data = (batch or {}).get("row", torch.empty(0)).tolist(), self.trainer.train_dataloader.dataset
+        places = places if hasattr(data, "rows") else []  # pairs are cut while training
         names = [data.rows[i].target.name for i in places[:NAMED]] + ["…"] * (len(places) > NAMED)
         seen = f" (of {', '.join(names)})" if names else ""
         return InputError(

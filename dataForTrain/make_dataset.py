@@ -169,7 +169,9 @@ def find_pictures(photos):
     """Returns: the paths of the pictures that pairs are cut from, in folders, groups or names separated by commas."""
     files = []
     for name in photos.split(","):
-        if name not in GROUPS and find_path(name).is_dir():
+        if not name.strip():
+            raise InputError(f'"{photos}": a folder between commas has no name')
+        if name not in (*GROUPS, "validation") and find_path(name).is_dir():
             files += list_pictures(find_path(name))
         elif len(Path(name).parts) > 1:
             raise InputError(f"{name}: no such folder")

@@ -105,6 +105,12 @@ def fresh_folder(path, overwrite=False, *, inputs=(), own=(), never=(), only=Non
     return path
 
 
+def leave_out(files, out_dir):
+    """Returns: a list's files but for those below out_dir, which an earlier run left there. out_dir: may be None."""
+    own = out_dir and os.path.abspath(os.path.expanduser(out_dir)) + os.sep
+    return [file for file in files if not (own and os.path.abspath(file).startswith(own))]
+
+
 def report_folder(path, report, key, *others):
     """Make a folder for a script's results, which replace those of an earlier run of the same script, and nothing else.
 

@@ -1,6 +1,6 @@
 """Prompts as CLIP's tokens, by open-clip-torch's tokenizer, which cleans a text as the original CLIP does."""
 
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def clip_tokenizer():
     return module.SimpleTokenizer()
 
 
-@cache
+@lru_cache(10_000)
 def encode(prompt):
     """Returns: the token ids of a prompt, at most LENGTH. What is cut from a longer one is printed, once."""
     tokenizer = clip_tokenizer()

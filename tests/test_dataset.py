@@ -387,6 +387,14 @@ def test_a_pair_and_its_reverse_are_held_out_together(write_dataset):
     assert len(validation) < 0.25 * len(rows)
 
 
+def test_of_a_picture_with_several_captions_none_is_trained_on_if_one_is_held_out(write_dataset):
+    folder = write_dataset([0])
+    texts = (dict(target=f"{i}.png", source=i, prompt=f"caption {k}") for i in range(30) for k in range(5))
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, texts)))
+    train, validation = ({row.target for row in own} for own in split_rows(folder))
+    assert len(validation) == 3 and len(train) == 27
+
+
 def test_a_source_may_be_missing_where_it_is_only_compared(write_dataset):
     """As of a meter's pictures, some of which are labelled."""
     file = write_dataset([0, 1, 2, 3]) / "prompt.json"
@@ -417,6 +425,9 @@ def test_rows_that_validation_shares_with_training_are_told(write_dataset, capsy
     (folder / "validation.json").write_text("\n".join([lines[0], json.dumps(other)]))
     split_rows(folder)
     assert "validation.json: 1 of 2 rows are training's, too" in capsys.readouterr().out
+    (folder / "validation.json").write_text(lines[0].replace('"target": "', '"target": "./'))
+    split_rows(folder)
+    assert "validation.json: 1 of 1 rows are training's, too" in capsys.readouterr().out
 
 
 def test_a_subject_that_most_rows_show_is_not_held_out(write_dataset):

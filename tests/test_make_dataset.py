@@ -106,6 +106,16 @@ def test_held_out_photos_are_in_no_training_list():
     assert not set(find_pictures("train")) & set(find_pictures("validation"))
 
 
+def test_no_folder_is_taken_that_nobody_named(tmp_path, monkeypatch):
+    (tmp_path / "validation").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "validation" / "x.png")
+    built_in = find_pictures("validation")
+    monkeypatch.chdir(tmp_path)
+    assert find_pictures("validation") == built_in
+    with pytest.raises(InputError, match="has no name"):
+        find_pictures("train,")
+
+
 def test_photos_of_several_sources():
     pictures = sorted((FOLDER / "resultData").glob("*.png"))
     found = find_pictures(f"train,{FOLDER / 'resultData'},gravel")

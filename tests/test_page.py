@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import Request, urlopen
 
@@ -121,6 +122,34 @@ def test_many_are_read_as_invert_reads_them(s, folder, picture, tmp_path):
         ours == [[cell.replace(f"{tmp_path}/", "") for cell in row] for row in theirs] and ours[2][-1] == "unreadable"
     )
     assert "not a picture that Pillow can read" in steps[-1] and s.uploads not in steps[-1]
+
+
+def test_an_uploaded_folder_is_read_though_only_its_files_come(make_model, s, picture, tmp_path):
+    """As gradio hands them on, without places; picture A, which the page deletes after a while, is copied."""
+    rows = [{"target": f"pictures/{i}.png", "reference": "pictures/a.png", "prompt": ""} for i in range(2)]
+    (tmp_path / "prompt.json").write_text("\n".join(map(json.dumps, rows)))
+    files = [shutil.copy(picture, tmp_path / f"{name}.png") for name in "01a"]
+    model = make_model(1, "reference")
+    model.control_net.register_to_config(control_low=[-1.0], control_high=[1.0])
+    steps = [*page.read_many(model, s, None, [str(tmp_path / "prompt.json"), *files], None, "")]
+    assert "2 of 2 read" in steps[-1] and "unreadable" not in steps[-1] and "not read:" not in steps[-1]
+    (tmp_path / "b").mkdir()
+    files.append(shutil.copy(picture, tmp_path / "b" / "1.png"))
+    with pytest.raises(InputError, match="1.png: 2 files are called so"):
+        last(page.read_many(model, s, None, [str(tmp_path / "prompt.json"), *files], None, ""))
+
+    steps = page.read_many(model, s, files[:1], None, str(files[2]), "")
+    next(steps)
+    Path(files[2]).unlink()
+    assert "unreadable" not in last(steps)
+
+
+def test_a_strip_over_large_numbers_shows_all(make_model, s, monkeypatch):
+    model, drawn = make_model(), {}
+    model.control_net.register_to_config(control_low=[1990.0], control_high=[2020.0])
+    monkeypatch.setattr(page, "draw_strip", lambda panels: drawn.update(panels) or Figure())
+    last(page.draw_range(model, s, "", None, 0, "control", 2000.0))
+    assert [float(title.split()[1]) for title in drawn] == [1990 + 5 * i for i in range(7)]
 
 
 def test_loose_files_of_one_name_are_all_read(s, folder, picture, tmp_path):

@@ -203,6 +203,13 @@ def test_bilinear_samples_are_torchs(normal):
     torch.testing.assert_close(sample_bilinear(features, positions), expected)
 
 
+def test_motions_that_are_not_finite_are_told_by_what_they_move():
+    """So that the loss is found out, and no index."""
+    positions = torch.full((1, 2, 4, 4), torch.nan)
+    assert sample_bilinear(torch.ones(1, 3, 8, 8), positions).isnan().all()
+    assert sample_bilinear(torch.ones(1, 3, 8, 8), positions.fill_(torch.inf)).eq(1).all()
+
+
 def test_generators_move_the_reference():
     """A quarter turn takes a corner to the next; a shift is in half sides."""
     motion = torch.zeros(2, 3, 3)

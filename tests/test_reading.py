@@ -508,6 +508,21 @@ def test_a_periodic_number_beside_another_is_read(periodic, explained, make_targ
     assert known.control[:, 0].tolist() == [3.0, 3.0] and not known.std[:, 0].any()
 
 
+def test_what_is_read_with_a_figure_depends_on_no_other_target(periodic, make_target, monkeypatch):
+    """The second has a lower place than was read, and is read anew; the first is not."""
+    model, target = periodic((None,)), make_target(2)
+    alone = read_controls(model, target)
+    lower = alone.lowest + torch.tensor([[0.0], [0.5]])
+    monkeypatch.setattr("cldm.reading.find_lower", lambda *_: lower)
+    found, (points, losses, here) = read_and_profile(model, target)
+    for key in ("control", "std", "loss", "iterations"):
+        own, before = getattr(found, key), getattr(alone, key)
+        assert own.shape == before.shape and torch.equal(own[0], before[0])
+    assert found.others[0] == alone.others[0] and found.model_calls > alone.model_calls
+    assert len(points) == len(losses) == len(here) == 2
+    assert points[1, 0, :, 0].min() <= found.lowest[1, 0] <= points[1, 0, :, 0].max()
+
+
 def test_a_periodic_number_without_effect_may_be_anywhere_and_says_so(periodic, explained, make_target):
     model = periodic(fresh=True)
     explained(torch.tensor([[1.0]]).double(), noise=0.1)

@@ -102,6 +102,8 @@ def test_numbers_and_prompts_in_a_few_lines():
     even, two = describe_numbers([(i, i % 2) for i in range(48)], ["angle", "side"])
     assert even == f"angle: |{'█' * 24}| 0 to 47, 48 values"
     assert two.startswith("side: |█" + " " * 22 + "█| 0 to 1, 2 values; two values only")
+    (large,) = describe_numbers([(3e16,)] * 3, ["stamp"])  # where histograms of equal bins have none
+    assert large.startswith("stamp: |█" + " " * 23 + "| 3e+16 to 3e+16, 1 value")
     lines = describe_prompts(["a"] * 3 + ["b"])
     assert lines == ["2 prompt(s), 2 pictures each (median)", '       3  "a"', '       1  "b"']
     assert describe_prompts([str(i) for i in range(30)])[-1] == "  …"

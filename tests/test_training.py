@@ -35,7 +35,8 @@ from cldm.dataset import ControlDataset, read_rows, split_rows
 from cldm.logger import PictureLogger, describe_bars, describe_losses
 from cldm.model import Sampling, load_model, save_model
 from cldm.monitor import HANDFUL, Monitor, across, describe_asked, draw_asked
-from cldm.runs import SaveBestAndLast, choose_precision, hold_folder, list_checkpoints
+from cldm.pairs import FreshPairs
+from cldm.runs import SaveBestAndLast, choose_precision, hold_folder, list_checkpoints, make_trainer
 from cldm.training import EXPLODED, RECENT, VALIDATION_TIMESTEPS, ControlTraining, FullAttention, Method, checkpointing
 from ldm.base import has_bfloat16
 from ldm.files import PARTIAL, ROOT
@@ -328,6 +329,41 @@ def test_a_run_killed_as_it_wrote_its_first_checkpoint_begins_again(tmp_path):
     (tmp_path / "checkpoints" / "mine.ckpt").write_bytes(b"whole")
     with pytest.raises(InputError, match="has checkpoints in it already"):
         hold_folder(tmp_path, False, ())
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
+    for name in ("tensorboard", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "log.csv").write_text("step\n100\n")
+    assert hold_folder(tmp_path, False, ()) == tmp_path
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="has notes.txt in it already"):
+        hold_folder(tmp_path, False, ())
+
+
+def test_validations_come_when_they_are_due_however_many_epochs_there_are(train, tmp_path):
+    s = override(tutorial_train.settings, ["epochs=10", "logger_freq=5000", "accelerator=cpu", "devices=1"])
+    assert make_trainer(s, tmp_path, []).val_check_interval == 5000
+
+
+def test_pairs_that_diverge_are_named_though_they_lie_in_no_file():
+    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(dataset=FreshPairs.__new__(FreshPairs)))
+    run = SimpleNamespace(trainer=trainer, global_step=7, saved=None, method=SimpleNamespace(learning_rate=1e-3))
+    error = ControlTraining.diverged(run, "the loss is not finite", math.nan, {"row": torch.tensor([3])})
+    assert str(error).startswith("step 7: the loss is not finite: nan; last checkpoint: none")
+
+
+def test_what_is_resumed_is_not_overwritten(train, control_folder):
+    before = files(control_folder)
+    with pytest.raises(InputError, match="which is read"):
+        train(f"resume_path={control_folder}", f"out_dir={control_folder}", "overwrite=true")
+    assert files(control_folder) == before
+
+
+def test_patience_needs_a_validation(train, write_dataset):
+    (write_dataset([[1, 0.5], [2, 1.0], [3, 2.0]]) / "validation.json").unlink()
+    with pytest.raises(InputError, match='"patience": has no effect without validation'):
+        train("patience=2")
 
 
 def test_one_run_at_a_time_writes_into_a_folder(train, tmp_path):
