@@ -205,4 +205,5 @@ class LatentDiffusion(nn.Module):
         """Returns: (B, 77, D) text embeddings of a list of prompts."""
         open_clip = self.text_encoder.config.hidden_act == "gelu"  # Stable Diffusion 2's, trained on padding by zeros
         tokens = tokenize(prompts, 0 if open_clip else None)
-        return self.text_encoder(tokens.to(self.device)).last_hidden_state
+        embeddings = self.text_encoder(tokens.to(self.text_encoder.device)).last_hidden_state
+        return embeddings.to(self.device)  # of a control's own UNet, which may be elsewhere
