@@ -392,10 +392,9 @@ def find_subjects(rows):
 
 def name_pictures(rows):
     """Returns: (N,) a number for the pictures of each of Rows, the same for a pair and its reverse."""
-    names = (
-        [os.path.normpath(rows.columns[key][place]) for place in rows.places] for key in PICTURES & {*rows.columns}
-    )
-    return np.fromiter(map(hash, map(frozenset, zip(*names))), np.int64, len(rows))
+    columns = [rows.columns[key] for key in PICTURES & {*rows.columns}]
+    shown = (frozenset(os.path.normpath(own[place]) for own in columns) for place in rows.places)
+    return np.fromiter(map(hash, shown), np.int64, len(rows))
 
 
 def wrap_rows(rows, periods, middle):
