@@ -76,7 +76,7 @@ def describe_losses(history, held_out, caught):
     best, last = min(losses), losses[-1]
     if last > (1 + FLAT) * best:
         step = history[losses.index(best)][0]
-        trend = f"it has risen since step {step}: more pictures would help, not more steps"
+        trend = f"it has risen since step {step}, so more pictures would help, not more steps"
     elif len(losses) == 1:
         trend = "a single validation tells no trend"
     elif last < (1 - FLAT) * min(losses[:-1]):
