@@ -171,8 +171,8 @@ class Monitor(pl.Callback):
         losses = {key: trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss")}
         if not math.isfinite(losses["val_loss"]):
             raise module.diverged("the val_loss is not finite", losses["val_loss"])
-        if not self.history or self.history[-1]["step"] != trainer.global_step:
-            self.look(trainer, module)
+        if module.average or not self.history or self.history[-1]["step"] != trainer.global_step:
+            self.look(trainer, module)  # with the average, which is judged
         net = module.model.control_net
         median, error = read_handful(module.model, self.dataset)
         self.error = trainer.strategy.broadcast(error)  # by which all processes stop at the same step

@@ -238,6 +238,9 @@ class ControlTraining(pl.LightningModule):
     def on_train_start(self):
         if self.average:
             self.average.to(self.device)
+        (own,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+        for group, peak, share in zip(own.optimizer.param_groups, own.base_lrs, own.lr_lambdas):
+            group["lr"] = peak * share(own.last_epoch)  # not as the checkpoint has it: max_steps may have grown
 
     def on_validation_start(self):
         if self.average:

@@ -271,17 +271,21 @@ def test_stopped_training_goes_on_with_latents_on_disk(train, monkeypatch, tmp_p
 
 
 def test_longer_training_goes_on_from_its_checkpoint(train, monkeypatch, capsys):
-    trained = []
-    step = ControlTraining.training_step
-    monkeypatch.setattr(
-        ControlTraining, "training_step", lambda self, *args: (trained.append(self.global_step), step(self, *args))[1]
-    )
+    trained, rates, step = [], [], ControlTraining.training_step
+
+    def note(self, *args):
+        trained.append(self.global_step)
+        rates.append(self.optimizers().param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(ControlTraining, "training_step", note)
     out_dir = train()
     before = load_model(out_dir / "last").control_net
     assert trained == [0, 1, 2, 3] and steps_done(out_dir) == 4
     train("max_steps=8")
     assert "max_steps was 4: the learning rate goes on at 50% of its peak" in capsys.readouterr().out
     assert trained == list(range(8)) and steps_done(out_dir) == 8
+    assert rates[4:] == pytest.approx([1e-3 * (0.5 + 0.5 * math.cos(math.pi * k / 8)) for k in range(4, 8)])
     assert changed(before, load_model(out_dir / "last").control_net)
     with pytest.raises(InputError, match="has done 8 steps already, more than max_steps=4"):
         train()
