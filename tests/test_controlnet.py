@@ -137,6 +137,16 @@ def test_number_is_not_rounded_on_its_way_in(make_model, inputs, hint):
             assert torch.equal(features(), exact)
 
 
+def test_a_modulating_number_is_not_rounded_with_its_base(make_model, inputs):
+    model, seen, control = make_model(modulated=True), [], torch.tensor([[1.001], [2.0]], dtype=torch.float64)
+    net = model.control_net.to_precision(torch.bfloat16)
+    net.class_embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.predict(*inputs, control)
+    assert net.class_embedding.linear_1.weight.dtype == torch.float32 and net.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(seen[0], net.normalize(control))
+
+
 def test_coordinate_hint_is_its_convolutions(make_model):
     """As which its weights are kept."""
     hint = make_model(hint="coordinate").control_net.controlnet_cond_embedding

@@ -108,6 +108,16 @@ def test_later_generations_start_from_the_one_before(scene):
     torch.testing.assert_close(result.last, expected)
 
 
+def test_at_full_strength_a_drawing_starts_from_noise_alone(scene):
+    """Also by a schedule that leaves some of the picture at its first timestep, as Stable Diffusion's does."""
+    model, start, target = scene()
+    noise = draw_noise(start.shape, 1 + STEPS, 0, "cpu")
+    drawn = [model.generate(noise, torch.ones(1, 1), target, Sampling(STEPS), own) for own in (start, -start, None)]
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[2])
+    other = model.generate(noise, torch.ones(1, 1), target, Sampling(STEPS, denoise_strength=0.8), start)
+    assert not torch.equal(other, drawn[0])
+
+
 @pytest.mark.parametrize("learning_rate", [None, RATE])
 def test_steps_are_in_units_of_the_spread(scene, learning_rate):
     """The same dataset in minutes of arc takes the same steps as in degrees."""
