@@ -59,16 +59,15 @@ class Reading:
         lists = {key: [one for own in readings for one in getattr(own, key)] for key in ("others", "flags")}
         return replace(readings[0], iterations=None, **joined, **lists)
 
-    def exchange(self, index, other):
-        """Returns: this Reading with the targets `index`, a list, as `other` has them, a Reading of these alone."""
-        parts = dict(model_calls=self.model_calls + other.model_calls * len(index) / len(self.control))
+    def exchange(self, i, other):
+        """Returns: this Reading with target i as `other` has it, a Reading of that alone."""
+        parts = dict(model_calls=self.model_calls + other.model_calls / len(self.control))
         for key in ("control", "noise_covariance", "residual_covariance", "loss", "iterations", "unexplained_share"):
             parts[key] = getattr(self, key).clone()
-            parts[key][index] = getattr(other, key)
+            (parts[key][i],) = getattr(other, key)
         for key in ("others", "flags"):
             parts[key] = [*getattr(self, key)]
-            for place, own in zip(index, getattr(other, key)):
-                parts[key][place] = own
+            (parts[key][i],) = getattr(other, key)
         return replace(self, **parts)
 
     @property

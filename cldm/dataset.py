@@ -327,7 +327,7 @@ def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
     That is one subject in ten of pairs of FEW_SUBJECTS or more, and it says so: error bars are then those of subjects
-    never seen. Else it is one number in ten, and of pairs those of the same pictures the other way round. Periodic
+    never seen. Else it is one number in ten, under all prompts of a picture, and a pair's reverse with it. Periodic
     numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE

@@ -103,7 +103,7 @@ def read_and_profile(model, target, known=None, draws=8, seed=0):
         others = lower.new_tensor(reading.others[i]).view(-1, lower.shape[1])
         start = torch.stack([reading.lowest[i], lower[i], *others])
         own = read_controls(model, target.select([i]), known, draws, seed, start[None])
-        reading = reading.exchange([i], own)
+        reading = reading.exchange(i, own)
         for part, anew in zip(profiles, profile(model, target.select([i]), own.lowest, seed)):
             part[i] = anew[0]
     return reading, profiles
