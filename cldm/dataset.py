@@ -327,8 +327,8 @@ def split_rows(data_root):
     """Returns: a dataset's training Rows; those of its validation.json if there is one, else what is held out.
 
     That is one subject in ten of pairs of FEW_SUBJECTS or more, and it says so: error bars are then those of subjects
-    never seen. Else it is one number in ten, under all prompts of a picture, and a pair's reverse with it. Periodic
-    numbers are brought into one turn.
+    never seen. Else it is one number in ten, with all rows of the pictures that show it, and of a pair its reverse.
+    Periodic numbers are brought into one turn.
     """
     rows, other = read_rows(Path(data_root) / TRAINING_FILE), Path(data_root) / VALIDATION_FILE
     periods = read_control_names(data_root, rows.controls.shape[1])[2] or ()
@@ -342,11 +342,8 @@ def split_rows(data_root):
     subjects = find_subjects(rows)
     held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
     if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
-        shown, prompts = name_pictures(rows), rows.prompt_index
-        if len(np.unique(shown)) < len(np.unique([shown, prompts], axis=1).T):  # some stand under several prompts
-            prompts = np.zeros_like(prompts)
-        held_out = hold_out(rows.controls, prompts, periods)
-        held_out |= np.isin(shown, shown[held_out])
+        _, first, which = np.unique(name_pictures(rows), return_index=True, return_inverse=True)
+        held_out = hold_out(rows.controls[first], rows.prompt_index[first], periods)[which]
     else:
         kept = len(np.unique(subjects[held_out]))
         print(f"pairs show {subjects.max() + 1} subjects, of which {kept} are kept for validation as a whole")

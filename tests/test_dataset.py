@@ -395,6 +395,15 @@ def test_of_a_picture_with_several_captions_none_is_trained_on_if_one_is_held_ou
     assert len(validation) == 3 and len(train) == 27
 
 
+@pytest.mark.parametrize("pictures, kept", [(20, 2), (3, 0)])
+def test_pictures_that_show_several_numbers_are_held_out_whole_and_never_all(write_dataset, pictures, kept):
+    folder = write_dataset([0])
+    texts = (dict(target=f"{i % pictures}.png", source=i, prompt=f"dial {i // pictures}") for i in range(10 * pictures))
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, texts)))
+    train, validation = ({row.target for row in own} for own in split_rows(folder))
+    assert len(validation) == kept and len(train) == pictures - kept
+
+
 def test_a_source_may_be_missing_where_it_is_only_compared(write_dataset):
     """As of a meter's pictures, some of which are labelled."""
     file = write_dataset([0, 1, 2, 3]) / "prompt.json"
