@@ -28,6 +28,7 @@ BATCH = 12  # read together
 UNEXPLAINED, UNDRAWN = 1.3, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
+SCALED = 20  # times that bars are scaled until nine in ten lie within them
 MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and correlation of errors, at most
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
 
@@ -84,6 +85,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     for name, tell in opinions.items():
         opinion, std = tell(reading)
         judged = judge_opinion(reading, opinion, std, truth, moderated=name == "fit")
+        factor = judged.pop("factor")
+        learned |= {key: factor * own for key, own in learned.items() if not key.endswith("correlation")}
         learned |= {key if key in bars else f"{name}_{key}": value for key, value in judged.items()}
         reading = hear(reading, opinion, std, judged)
         if name == "proposal":
@@ -126,7 +129,8 @@ def judge_opinion(reading, second, std, truth, moderated=True):
     second, std: (N, d), the estimates and the standard errors that they claim, infinite where there is none. truth:
     (N, d). moderated: whether what they claim tells their errors only roughly, as that of residuals.
     Returns: {error_scale, error_floor, scale, floor: (d,)}, with which 90% of each number lie in their intervals; scale
-    and floor are `widen`'s; and {correlation: ()}, of the errors of both, all numbers together.
+    and floor are `widen`'s; {factor: (d,)}, by which the first two grew; and {correlation: ()}, of the errors of both,
+    all numbers together.
     """
     errors, others = (wrap(own - truth, reading.periods) for own in (reading.control, second))
     told = std.isfinite().all(1)
@@ -140,10 +144,13 @@ def judge_opinion(reading, second, std, truth, moderated=True):
     relative = errors / reading.std, others / trusted  # nan: without error nor bar
     relative = [own[told].flatten().nan_to_num(0).clamp(-MOST, MOST) for own in relative]
     correlation = F.cosine_similarity(*relative, dim=0).clamp(0, ALIKE)
-    joined = reading.with_opinion(second, trusted, correlation.item())
-    factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)
-    return {key: factor * value for key, value in own.items()} | {"correlation": correlation}
+    own["factor"] = torch.ones_like(scale)
+    for _ in range(SCALED):  # the noise, which is part of the bars, stays as it is
+        joined = hear(reading, second, std, own | {"correlation": correlation})
+        factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
+        own = {key: factor * value for key, value in own.items()}
+    return own | {"correlation": correlation}
 
 
 def hear(reading, second, std, judged):

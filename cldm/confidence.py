@@ -119,6 +119,12 @@ class Reading:
         return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
 
     @property
+    def given(self):
+        """(B, d) bool, whether a number was known."""
+        noise, residual = (own.diagonal(dim1=1, dim2=2) for own in (self.noise_covariance, self.residual_covariance))
+        return (noise == 0) & (residual == 0)
+
+    @property
     def anywhere(self):
         """(B, d) bool, whether a periodic number may lie anywhere on its circle."""
         return is_anywhere(self.std, self.largest_std)
@@ -161,8 +167,9 @@ def decimals(std):
 
 def tell_value(value, std=None):
     """Returns: a number as text, with its standard error if that is known."""
-    digits = decimals(std or 0)
-    return f"{value:+.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+    small = std if std else abs(value)
+    digits = "g" if 0 < small < (1e-9 if std else 5e-3) else f".{decimals(std or 0)}f"
+    return f"{value:+{digits}}" + ("" if std is None else f" ± {std:{digits}}")
 
 
 def widen(std, scale, floor):

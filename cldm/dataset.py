@@ -34,6 +34,7 @@ from ldm.settings import InputError
 TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE = "prompt.json", "validation.json", "controls.yaml"
 FEW_SUBJECTS = 10  # of pairs, below which numbers are held out in place of one subject in ten
 MOST_HELD_OUT = 0.3  # of the rows, beyond which, too
+COLUMNS = {"file", "flags", "time"}  # of a table of readings, beside the numbers
 SMALLEST_SPLIT = 5  # distinct controls below which none is held out
 GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are spread evenly
 FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
@@ -451,8 +452,9 @@ def read_control_names(data_root, control_dim):
     schema = dict.fromkeys(("names", "units"), each(TEXT, control_dim))
     own = {"periods": each(or_null(POSITIVE), control_dim), "absolute": each(FLAG, control_dim)}
     check(file, config, schema | own, schema)
-    if len(set(config.names)) < control_dim:
-        raise InputError(f"{file}: expected {control_dim} different names, got {config.names}")
+    if len(set(config.names)) < control_dim or COLUMNS & {*config.names}:
+        others = f", other than {', '.join(sorted(COLUMNS))} (columns of results.csv)" * bool(COLUMNS & {*config.names})
+        raise InputError(f"{file}: expected {control_dim} different names{others}, got {config.names}")
     return config.names, config.units, config.get("periods") or [None] * control_dim, config.get("absolute")
 
 

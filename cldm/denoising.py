@@ -69,6 +69,7 @@ class DenoisingObjective(Objective):
         """
 
         def without(_, index, draw_index):
+            self.calls += len(index) * len(draw_index)
             return (self.residuals(None, index, draw_index),)
 
         def share(index, draws):

@@ -24,6 +24,7 @@ WIDTHS = HIGH - LOW
 FIRST_BLUR = 0.3  # pixels from which a blur is fitted at least, since a fit's derivative at 0 is 0
 DIFFERENCE, SOFT = 1e-3, 0.02  # shares of the ranges, for derivatives; scale of soft_l1, white being 1
 STEPS, SETTLED = 30, 1e-5  # steps at most; share of the loss below which a step no longer lowers it
+GREY_LEVEL = 1 / 255  # white being 1; pixels are rounded to it
 NEAR = 4.0, 0.1  # a fit found another place if it moved farther than so many standard errors and share of the range
 
 
@@ -116,7 +117,8 @@ class Fit:
 
         bounds: as find_bounds has them; None: its own.
         Returns: the change; its loss, the mean over what counts, infinite if it ends on a bound that it might have
-        crossed; the covariance of its errors, (6, 6).
+        crossed; the covariance of its errors, (6, 6), in which what the pixels do not show is as unsure as its range is
+        wide.
         """
         which = [NAMES.index(name) for name in names]
         at, width = np.array([start[name] for name in NAMES], float), WIDTHS[which]
@@ -139,8 +141,10 @@ class Fit:
         options = dict(x_scale=width, loss="soft_l1", f_scale=SOFT, max_nfev=STEPS, ftol=SETTLED)
         found = least_squares(value, middle, derivative, (low, high), **options)
         counted = render(found.x, np.zeros((1, len(which))))[1].sum()
+        jacobian, variance = found.jac * width, max(2 * found.cost / max(counted, 1), GREY_LEVEL**2 / 12)
+        information = jacobian.T @ jacobian / variance + np.eye(len(which))
         covariance = np.zeros((len(NAMES), len(NAMES)))
-        covariance[np.ix_(which, which)] = np.linalg.pinv(found.jac.T @ found.jac) * 2 * found.cost / max(counted, 1)
+        covariance[np.ix_(which, which)] = np.linalg.inv(information) * width[:, None] * width
         stuck = ((found.active_mask != 0) & (found.x > np.array(SMALLEST)[which] + 1e-3 * width)).any()
         loss = found.cost / counted if counted > LEAST_SHARED * len(found.fun) and not stuck else math.inf
         return dict(zip(NAMES, at.tolist())) | dict(zip(names, found.x.tolist())), loss, covariance

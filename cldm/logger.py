@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import default_collate
 
-from cldm.calibration import PICTURES
+from cldm.calibration import PICTURES, spread_out
 from cldm.confidence import is_outside
 from cldm.model import Target
 from cldm.report import describe_control, draw_pictures, plain
@@ -54,7 +54,7 @@ def describe_bars(config, dataset, seen, pictures=PICTURES):
     config: of the control. dataset: a ControlDataset. seen: whether training saw it.
     """
     count = min(pictures, len(dataset))
-    values = min(count, len(dataset.controls.unique(dim=0)))
+    values = len(dataset.controls[spread_out(pictures, dataset)].unique(dim=0))
     kind = "training" if seen else "validation"
     text = f"error bars come from {count} {kind} picture(s) of {values} different value(s)"
     if beyond := int(is_outside(config, dataset.controls, torch.full_like(dataset.controls, math.inf)).sum()):

@@ -25,13 +25,17 @@ def read(model, s, known, rows, loaded, figures):
     s: Settings with a_prompt, draws and seed. known: {name: number}. loaded: what `load` returns for each.
     figures: whether they will be drawn.
     Returns: their Reading; a function that draws the figure of target i.
-    Raises: InputError if a number that was read is not finite.
+    Raises: InputError if latents, or a number that was read, are not finite.
     """
     began, config = time.perf_counter(), model.control_net.config
     pictures, sizes = zip(*loaded)
     targets, references = zip(*pictures)
     references = references if model.control_net.uses_reference else None
     target = model.encode([row.prompt for row in rows], targets, references, s.a_prompt)
+    for seen, key in ((target.latents, "target"), (target.reference, "reference")):
+        for row, own in zip(rows, [] if seen is None else seen):
+            if not own.isfinite().all():
+                raise InputError(f"{getattr(row, key)}: its latents are not finite; with a GPU, try dtype=float32")
     if figures:
         reading, profiles = read_and_profile(model, target, known, s.draws, s.seed)
     else:

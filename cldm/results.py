@@ -96,8 +96,9 @@ def tell_reading(config, reading, result):
     """Print what was read from one target, with its flags. result: as describe_reading has it."""
     count = len(config.control_names)
     errors = reading.std[0].tolist() if reading.calibrated else [None] * count
-    for name, unit, value, std in zip(tell_names(config), config.control_units, reading.control[0].tolist(), errors):
-        print(f"{name}: {tell_value(value, std or None)} {unit}".rstrip() + " (given)" * (std == 0))
+    parts = reading.control[0].tolist(), errors, reading.given[0].tolist()
+    for name, unit, value, std, given in zip(tell_names(config), config.control_units, *parts):
+        print(f"{name}: {tell_value(value, None if given else std)} {unit}".rstrip() + " (given)" * given)
     for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
         print(f"{flag}: {text}")
     if not result["flags"]:
@@ -147,6 +148,8 @@ def summarize(config, series):
     known = ~np.isnan(errors[:, 0])
     numbers = zip(config.control_names, config.control_units, np.abs(errors[known]).T, bars[known].T)
     for name, unit, error, bar in numbers if known.any() else ():
+        if not error.any() and not bar.any():  # the number was given
+            continue
         middle, most, worst = np.quantile(error, (0.5, 0.95, 1))
         share = "" if series.flags["uncalibrated"] else f"; interval90 holds the truth for {(error <= bar).mean():.0%}"
         text = f"{name}: error median {middle:.3g}, 95% within {most:.3g}, worst {worst:.3g} {unit}".rstrip()

@@ -48,14 +48,16 @@ class Solution:
     @property
     def gradients(self):
         """(P, K, f), of half the weighted mean squares, in the control's precision."""
-        summed = einsum(self.weights * self.residuals, self.jacobian, "p k c n, p k c n f -> p k f")
-        return summed.to(self.control) / self.residuals[0, 0].numel()
+        jacobian = self.jacobian.to(self.control)  # its squares may be beyond float32, as of coulombs
+        summed = einsum((self.weights * self.residuals).to(jacobian), jacobian, "p k c n, p k c n f -> p k f")
+        return summed / self.residuals[0, 0].numel()
 
     @property
     def curvature(self):
         """(P, f, f), Gauss-Newton's approximation of the Hessian of half the loss."""
-        weighted = einsum(self.weights[..., None] * self.jacobian, self.jacobian, "p k c n e, p k c n f -> p e f")
-        return weighted.to(self.control) / self.residuals[0].numel()
+        jacobian = self.jacobian.to(self.control)
+        summed = einsum(self.weights[..., None] * jacobian, jacobian, "p k c n e, p k c n f -> p e f")
+        return summed / self.residuals[0].numel()
 
 
 def levenberg_marquardt(objective, start, index, bounds, draw_index=None, scale=None, iterations=20, tolerance=5e-3):

@@ -448,6 +448,13 @@ def test_a_subject_that_most_rows_show_is_not_held_out(write_dataset):
     assert len(validation) == 4 and train.controls.min() == 0 and train.controls.max() == 39
 
 
+def test_numbers_are_not_named_as_other_columns_of_a_table_are(write_dataset):
+    folder = write_dataset([1, 2, 3])
+    (folder / "controls.yaml").write_text("names: [time]\nunits: [hours]\n")
+    with pytest.raises(InputError, match="different names, other than file, flags, time .*, got .'time'"):
+        read_data(folder)
+
+
 def test_a_circle_around_zero_is_kept(write_dataset, capsys):
     folder = write_dataset([-180, -90, 0, 179])
     (folder / "controls.yaml").write_text("names: [angle]\nunits: [degrees]\nperiods: [360]\n")

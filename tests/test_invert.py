@@ -21,6 +21,7 @@ from cldm.confidence import Reading
 from cldm.dataset import Row
 from cldm.model import Sampling, load_model, save_model
 from cldm.reading import read_controls
+from ldm.base import LatentDiffusion
 from ldm.settings import InputError, override, run_script
 from tests.conftest import another_run
 
@@ -275,6 +276,22 @@ def test_what_is_not_finite_is_an_error_and_leaves_nothing(one, tmp_path, monkey
     monkeypatch.setattr(readers, "read_controls", read)
     line = fails_in_one_line(invert.main, invert.settings, [*one, "figures=false"])
     assert "not finite" in line and not any((tmp_path / "out").iterdir())
+
+
+def test_a_picture_whose_latents_are_not_finite_does_not_stop_the_others(arguments, picture, tmp_path, monkeypatch):
+    encode = LatentDiffusion.encode
+
+    def encode_all_but_white(base, pictures):
+        white = pictures.amin((1, 2, 3), keepdim=True) > 0.9
+        return encode(base, pictures).masked_fill(white, math.nan)
+
+    monkeypatch.setattr(LatentDiffusion, "encode", encode_all_but_white)
+    Image.new("RGB", (32, 32), "white").save(tmp_path / "odd.png")
+    rows = [json.dumps({"target": name, "prompt": ""}) for name in (picture.name, "odd.png", picture.name)]
+    (tmp_path / "targets.json").write_text("\n".join(rows))
+    run(*arguments, f"targets={tmp_path / 'targets.json'}")
+    problems = [result.get("problem", "") for result in read_results(tmp_path)]
+    assert problems[0] == problems[2] == "" and "odd.png: its latents are not finite" in problems[1]
 
 
 @pytest.fixture

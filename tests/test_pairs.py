@@ -22,7 +22,7 @@ from cldm.changes import CHANGES, NO_CHANGE, choose_changes
 from cldm.confidence import Reading
 from cldm.dataset import Row, read_rows, split_rows
 from cldm.evidence import BEYOND
-from cldm.fit import Fit, has_formula, refine_reading
+from cldm.fit import NAMES, WIDTHS, Fit, has_formula, refine_reading
 from cldm.hints import encode
 from cldm.matcher import compare
 from cldm.model import Sampling, Target, load_model, save_model
@@ -403,6 +403,17 @@ def test_a_formula_knows_numbers_by_name_and_unit(nearly):
     for names, units in (["rotation", "zoom"], ["radians", "ratio"]), (["control 1", "size"], ["", ""]):
         config.absolute, config.control_names, config.control_units = None, names, units
         assert not has_formula(config)
+
+
+def test_what_pixels_do_not_show_is_as_unsure_as_its_range_is_wide():
+    """Nothing in the dark; of upright stripes, no shift along them."""
+    stripes = np.tile(np.sin(np.arange(32)[None, :, None]) * 100 + 128, (32, 1, 3)).astype(np.uint8)
+    for pixels, unseen in (np.zeros_like(stripes), NAMES), (stripes, ["shift y"]):
+        picture = Image.fromarray(pixels)
+        _, _, covariance = Fit(picture, picture).solve(NO_CHANGE | {"blur": 0.3}, NAMES)
+        shares = dict(zip(NAMES, np.sqrt(covariance.diagonal()) / WIDTHS))
+        assert min(shares[name] for name in unseen) > 0.1  # bar rounding
+    assert shares["shift x"] < 0.01
 
 
 def test_known_numbers_are_kept_and_the_others_read(paired, photos, tmp_path, capsys):

@@ -10,7 +10,7 @@ from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import calibration, denoising, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
-from cldm.confidence import Reading, decimals, is_ambiguous, is_outside, standard_errors, widen
+from cldm.confidence import Reading, decimals, is_ambiguous, is_outside, standard_errors, tell_value, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
@@ -91,6 +91,20 @@ def test_finds_controls_without_a_start(trained, explained, make_target, control
     assert found.flags == [[], []] and found.std.shape == found.control.shape
     assert ((found.interval90[:, :, 0] < found.control) & (found.control < found.interval90[:, :, 1])).all()
     assert found.model_calls > 0 and found.seconds > 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_number_may_be_of_any_size(trained, explained, make_target, size):
+    """As of coulombs: what is read is as large, and as sure."""
+    model, truth, target = trained(), torch.tensor([[1.7]]).double(), make_target(1)
+    explained(truth, noise=1e-3)
+    found, config = read_controls(model, target), model.control_net.config
+    keys = "control_low", "control_high", "control_mean", "control_std"
+    model.control_net.register_to_config(**{key: [size * n for n in config[key]] for key in keys})
+    explained(size * truth, noise=1e-3)
+    scaled = read_controls(model, target)
+    torch.testing.assert_close(scaled.control / size, found.control, atol=1e-3, rtol=0)
+    torch.testing.assert_close(scaled.std / size, found.std, atol=0, rtol=0.02)
 
 
 def test_a_known_number_stays_as_it_is_given(trained, explained, make_target):
@@ -365,6 +379,28 @@ def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
     both = reading.with_opinion(second, trusted)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.02)
+
+
+def test_bars_hold_nine_in_ten_though_noise_is_a_part_of_them(opinions):
+    """Where only one of two numbers is read alike, which a correlation of both does not tell."""
+    truth, reading, second = opinions
+    reading.noise_covariance, reading.residual_covariance = (
+        reading.residual_covariance,
+        0.1 * reading.residual_covariance,
+    )
+    second[:, 0], std = reading.control[:, 0], torch.full_like(second, 0.1)
+    judged = calibration.judge_opinion(reading, second, std, truth, moderated=False)
+    both = calibration.hear(reading, second, std, judged)
+    inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
+    assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "value, std, told", [(2, None, "+2.000"), (3.2e-6, None, "+3.2e-06"), (0, 0.02, "+0.000 ± 0.020")]
+)
+def test_small_numbers_are_told_with_an_exponent(value, std, told):
+    assert tell_value(value, std) == told
+    assert tell_value(1.25e-15, 2e-17) == "+1.25e-15 ± 2e-17"
 
 
 @pytest.mark.parametrize("std, digits", [(0.2, 3), (0.05, 3), (0.0071, 4), (0.00006, 6), (0.0, 3), (math.inf, 3)])
