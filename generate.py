@@ -31,7 +31,6 @@ if __name__ == "__main__":
 
 import json
 import math
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -40,7 +39,7 @@ from cldm.confidence import is_outside
 from cldm.dataset import parse_control
 from cldm.model import Sampling, load_model
 from cldm.report import describe_control, draw_pictures, draw_strip
-from ldm.files import find_path, report_folder, write_whole
+from ldm.files import find_path, report_folder, whole_folder
 from ldm.pictures import load_picture
 
 
@@ -85,16 +84,15 @@ def main(s):
     if config.control_low and (outside := is_outside(config, controls, torch.full_like(controls, math.inf)).sum()):
         print(f"outside_range: {outside} of {len(controls)} control(s) lie beyond the trained range")
     files = [f"control_{i:03d}.png" for i in range(1, len(controls) + 1)]
-    report = {"files": files, "controls": controls.tolist()}
-    write_whole(out_dir / "controls.json", lambda file: file.write_text(json.dumps(report, indent=1) + "\n"))
-    for file in (*out_dir.glob("control_*.png"), *out_dir.glob("strip.png")):  # of an earlier run
-        file.unlink()
-    pictures = {}
-    for file, control in zip(files, tqdm(controls, desc="drawing", leave=False)):
-        (picture,) = draw_pictures(model, target, control[None], s.seed, sampling)
-        write_whole(out_dir / file, partial(picture.save, format="png"))
-        pictures[f"{describe_control(config, control.tolist())}\n{file}"] = picture
-    write_whole(out_dir / "strip.png", partial(draw_strip(pictures).savefig, format="png", dpi=100))
+    report, pictures, file = {"files": files, "controls": controls.tolist()}, {}, out_dir / "controls.json"
+    before = json.loads(file.read_text())["files"] if file.exists() else []
+    with whole_folder(out_dir, removes=before) as out:
+        for name, control in zip(files, tqdm(controls, desc="drawing", leave=False)):
+            (picture,) = draw_pictures(model, target, control[None], s.seed, sampling)
+            picture.save(out / name)
+            pictures[f"{describe_control(config, control.tolist())}\n{name}"] = picture
+        draw_strip(pictures).savefig(out / "strip.png", dpi=100)
+        (out / file.name).write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(pictures)} picture(s); {out_dir}/strip.png shows them")
 
 

@@ -45,6 +45,7 @@ from cldm.model import load_model
 from cldm.reading import search_bounds
 from cldm.report import label
 from ldm.files import find_path
+from ldm.schema import TEXT, each, expect
 
 try:
     import gradio as gr
@@ -211,6 +212,7 @@ def main(s):
     check_numbers(s, int, port=(1, 65535), ddim_steps=(1, 1000), count=(2, 100), draws=(4, 1000), seed=(0, 2**63 - 1))
     check_numbers(s, int, max_pictures=(1, math.inf), keep_minutes=(1, math.inf))
     check_numbers(s, max_upload_mb=(0.001, math.inf), max_megapixels=(0.001, math.inf))
+    expect('setting "examples": expected', s.examples, each(TEXT))
     if gr is None:
         raise InputError("gradio is not installed: start the page with `make page`, or install requirements-page.txt")
     Image.MAX_IMAGE_PIXELS = int(1e6 * s.max_megapixels / 2)  # Pillow refuses what has twice as many

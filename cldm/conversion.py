@@ -81,7 +81,8 @@ def export_control(control_net, file):
     The original's MLP takes numbers unnormalised, so the training's mean and spread are folded into its first layer. In
     place of a periodic number it takes two, its sine and cosine.
     The file's metadata holds the config.
-    Raises: InputError if the original has no such hint.
+    A Proposal, which the original lacks, is left out.
+    Raises: InputError if the original has no such hint, or no layers for modulation.
     """
     config = control_net.config
     if config.hint != "original":
@@ -89,7 +90,9 @@ def export_control(control_net, file):
             f"hint={config.hint} is not in the original, whose code computes hint=original alone; diffusers loads the "
             "control's folder itself"
         )
-    weights = dict(control_net.state_dict())
+    if config.class_embed_type:
+        raise InputError("modulated=true: the original's code lets numbers act by the hint alone")
+    weights = {key: own for key, own in control_net.state_dict().items() if not key.startswith("proposal.")}
     weight, bias = (weights[f"{HINT}mlp.0.{kind}"].double() for kind in ("weight", "bias"))
     inputs = []  # mean and spread of each
     for period, *own in zip(config.periods, config.control_mean, config.control_std):

@@ -460,24 +460,31 @@ def read_control_names(data_root, control_dim):
 
 @lru_cache  # prints every message once
 def recognize_prompt(prompt, known):
+    """As find_prompt, whose line is printed. Returns: the prompt to use."""
+    own, line = find_prompt(prompt, known)
+    if line:
+        print(line)
+    return own
+
+
+def find_prompt(prompt, known):
     """Find the training prompt that a prompt is meant to be, since to the model every character counts.
 
     known: a tuple of training prompts. Capitals, spaces, and quotation marks and dots around a prompt do not count.
-    Returns: the training prompt; else, after a line that names the nearest ones, `prompt` itself.
+    Returns: the training prompt, or `prompt` itself; a line that says which, or names the nearest ones, "" where it is
+    one of them.
     """
 
     def plain(text):
         return " ".join(text.casefold().split()).strip(" .,\"'`´“”„‘’«»")
 
     if not known or prompt in known:
-        return prompt
+        return prompt, ""
     for own in known:
         if plain(own) == plain(prompt):
-            print(f'prompt: taken as "{own}", as in training')
-            return own
+            return own, f'prompt: taken as "{own}", as in training'
     near = difflib.get_close_matches(prompt, known, 3, cutoff=0) or known[:3]
-    print(f'prompt "{prompt}": not one of the {len(known)} that this control was trained with, such as {near}')
-    return prompt
+    return prompt, f'prompt "{prompt}": not one of the {len(known)} that this control was trained with, such as {near}'
 
 
 class ControlDataset(Dataset):

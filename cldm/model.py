@@ -207,7 +207,9 @@ def load_base(path, prediction_type=None):
     if path.suffix in (".yaml", ".yml"):
         config = read_model_yaml(path)
     else:
-        config = Settings(describe(path) | {"base": str(path.resolve())})
+        place = path.resolve()
+        place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place  # so that the whole can be moved
+        config = Settings(describe(path) | {"base": str(place)})
     if prediction_type:
         config.prediction_type = prediction_type
     base = LatentDiffusion.from_pretrained(config.base, **{key: config[key] for key in config if key not in REQUIRED})

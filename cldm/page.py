@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cldm.confidence import decimals, is_outside
-from cldm.dataset import Row
+from cldm.dataset import Row, find_prompt
 from cldm.model import Sampling
 from cldm.readers import load, read, read_each
 from cldm.report import (
@@ -82,6 +82,13 @@ def tell_flags(flags):
     return "".join(f'<p class="flag"><b>{flag}</b> {escape(text)}</p>' for flag, text in flags.items())
 
 
+def tell_prompts(model, prompts):
+    """Returns: HTML of what is said of prompts that training did not know."""
+    known = tuple(model.control_net.config.prompts or ())
+    lines = {line: "" for prompt in prompts if (line := find_prompt(prompt, known)[1])}
+    return "".join(f'<p class="fine">{escape(line)}</p>' for line in lines)
+
+
 def named(model, picture, name):
     """Returns: the Path of a picture that the model needs. Raises: InputError if there is none."""
     if not picture:
@@ -117,7 +124,8 @@ def draw(model, s, prompt, reference, seed, *numbers):
     outside = is_outside(config, control, torch.full_like(control, torch.inf))[0]
     flags = {"outside_range": "a number lies beyond the trained range"} if outside else {}
     caption = f"{'B, ' * model.control_net.uses_reference}drawn at {describe_control(config, control[0].tolist())}"
-    yield show(png, caption) + tell_flags(flags) + offer("drawing.png", "image/png", png)
+    said = tell_flags(flags) + tell_prompts(model, [prompt or ""])
+    yield show(png, caption) + said + offer("drawing.png", "image/png", png)
 
 
 def draw_range(model, s, prompt, reference, seed, name, *numbers):
@@ -132,13 +140,13 @@ def draw_range(model, s, prompt, reference, seed, name, *numbers):
         panels[f"{name}\n{value:+.{digits}g} {config.control_units[k]}"] = drawing(control)
         yield f"<p>{len(panels)} of {s.count} drawn</p>"
     png = to_png(draw_strip(panels).savefig)
-    yield show(png) + offer("strip.png", "image/png", png)
+    yield show(png) + tell_prompts(model, [prompt or ""]) + offer("strip.png", "image/png", png)
 
 
 def read_picture(model, s, reference, target, prompt, known):
     """Yields: HTML of what is read from one picture, or of the change from A to B. known: as invert.py takes it."""
-    config = model.control_net.config
-    known = parse_known(known, config.control_names)
+    config, prompt = model.control_net.config, prompt or ""
+    known = parse_known(known or "", config.control_names)
     reference = named(model, reference, "A") if model.control_net.uses_reference else None
     row = Row(None, named(model, target, "B" if reference else "to read"), prompt, reference)
     reading, figure = read(model, s, known, [row], [load(row, model.config.image_size)], figures=True)
@@ -151,6 +159,7 @@ def read_picture(model, s, reference, target, prompt, known):
     yield (
         tabulate(["number", "read", "± standard error", "90% interval", "unit"], table)
         + (tell_flags(flags) or f'<p class="fine">no flags; {result["seconds"]:.1f} seconds</p>')
+        + tell_prompts(model, [prompt])
         + offer("result.json", "application/json", text)
         + offer("figure.png", "image/png", png)
         + show(png)
@@ -190,7 +199,7 @@ def gather(model, s, files, reference, prompt, folder):
         names = ", ".join(str(file.relative_to(folder)) for file in [index, *others])
         raise InputError(f"{names}: more than one prompt.json; read one after the other")
     asked = dict(targets=str(index or folder), target_image_path="", input_image_path=reference or "")
-    asked["prompt"] = "" if index else prompt
+    asked["prompt"] = "" if index else prompt or ""
     rows, count = find_rows(Settings(s | asked), dict.fromkeys(asked, ""), model.control_net)
     if count > s.max_pictures:
         raise InputError(f"{count} pictures, at most {s.max_pictures} are read at once; invert.py reads any number")
@@ -252,6 +261,7 @@ def read_many(model, s, files, folder, reference, prompt):
     write_table(table, results, series)
     csv, png = table.getvalue().encode(), to_png(draw_series(series).savefig)
     offers = offer("results.csv", "text/csv", csv) + offer("series.png", "image/png", png)
+    offers += tell_prompts(model, [row.prompt for row in rows])
     offers += tell_flags({"not read:": ", ".join(left[:NAMED]) + ", …" * (len(left) > NAMED)} if left else {})
     yield tell_progress(len(rows), len(rows)) + offers + show(png) + tabulate_results(config, results)
 

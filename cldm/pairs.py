@@ -23,6 +23,7 @@ OVERSAMPLE = 2  # a picture is cut at this many times its resolution, then avera
 LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled down when they are read
 PHOTOS = 256  # kept in memory, each as it is and scaled down
 CORNERS = [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]  # of the square that a frame cuts
+TRIES = 100_000  # to find squares inside a photograph, at least
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
 VALIDATION_PAIRS, VALIDATION_ROWS = 144, 1000  # at most
 STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
@@ -96,11 +97,14 @@ def draw_views(rng, files, size, ranges, count):
     """Cut squares from a photograph between which known things change.
 
     The reference is a random square, mirrored, turned, exposed, blurred and recoloured at random, so that a target
-    alone tells little. Squares that reach over the border are drawn again, which makes zooms below 0.87 a sixth rarer.
+    alone tells little. Squares that reach over the border are drawn again, which makes large changes rarer: zooms below
+    0.87 by an eighth of photographs eight times as large as the pictures, by a third of twice as large ones; of those
+    that are no larger, few are left.
     files: photographs, of which one is drawn. size: pixels of the pictures. ranges: as choose_changes returns them.
     Returns: the reference (PIL); `count` targets (PIL), each with its change from the reference, {name: number}.
     """
-    for _ in range(1000 * len(files)):
+    possible = any(min(open_photo(file).size) > SMALLEST * size for file in files)
+    for _ in range(possible * (TRIES + 1000 * len(files))):
         file, changes = rng.choice(files), [draw_change(rng, ranges) for _ in range(count)]
         width, height = open_photo(file).size
         largest = min(width, height)

@@ -47,10 +47,12 @@ from tqdm import tqdm
 from cldm.changes import CHANGES, choose_changes, draw_change, expose_picture
 from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE, parse_control
 from cldm.pairs import draw_pair, list_pictures, open_photo
-from ldm.files import find_path, fresh_folder, whole_folder
+from ldm.files import find_path, fresh_folder, leave_out, whole_folder
+from ldm.pictures import check_pictures
 
 PICTURES = "resultData"
-MADE = PICTURES, TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE  # a dataset replaces all of an older one
+MADE = PICTURES, "pictures", TRAINING_FILE, VALIDATION_FILE, "targets.json", CONTROLS_FILE  # by any script: a dataset
+# replaces all of an older one
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
 VIEW = ("rotation", "zoom", "exposure", "blur")  # what is random in a view
@@ -183,7 +185,9 @@ def find_pictures(photos):
 
 def make_pairs(s, out):
     """Save pairs below the folder out. Yields: for each, TRAINING_FILE and its row."""
-    ranges, files, rng = choose_changes(s.controls), find_pictures(s.photos), random.Random(s.seed)
+    ranges, rng = choose_changes(s.controls), random.Random(s.seed)
+    files = leave_out(find_pictures(s.photos), s.out_dir)
+    check_pictures(files)
     for i in tqdm(range(s.pairs), desc="pairs"):
         reference, target, change = draw_pair(rng, files, s.image_size, ranges)
         row = {"source": [round(change[name], 6) for name in ranges]}
@@ -207,14 +211,15 @@ def make_views(s, out):
         for name, photo in tqdm(select_photos(s.photos).items(), desc=file):
             for number in numbers:
                 control = draw_view(rng) if s.views else (number,)
-                target = f"{PICTURES}/{name}_{'_'.join(f'{value:+g}' for value in control)}.png"
-                source = list(control) if s.views else f"{number:g}"
+                target = f"{PICTURES}/{name}_{'_'.join(f'{value:+.10g}' for value in control)}.png"
+                source = list(control) if s.views else f"{number:.10g}"
                 render_framed(photo, s.image_size, *control).save(out / target)
                 yield file, {"source": source, "target": target, "prompt": photo.prompt}
 
 
 def main(s):
-    check_numbers(s, int, views=(1, 10**6), pairs=(1, 10**6), image_size=(8, 4096))
+    check_numbers(s, int, views=(1, 10**6), pairs=(1, 10**6), image_size=(32 if s.views else 8, 4096))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed then too
     given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")

@@ -37,14 +37,14 @@ from datetime import datetime
 import numpy as np
 import torch
 
-from cldm.dataset import CONTROLS_FILE, TRAINING_FILE
+from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, is_text
 from cldm.hints import wrap
+from dataForTrain.make_dataset import MADE
 from ldm.files import find_path, fresh_folder, whole_folder
 from ldm.pictures import check_pictures
 from ldm.schema import expect, one_of
 
 READINGS, PICTURES, TARGETS_FILE = "readings.csv", "pictures", "targets.json"
-MADE = PICTURES, TRAINING_FILE, TARGETS_FILE, CONTROLS_FILE
 COLUMNS = "file", "dial", "time", "value", "value_from_next_dial"
 PERIOD = 10  # a dial goes from 0 to 10, where it is at 0 again
 
@@ -75,9 +75,13 @@ def read_readings(folder):
         raise InputError(f"{file}: cannot be read as UTF-8 text with commas ({error})") from None
     if missing := [column for column in COLUMNS if column not in (reader.fieldnames or ())]:
         raise InputError(f"{file}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)}")
-    dials = {}
+    dials, lines = {}, {}
     for number, row in rows:
         photograph = read_photograph(f"{file} line {number}", folder, row)
+        if (first := lines.setdefault((photograph.file, photograph.dial), number)) != number:
+            raise InputError(
+                f'{file} line {number}: {row["file"]} of dial "{photograph.dial}" stands in line {first}, too'
+            )
         dials.setdefault(photograph.dial, []).append(photograph)
     if len({p.time.tzinfo is None for own in dials.values() for p in own}) != 1:
         found = "some times have an offset from UTC, others none" if dials else "no rows"
@@ -117,7 +121,8 @@ def spread(photographs, count):
     photographs: in order of time. Returns: a list of `count` Photographs; with a smaller one, it begins alike.
     """
     values = np.array([photograph.value for photograph in photographs])
-    times = np.array([photograph.time.timestamp() for photograph in photographs])
+    start = photographs[0].time
+    times = np.array([(photograph.time - start).total_seconds() for photograph in photographs])
     chosen, apart = [0], np.full((2, len(values)), math.inf)  # in time and in value, from the nearest of the chosen
     for _ in range(count - 1):
         distances = np.abs(shortest(values - values[chosen[-1]])).round(6)
@@ -138,6 +143,8 @@ def main(s):
     check_numbers(s, int, labelled=(2, 10**6))
     expect('setting "order": expected', s.order, one_of("spread", "time"))
     folder = find_path(s.folder)
+    if not is_text(str(folder)):
+        raise InputError(f"folder {s.folder}: expected a name in UTF-8, since {TARGETS_FILE} tells it")
     if not s.folder or not folder.is_dir():
         raise InputError(f'setting "folder": expected a folder of photographs and {READINGS}, got "{s.folder}"')
     out_dir, dials = fresh_folder(s.out_dir, s.overwrite, inputs=[folder]), read_readings(folder)

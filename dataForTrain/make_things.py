@@ -47,7 +47,7 @@ from cldm.dataset import CONTROLS_FILE, TRAINING_FILE, VALIDATION_FILE
 from cldm.pairs import open_photo
 from dataForTrain.make_dataset import find_pictures, map_in_processes
 from dataForTrain.solids import PACKAGE, Solid, Studio, View, load_mitsuba, read_things, render_view
-from ldm.files import find_path, report_folder, write_whole
+from ldm.files import find_path, leave_out, report_folder, write_whole
 from ldm.pictures import check_pictures
 from ldm.schema import read_config
 
@@ -152,10 +152,11 @@ def order_things(folder, seed, group, only):
     return things
 
 
-def render_scene(s, out, group, count, number):
+def render_scene(s, out, group, photos, count, number):
     """Render the pictures of a scene that are not there yet.
 
-    out: the folder of the group's rows, which holds PICTURES. count: pairs, the first of the scene's.
+    out: the folder of the group's rows, which holds PICTURES. photos: files, of tables and backgrounds. count: pairs,
+    the first of the scene's.
     Returns: the rows of its pairs.
     """
     things = order_things(s.folder, s.seed, group, s.only)
@@ -164,7 +165,7 @@ def render_scene(s, out, group, count, number):
     pairs = list_pairs(group, views, s.turn)[:count]
     missing = [i for i in sorted({i for pair in pairs for i in pair}) if not (out / files[i]).exists()]
     if missing:
-        rng, photos = random.Random(f"{s.seed} {group} {number} surfaces"), find_pictures(PHOTOS.get(group, s.photos))
+        rng = random.Random(f"{s.seed} {group} {number} surfaces")
         solid, floor, background = Solid(thing), draw_surface(rng, photos), draw_surface(rng, photos)
         for i in missing:
             seed = random.Random(f"{s.seed} {group} {number} {i}").getrandbits(32)
@@ -197,14 +198,17 @@ def copy_pair(out, row, number, mirrored, channels):
     return copied
 
 
-def make_rows(s, out, group, count):
-    """Render `count` pairs of a group, s.processes scenes at a time. Returns: their rows."""
+def make_rows(s, out, group, photos, count):
+    """Render `count` pairs of a group, s.processes scenes at a time. photos: as render_scene has them.
+
+    Returns: their rows.
+    """
     counts, missing = [], count
     while missing:
         own = list_pairs(group, draw_scene(s.seed, group, len(counts), s.turn)[1], s.turn)
         counts.append(min(len(own), missing))
         missing -= counts[-1]
-    render, scenes, rows = partial(render_scene, s, out, group), range(len(counts)), []
+    render, scenes, rows = partial(render_scene, s, out, group, photos), range(len(counts)), []
     with tqdm(total=count, desc=f"{group} pairs") as progress:
         for number, own in zip(counts, map_in_processes(s.processes, render, counts, scenes)):
             rows += own
@@ -212,14 +216,15 @@ def make_rows(s, out, group, count):
     return rows
 
 
-def hold_folder(s):
+def hold_folder(s, photos):
     """Hold out_dir for this run, new or going on. Returns: its Path. Raises: InputError if another run made it."""
     kept = {key: s[key] for key in ("only", "turn", "photos", "seed", "samples", "image_size")}
+    kept["photographs"] = len(photos)
     out = report_folder(s.out_dir, SETTINGS_FILE, "samples", PICTURES, CONTROLS_FILE, *FILES.values())
     file = out / SETTINGS_FILE
     if file.exists():
-        before = read_config(file)
-        other = [f"{key}={before.get(key)} (now {kept[key]})" for key in kept if before.get(key) != kept[key]]
+        before = kept | read_config(file)
+        other = [f"{key}={before[key]} (now {kept[key]})" for key in kept if before[key] != kept[key]]
         if other:
             raise InputError(f"{file}: was made with {', '.join(other)}; give the same, or choose another out_dir")
     write_whole(file, partial(Path.write_text, data=json.dumps(kept)))
@@ -237,15 +242,16 @@ def main(s):
         raise InputError(f'setting "folder": {len(things)} models in {s.folder}; {remedy}')
     for group in FILES:
         choose_things(things, group, s.only)
-    photos = find_pictures(s.photos)
+    photos = leave_out(find_pictures(s.photos), s.out_dir)
     if kept := {*photos} & {file for group in PHOTOS.values() for file in find_pictures(group)}:
         raise InputError(f'setting "photos": {min(kept)} is held out of training; leave it out')
     check_pictures(photos)
     load_mitsuba()
-    out = hold_folder(s)
+    out = hold_folder(s, photos)
     for group, file in FILES.items():
         if count := s.pairs if group == "training" else s[group]:
-            lines = [json.dumps(row) + "\n" for row in make_rows(s, (out / file).parent, group, count)]
+            own = find_pictures(PHOTOS[group]) if group in PHOTOS else photos
+            lines = [json.dumps(row) + "\n" for row in make_rows(s, (out / file).parent, group, own, count)]
             write_whole(out / file, partial(Path.write_text, data="".join(lines)))
             print(f"{len(lines)} pairs: {out / file}")
     units, periods, absolute = map(list, zip(*CONTROLS.values()))

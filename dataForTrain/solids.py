@@ -76,7 +76,11 @@ def read_things(folder):
         entries = {}
         for key, number, value in re.findall(r"^(\w+)#(\d+)=(.*?)\s*$", text, re.M):
             entries.setdefault(number, {})[key] = value
-        things += [read_thing(archive, entry) for entry in entries.values()]
+        try:
+            things += [read_thing(archive, entry) for entry in entries.values()]
+        except (KeyError, ValueError) as error:
+            found = f"an entry without {error}" if isinstance(error, KeyError) else f"an entry that has {error}"
+            raise InputError(f"{archive}: {found}; expected the archives of docs/things.md alone") from None
     return sorted(things, key=lambda thing: thing.name)
 
 

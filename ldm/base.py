@@ -41,6 +41,8 @@ def roughly(device):
 
 def load_part(cls, folder, **kwargs):
     """`cls.from_pretrained` from a local folder, in any variant. Raises: InputError if it is missing or broken."""
+    if not folder.parent.exists():
+        raise InputError(f"base {folder.parent}: no such file or folder; a control's model.yaml says where its base is")
     if not folder.is_dir():
         index = folder.parent / "model_index.json"
         what = f" (it is a {read_config(index).get('_class_name')})" if index.is_file() else ""

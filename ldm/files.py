@@ -218,7 +218,7 @@ def unpack(archive, folder, most_files, most_bytes):
                 found = f"{len(files)} files of {size / 1e6:.0f} MB in all"
                 raise InputError(f"{archive}: {found}, at most {most_files} of {most_bytes / 1e6:.0f} MB are unpacked")
             opened.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, UnicodeDecodeError) as error:
         raise InputError(
             f"{archive}: cannot be unpacked ({reason(error)}); expected a zip without a password"
         ) from None

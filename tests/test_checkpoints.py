@@ -7,6 +7,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cldm.model import load_base
 from ldm.base import LatentDiffusion, check_parts, load_part
 from ldm.checkpoints import read_weights, to_half
 from ldm.settings import InputError
@@ -256,6 +257,8 @@ def test_a_base_whose_parts_do_not_fit_is_named(other, told):
 
 def test_a_folder_of_another_pipeline_says_which(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    with pytest.raises(InputError, match="gone: no such file or folder"):
+        load_base(tmp_path / "gone")
     with pytest.raises(InputError, match="no vae/ in it .*StableDiffusion3Pipeline"):
         LatentDiffusion.from_pretrained(tmp_path)
 

@@ -74,4 +74,9 @@ def test_a_change_needs_its_picture(make_model, picture, tmp_path, fails_in_one_
     arguments = [f"model_path={tmp_path / 'control'}", f"out_dir={tmp_path / 'out'}", "ddim_steps=2", "control=[1,1]"]
     assert "input_image_path" in fails_in_one_line(generate.main, generate.settings, arguments)
     run_script(generate.main, generate.settings, [*arguments, f"input_image_path={picture}", "prompt="])
-    assert (tmp_path / "out" / "control_001.png").is_file()
+    drawn, mine = (tmp_path / "out" / name for name in ("control_001.png", "control_mine.png"))
+    mine.write_bytes(drawn.read_bytes())
+    assert "input_image_path" in fails_in_one_line(generate.main, generate.settings, arguments)
+    assert drawn.read_bytes() == mine.read_bytes()  # neither is lost
+    run_script(generate.main, generate.settings, [*arguments, f"input_image_path={picture}", "prompt=", "seed=1"])
+    assert drawn.read_bytes() != mine.read_bytes()

@@ -1,6 +1,7 @@
 """The data set: the committed pictures are what the code renders, turned the right way about the right point."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from dataForTrain.make_dataset import (
     find_pictures,
     render_framed,
 )
-from ldm.files import ROOT
+from ldm.files import ROOT, digest
 from ldm.schema import read_config
 from ldm.settings import InputError, override
 
@@ -49,6 +50,25 @@ def test_committed_pictures_are_reproduced_byte_for_byte(tmp_path):
         for row in rows:
             assert row in committed
             assert (tmp_path / row["target"]).read_bytes() == (FOLDER / row["target"]).read_bytes()
+
+
+def test_pairs_are_not_cut_from_what_was_made_before(tmp_path):
+    shutil.copy(find_photo(TRAIN["coffee"].file), tmp_path / "coffee.png")
+    made = ["pairs=2", "image_size=16", f"photos={tmp_path}", f"out_dir={tmp_path / 'pairs'}"]
+    run(*made)
+    before = digest([tmp_path / "pairs"])
+    run(*made, "overwrite=true")
+    assert digest([tmp_path / "pairs"]) == before
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(InputError, match="broken.png"):
+        run(*made, "overwrite=true")
+    assert digest([tmp_path / "pairs"]) == before
+
+
+def test_numbers_with_many_digits_have_names_of_their_own(tmp_path):
+    run("angles=[123.4567,123.4568]", "photos=coffee", "image_size=16", f"out_dir={tmp_path}")
+    rows = read(tmp_path / "prompt.json")
+    assert [row["source"] for row in rows] == ["123.4567", "123.4568"] and rows[0]["target"] != rows[1]["target"]
 
 
 def test_other_angles_and_photos(tmp_path):

@@ -78,6 +78,23 @@ def test_labels_are_spread_over_the_circle_or_come_in_time(folder):
     assert left == ["16:20", "16:40"]  # of three pictures alike, that of 16:30 lies farthest from others in time
 
 
+def test_a_picture_that_is_listed_twice_is_named(folder):
+    lines = (folder / "readings.csv").read_text().splitlines()[1:]
+    add_lines(folder, [*lines, ",".join([*lines[0].split(",")[:3], "", ""])])
+    with pytest.raises(InputError, match='line 18: dial1/1710.png of dial "1" stands in line 2, too'):
+        run(folder, "labelled=3")
+
+
+def test_times_may_be_of_any_year_and_older_datasets_go(folder):
+    (folder.parent / "out").mkdir()
+    (folder.parent / "out" / "validation.json").write_text("{}")
+    add_lines(
+        folder, [line.replace("2019-06", "0001-01") for line in (folder / "readings.csv").read_text().splitlines()[1:]]
+    )
+    assert run(folder, "labelled=3")[0][0]["time"] == "0001-01-01T16:00:00"
+    assert not (folder.parent / "out" / "validation.json").exists()
+
+
 def test_pictures_without_a_label_are_read(folder):
     lines = (folder / "readings.csv").read_text().splitlines()[1:]
     labels = [line.split(",")[3] if "00.png" in line or "50.png" in line else "" for line in lines]

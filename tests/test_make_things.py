@@ -175,10 +175,19 @@ def test_a_missing_package_and_a_broken_archive_are_named(folder, tmp_path, monk
 
 def test_another_run_is_not_gone_on_with(tmp_path):
     s = override(make_things.settings, [f"out_dir={tmp_path}"])
-    make_things.hold_folder(s)
-    make_things.hold_folder(override(s, ["pairs=9", "processes=2"]))
+    make_things.hold_folder(s, [])
+    make_things.hold_folder(override(s, ["pairs=9", "processes=2"]), [])
     with pytest.raises(InputError, match=r"made with turn=30.0 \(now 20.0\); give the same, or choose another out_dir"):
-        make_things.hold_folder(override(s, ["turn=20"]))
+        make_things.hold_folder(override(s, ["turn=20"]), [])
+    with pytest.raises(InputError, match=r"made with photographs=0 \(now 1\)"):
+        make_things.hold_folder(s, [tmp_path])
+
+
+def test_an_archive_of_other_models_is_named(folder, tmp_path):
+    with zipfile.ZipFile(folder / "other.sh3f", "w") as archive:
+        archive.writestr(solids.CATALOG, "name#1=x\nmodel#1=/x/x.obj\nwidth#1=1\ndepth#1=1\nheight#1=1")
+    with pytest.raises(InputError, match="other.sh3f: an entry without 'creator'; expected the archives of"):
+        run(folder, tmp_path / "out")
 
 
 @pytest.mark.skipif(not (ROOT / "outputs" / "furniture").is_dir(), reason="needs the furniture, as docs/things.md says")

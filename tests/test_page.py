@@ -70,6 +70,18 @@ def test_a_drawing_is_that_of_generate(s, folder, tmp_path):
     assert "outside_range" in last(page.draw(load_model(folder), s, "a cup", None, 3, 1.3))
 
 
+def test_a_prompt_that_training_did_not_know_is_told(s, folder, picture):
+    model = load_model(folder)
+    model.control_net.register_to_config(prompts=["a cup"])
+    for prompt, known in (("a cup", True), ("a cap", False)):
+        for html in (
+            last(page.draw(model, s, prompt, None, 3, 0.5)),
+            last(page.read_picture(model, s, None, str(picture), prompt, None)),
+        ):
+            assert ("not one of the 1 that this control was trained with" in html) != known
+    last(page.read_picture(model, s, None, str(picture), None, ""))
+
+
 def test_a_strip_over_a_circle_has_no_number_twice(make_model, s, monkeypatch):
     model, drawn = make_model(periods=[10.0]), {}
     model.control_net.register_to_config(control_mean=[5.0], control_low=[0.0], control_high=[10.0])
@@ -181,8 +193,8 @@ def test_a_zip_that_asks_for_too_much_is_refused(tmp_path, members, expected):
 
 
 def test_what_is_no_zip_is_refused(tmp_path):
-    packed = make_zip(tmp_path / "cut.zip", x=bytes(1000))
-    for content in (b"no zip", packed.read_bytes()[:-30]):
+    packed = make_zip(tmp_path / "cut.zip", ä=bytes(1000))
+    for content in (b"no zip", packed.read_bytes()[:-30], packed.read_bytes().replace("ä".encode(), b"\xff\xff")):
         packed.write_bytes(content)
         with pytest.raises(InputError, match="cut.zip: cannot be unpacked"):
             unpack(packed, tmp_path / "to", 3, 9_999)

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import invert
 import test5
@@ -18,7 +18,7 @@ import tool_add_control
 import tool_export_control
 import tutorial_train
 from cldm.controlnet import NumericControlNet
-from cldm.conversion import add_control, fit_statistics
+from cldm.conversion import add_control, export_control, fit_statistics
 from cldm.model import Sampling, Target, load_base, load_model, save_model
 from ldm.base import LatentDiffusion
 from ldm.checkpoints import original_key, read_weights
@@ -208,6 +208,16 @@ def originals_hint(weights, numbers, latent_size):
         weight, bias = (weights[f"control_model.mlp.fc{i}.{kind}"].float() for kind in ("weight", "bias"))
         hidden = torch.nn.functional.linear(hidden, weight, bias).relu()
     return hidden.reshape(1, 8, latent_size, latent_size)
+
+
+def test_what_the_original_has_no_layers_for_is_not_exported(make_model, tmp_path):
+    model = make_model(hint="original", proposals=2)
+    export_control(model.control_net, tmp_path / "control.safetensors")
+    assert not [key for key in load_file(tmp_path / "control.safetensors") if "proposal" in key]
+    model.control_net.register_to_config(class_embed_type="projection")
+    with pytest.raises(InputError, match="modulated=true"):
+        export_control(model.control_net, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 def export(model, tmp_path, name="control"):
