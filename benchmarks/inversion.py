@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ldm.settings import Settings, answer, check_numbers, run_script
+from ldm.settings import InputError, Settings, answer, check_numbers, run_script
 
 settings = dict(
     model_path="models/control_tiny",
@@ -51,12 +51,14 @@ from benchmarks.baselines import read_by_adam, read_by_sampling
 from benchmarks.common import choose, quantiles, read_lines
 from benchmarks.regressors import augment, train_regressor
 from cldm.dataset import split_rows
-from cldm.model import Sampling, load_model
+from cldm.model import MODEL_YAML, Sampling, load_model, read_model_yaml
 from cldm.reading import read_controls
-from cldm.report import COLOURS
+from cldm.report import COLOURS, label
+from cldm.results import digest_model
 from dataForTrain.make_dataset import HELD_OUT, TRAIN, render_framed
 from ldm.files import find_path, report_folder, write_whole
 from ldm.pictures import load_picture, pictures_to_tensor
+from ldm.schema import read_config
 
 SIZE = 128  # pixels
 BATCH = 12  # targets read together
@@ -192,7 +194,8 @@ SIDES = {
 
 def comparable(s):
     """Returns: the settings that results depend on; only results of the same ones stand in one table."""
-    return {name: s[name] for name in settings if name not in ("methods", "out_dir")}
+    control = digest_model(s.model_path, read_model_yaml(find_path(s.model_path) / MODEL_YAML).base)
+    return {name: s[name] for name in settings if name not in ("methods", "out_dir")} | {"control": control}
 
 
 def run_method(name, s):
@@ -264,6 +267,10 @@ def main(s):
         report_folder(s.out_dir, "results.jsonl", "method", "plot.png"),
         choose(s.methods, METHODS, "methods"),
     )
+    found = read_config(find_path(s.model_path) / "config.json")
+    if list(found.control_units) != ["degrees"]:
+        told = ", ".join(map(label, found.control_names, found.control_units))
+        raise InputError(f"model_path {s.model_path}: expected a control of one angle in degrees, found {told}")
     file = out_dir / "results.jsonl"
     results = read_lines(file) if file.exists() else []
     results = {result["method"]: result for result in results if result["settings"] == comparable(s)}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ldm.schema import each, expect, number
-from ldm.settings import answer, check_numbers, override, run_script
+from ldm.settings import InputError, answer, check_numbers, override, run_script
 
 settings = dict(
     folder="",  # of photographs and readings.csv
@@ -63,7 +63,11 @@ def make_data(folder, s, count):
     """Make the dataset folder/data. Returns: the rows to read, spread over those that are left."""
     arguments = [f"folder={s.folder}", f"labelled={count}", f"out_dir={folder / 'data'}", "overwrite=true"]
     make_meter.main(override(make_meter.settings, arguments))
-    rows = read_lines(folder / "data" / TARGETS_FILE)
+    rows = [row for row in read_lines(folder / "data" / TARGETS_FILE) if "source" in row]
+    if not rows:
+        raise InputError(
+            f"folder {s.folder}: with {count} labelled pictures a dial to learn from, none is left to read"
+        )
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(s.targets, len(rows))).round().astype(int)]
 
 
@@ -190,9 +194,9 @@ def main(s):
         finally:
             save_json(out_dir / "results.json", report)
 
-    for count in s.counts:
+    made = {count: make_data(out_dir / str(count), s, count) for count in s.counts}  # none fails later
+    for count, rows in made.items():
         folder = out_dir / str(count)
-        rows = make_data(folder, s, count)
         readers = {name: open_reader(name, folder) for name in names}
         for name, read in readers.items():
             readings = read(rows, "targets")
@@ -200,6 +204,7 @@ def main(s):
             sizes[name][count] = np.abs(errors(readings, rows, folder / "data")[0])
             minutes = report["minutes"][folder.name].get(name)
             table.append([name, count, *tabulate(readings, rows, folder / "data", minutes)])
+            print(f"{name}, {count} labelled pictures a dial: median error {table[-1][2]}")
         save_json(out_dir / "results.json", report)
         if count == MAIN and mishaps:
             suffered = {mishap: suffer(mishap, rows, folder / "mishaps") for mishap in mishaps}

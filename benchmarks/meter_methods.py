@@ -4,6 +4,7 @@ Each is a function(settings, folder, minutes) -> function(rows, name) -> Reading
 as make_meter.py makes it. minutes: {method: of training}, which is added to. rows: as read_lines has them.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -21,6 +22,8 @@ from benchmarks.common import half_widths, read_lines, read_targets, write_lines
 from benchmarks.regressors import augment, train_regressor
 from cldm.calibration import nine_in_ten
 from cldm.dataset import TRAINING_FILE, split_rows
+from cldm.model import MODEL_YAML, read_model_yaml
+from cldm.results import digest_model
 from dataForTrain.make_meter import PERIOD, shortest
 from ldm.files import find_path, write_whole
 from ldm.pictures import fit_picture, load_picture, pictures_to_tensor
@@ -72,7 +75,9 @@ def ours(s, folder, minutes):
 
     def read(rows, name):
         write_lines(folder / f"{name}.json", rows)
-        results = read_targets(model, folder / f"{name}.json", folder / f"{name}_readings")
+        about = repr((digest_model(model, read_model_yaml(model / MODEL_YAML).base), rows))
+        out = folder / f"{name}_readings_{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+        results = read_targets(model, folder / f"{name}.json", out)
         half = half_widths(results, [PERIOD])[:, 0]
         flagged = [bool(result["flags"]) for result in results]
         return Readings(column(results, "control").tolist(), half.tolist(), flagged, column(results, "seconds").mean())
@@ -95,7 +100,9 @@ class DialNetwork(nn.Module):
 def resnet(s, folder, minutes):
     """A DialNetwork, trained on what the control learns from, with bars by what its training sets aside."""
     train, validation = labelled(folder / "data")
-    dials, file = sorted({row["prompt"] for row in train}), folder / "resnet.safetensors"
+    dials = sorted({row["prompt"] for row in train})
+    about = repr((s.regressor_minutes, [(row["source"], row["prompt"], row["target"]) for row in train]))
+    file = folder / f"resnet_{hashlib.sha256(about.encode()).hexdigest()[:12]}.safetensors"
     network = DialNetwork(len(dials))
 
     def load(rows):
@@ -112,8 +119,8 @@ def resnet(s, folder, minutes):
         pictures, dial = load(train)
         angles = 2 * math.pi / PERIOD * torch.tensor(column(train, "source"), dtype=torch.float32)
         train_regressor(network, s.regressor_minutes, draw_batch, nn.functional.mse_loss)
-        minutes["resnet"] = s.regressor_minutes
         write_whole(file, partial(save_file, network.state_dict()))
+    minutes["resnet"] = s.regressor_minutes
     network.load_state_dict(load_file(file))
     network.eval()
 
@@ -159,8 +166,9 @@ def processing(s, folder, minutes):
 
 def find_needle(picture):
     """Returns: the angle, clockwise from the top, of the long side of what is red in a picture's middle."""
-    red, green, blue = np.moveaxis(np.asarray(picture, float), 2, 0)
-    redness, side = red - np.maximum(green, blue), len(red)
+    side = min(picture.size)
+    red, green, blue = np.moveaxis(np.asarray(fit_picture(picture, side), float), 2, 0)
+    redness = red - np.maximum(green, blue)
     y, x = np.mgrid[:side, :side] - (side - 1) / 2
     dial = np.hypot(x, y) < DIAL * side
     needle = dial & (redness >= np.percentile(redness[dial], 95) / 2)

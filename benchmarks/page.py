@@ -2,8 +2,9 @@
 
     python benchmarks/page.py    # about two minutes on two cores
 
-Needs what `make page` installs. Starts the page as `make page` does and asks it as a browser would. Seconds are those
-of the clock, and of the page's process on all cores: where others compute beside it, the second are what it needs.
+Needs what `make page` and benchmarks/requirements.txt install. Starts the page as `make page` does and asks it as a
+browser would. Seconds are those of the clock, and of the page's process on all cores: where others compute beside it,
+the second are what it needs.
 """
 
 import sys

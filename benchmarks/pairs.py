@@ -66,9 +66,11 @@ from cldm.fit import LOW, NAMES, WIDTHS, refine_reading
 from cldm.model import load_model
 from cldm.pairs import POOL, draw_pair, draw_views, open_photo
 from cldm.reading import read_controls
+from cldm.results import digest_model
 from dataForTrain.make_dataset import find_pictures
 from ldm.files import append_whole, write_whole
 from ldm.pictures import fit_picture, pictures_to_tensor
+from ldm.schema import Settings
 
 BATCH = 12  # pairs read together
 TASKS = {  # which numbers are unknown
@@ -153,7 +155,6 @@ def siamese(minutes, seed, file):
         return inputs, (wanted - middle) / spread
 
     if not file.exists():
-        network.train()
         train_regressor(network, minutes, draw_batch, nn.functional.l1_loss)
         write_whole(file, partial(save_file, network.state_dict()))
     network.load_state_dict(load_file(file))
@@ -195,7 +196,9 @@ def answer_pairs(file, read, pairs, sought, s):
 
     read: function(pairs, sought) -> a list of Answers. Returns: a list of dicts, Answers with "seconds".
     """
-    own = {name: s[name] for name in settings if name not in ("methods", "tasks", "out_dir")}
+    own = {
+        name: s[name] for name in (*settings, "control") if name in s and name not in ("methods", "tasks", "out_dir")
+    }
     if not file.exists() or read_lines(file)[0] != own:
         write_whole(file, partial(Path.write_text, data=json.dumps(own) + "\n"))
     for first in range(len(read_lines(file)) - 1, len(pairs), BATCH):
@@ -232,6 +235,11 @@ def main(s):
     check_numbers(s, regressor_minutes=(0, 10**4))
     out_dir = start_report(s.out_dir, "errors.json", "rotation alone", "*.jsonl", "risk.png")
     files, model = find_pictures(s.photos), load_model(s.model_path) if {*OURS} & {*names} else None
+    control = dict(control=digest_model(s.model_path, model.config.base)) if model else {}
+    if model and list(model.control_net.config.control_names) != NAMES:
+        raise InputError(f"model_path {s.model_path}: expected a control of {', '.join(NAMES)}")
+    if tasks == [WAYS] and not model:
+        raise InputError('setting "tasks": ways are of our readings; add ours to methods')
     torch.manual_seed(s.seed)
     each = dict(CLASSICAL)
     if "siamese" in names:
@@ -252,7 +260,7 @@ def main(s):
                 return [each[method](reference, target, sought) for reference, target, _ in some]
 
             file = out_dir / f"{task}_{method}.jsonl".replace(" ", "_")
-            answers[method] = answer_pairs(file, read, pairs, sought, s)
+            answers[method] = answer_pairs(file, read, pairs, sought, Settings(s | control) if method in OURS else s)
         changes = [change for *_, change in pairs]
         report |= print_task(task, sought, changes, answers)
         curves[task] = print_corners(changes, answers)

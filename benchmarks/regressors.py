@@ -33,7 +33,8 @@ def train_regressor(network, minutes, draw_batch, loss):
     with tqdm(total=100, desc="training a CNN", leave=False) as bar:
         while share < 1:
             inputs, wanted = draw_batch(step)
-            optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * share))
+            warm = min(1, max((step + 1) / 100, 10 * share))  # after 100 batches, or a tenth of the time
+            optimizer.param_groups[0]["lr"] = 1e-3 * warm * (0.5 + 0.5 * math.cos(math.pi * share))
             with roughly(torch.device("cpu")):
                 found = network(*inputs)
             optimizer.zero_grad()
@@ -46,7 +47,7 @@ def train_regressor(network, minutes, draw_batch, loss):
 
 
 def augment(pictures):
-    """Returns: (B, 3, H, W) pictures moved by up to 2 pixels of 128, 3% of their size and 10% of their brightness."""
+    """Returns: (B, 3, H, W) pictures moved by up to 2 pixels of 128, zoomed by 3% and of 10% other contrast."""
     count = len(pictures)
     move = torch.zeros(count, 2, 3)
     move[:, 0, 0] = move[:, 1, 1] = 1 + 0.06 * torch.rand(count) - 0.03
@@ -57,7 +58,7 @@ def augment(pictures):
 
 
 def tint(pictures):
-    """Returns: (B, n, 3, H, W) pictures, the n of a row under the same other white balance and brightness."""
+    """Returns: (B, n, 3, H, W) pictures, the n of a row with the same other contrast of every colour and brightness."""
     count = len(pictures)
     gain, light = 0.85 + 0.3 * torch.rand(count, 1, 3, 1, 1), 0.2 * torch.rand(count, 1, 1, 1, 1) - 0.1
     return pictures * gain + light

@@ -37,9 +37,11 @@ from dataForTrain.make_dataset import find_pictures
 BATCH = 12  # pairs read together
 
 
-def without_cauchy(objective, start, index, bounds, draw_index=None, scale=None):
+def without_cauchy(objective, start, index, bounds, draw_index=None, scale=None, **how):
     """levenberg_marquardt, but for the last solution by a Cauchy loss."""
-    return start if scale is not None else solvers.levenberg_marquardt(objective, start, index, bounds, draw_index)
+    return (
+        start if scale is not None else solvers.levenberg_marquardt(objective, start, index, bounds, draw_index, **how)
+    )
 
 
 VARIANTS = {
