@@ -3,6 +3,7 @@
 import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
 from cldm.hints import HINTS, CoordinateHint, DenseHint, encode, wrap
@@ -10,6 +11,14 @@ from cldm.proposal import Proposal
 from cldm.reference import FUSIONS, ReferenceHint
 from ldm.schema import FLAG, POSITIVE, TEXT, check, each, number, one_of, or_null, read_config
 from ldm.settings import InputError
+
+
+class NumberEmbedding(TimestepEmbedding):
+    """Embeds the numbers that modulate, outside autocast, as the hint does: half precision would round them."""
+
+    def forward(self, sample):
+        with torch.autocast(sample.device.type, enabled=False):
+            return super().forward(sample)
 
 
 def default_names(control_dim):
@@ -129,6 +138,8 @@ class NumericControlNet(ControlNetModel):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        if self.class_embedding is not None:
+            self.class_embedding.__class__ = NumberEmbedding
         if hint not in HINTS:
             raise InputError(f'hint: expected one of {", ".join(HINTS)}, got "{hint}"')
         if hint_hidden is None:

@@ -145,6 +145,10 @@ def test_a_modulating_number_is_not_rounded_with_its_base(make_model, inputs):
         model.predict(*inputs, control)
     assert net.class_embedding.linear_1.weight.dtype == torch.float32 and net.conv_in.weight.dtype == torch.bfloat16
     assert torch.equal(seen[0], net.normalize(control))
+    with torch.no_grad():
+        exact = net.class_embedding(seen[0])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(net.class_embedding(seen[0]), exact)
 
 
 def test_coordinate_hint_is_its_convolutions(make_model):
