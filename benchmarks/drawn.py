@@ -282,9 +282,9 @@ def tabulate(results):
 
 def main(s):
     check_numbers(s, int, max_steps=(1, math.inf), between=(1, 1000))
-    out_dir, kind = start_report(s.out_dir, "results.json", "interval90", "unseen", "readings"), "hand" * s.clock
-    data_root = out_dir / f"data{kind}"
-    model_path = find_path(s.model_path or out_dir / f"control{kind}_{s.max_steps}")
+    out_dir, kind = start_report(s.out_dir, "results.json", "interval90", "unseen", "readings"), "hand_" * s.clock
+    data_root = out_dir / f"{kind}data"
+    model_path = find_path(s.model_path or out_dir / f"{kind}control_{s.max_steps}")
     config, trained = model_path / "config.json", {name: range(HIGHEST + 1) for name in THINGS}
     if not config.exists() or not json.loads(config.read_text()).get(
         "error_scale"

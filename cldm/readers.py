@@ -5,6 +5,7 @@ from functools import partial
 
 from cldm.evidence import check_evidence
 from cldm.fit import refine_reading
+from cldm.model import MODEL_YAML
 from cldm.reading import read_and_profile, read_controls
 from cldm.report import describe_failure, describe_reading, draw_pictures, draw_reading
 from cldm.results import fingerprint
@@ -35,7 +36,8 @@ def read(model, s, known, rows, loaded, figures):
     for seen, key in ((target.latents, "target"), (target.reference, "reference")):
         for row, own in zip(rows, [] if seen is None else seen):
             if not own.isfinite().all():
-                raise InputError(f"{getattr(row, key)}: its latents are not finite; with a GPU, try dtype=float32")
+                what = f"its latents are not finite; try precision: float32 in {MODEL_YAML}"
+                raise InputError(f"{getattr(row, key)}: {what}")
     if figures:
         reading, profiles = read_and_profile(model, target, known, s.draws, s.seed)
     else:

@@ -249,14 +249,12 @@ def draw_reading(config, reading, i, profiles, row, pictures):
         name, unit = plain(tell_names(config)[k]), plain(config.control_units[k])
         points, losses = (part[i, k].cpu().numpy() for part in profiles[:2])
         axes.plot(points[:, k], losses, color=BLUE, label="denoising loss")
-        value, std, read = (
-            control[k].item(),
-            None,
-            dict(color=VERMILION, fmt="o", label="given" if reading.given[i, k] else "read"),
-        )
+        value, std, read = control[k].item(), None, dict(color=VERMILION, fmt="o", label="read")
         period, middle = config.periods[k], points[[0, -1], k].mean()
         place = value - period * round((value - middle) / period) if period else value  # on the axis
-        if reading.calibrated and not reading.given[i, k]:
+        if reading.given[i, k]:
+            read["label"] = "given"
+        elif reading.calibrated:
             std, read["label"] = reading.std[i, k].item(), "read, with its 90% interval"
             read |= dict(xerr=reading.margin[i, k].item(), capsize=6, elinewidth=2.5)
         axes.errorbar(place, np.interp(place, points[:, k], losses), **read)
