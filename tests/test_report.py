@@ -49,6 +49,7 @@ def check_apart(figure):
 def test_a_reading(config):
     control, margin = torch.tensor([[-4.6, 0.85, 0.06, 0.5, 11.5]]), torch.tensor([[0.2, 0.01, 0.001, 0.3, 1.0]])
     known = dict(control=control, margin=margin, std=margin / 1.645, reach=torch.tensor([[0, 0, 0, 1.5, 0]]))
+    known["given"] = control == 0
     reading = SimpleNamespace(flags=[["outside_range", "unexplained"]], calibrated=True, **known)
     points = torch.stack([torch.linspace(low, high, 9) for low, high in [(-17, 17), (0.6, 1.4), (-0.2, 0.2), (-2, 2)]])
     points = torch.cat([points, torch.linspace(5.5, 17.5, 9)[None]])
@@ -75,6 +76,7 @@ def test_a_reading_beyond_the_seam_is_drawn_on_its_axis():
     names = dict(control_names=["hour"], control_units=["h"], absolute=None, periods=[12.0])
     config = SimpleNamespace(control_low=[0.0], control_high=[12.0], **names)
     told = dict(control=torch.tensor([[0.5]]), margin=torch.tensor([[0.2]]), std=torch.tensor([[0.1]]))
+    told["given"] = torch.tensor([[False]])
     reading = SimpleNamespace(flags=[[]], calibrated=True, reach=torch.zeros(1, 1), **told)
     points = torch.linspace(5.5, 17.5, 9)
     profiles = points[None, None, :, None], (points - 11.5).abs()[None, None]
