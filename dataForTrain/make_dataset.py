@@ -219,7 +219,6 @@ def make_views(s, out):
 
 def main(s):
     check_numbers(s, int, views=(1, 10**6), pairs=(1, 10**6), image_size=(32 if s.views else 8, 4096))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed then too
     given = [key for key in ("angles", "views", "pairs") if s[key] is not None]
     if len(given) > 1:
         raise InputError(f"{', '.join(given)}: one of them makes a dataset, give just one")
@@ -246,4 +245,5 @@ def main(s):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half made is removed then too
     run_script(main, settings)
