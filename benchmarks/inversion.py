@@ -272,8 +272,8 @@ def main(s):
         told = ", ".join(map(label, found.control_names, found.control_units))
         raise InputError(f"model_path {s.model_path}: expected a control of one angle in degrees, found {told}")
     file = out_dir / "results.jsonl"
-    results = read_lines(file) if file.exists() else []
-    results = {result["method"]: result for result in results if result["settings"] == comparable(s)}
+    results, same = read_lines(file) if file.exists() else [], comparable(s)
+    results = {result["method"]: result for result in results if result["settings"] == same}
     print("| | targets | median error | 95% within | worst | within 0.1 | 0.3 | 0.5 | model calls | seconds | memory |")
     print(f"| {'--- | ' * 11}")
     for name in names:

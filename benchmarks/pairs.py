@@ -196,9 +196,7 @@ def answer_pairs(file, read, pairs, sought, s):
 
     read: function(pairs, sought) -> a list of Answers. Returns: a list of dicts, Answers with "seconds".
     """
-    own = {
-        name: s[name] for name in (*settings, "control") if name in s and name not in ("methods", "tasks", "out_dir")
-    }
+    own = {name: value for name, value in s.items() if name not in ("methods", "tasks", "out_dir")}
     if not file.exists() or read_lines(file)[0] != own:
         write_whole(file, partial(Path.write_text, data=json.dumps(own) + "\n"))
     for first in range(len(read_lines(file)) - 1, len(pairs), BATCH):

@@ -85,8 +85,8 @@ def tell_flags(flags):
 def tell_prompts(model, prompts):
     """Returns: HTML of what is said of prompts that training did not know."""
     known = tuple(model.control_net.config.prompts or ())
-    lines = {line: "" for prompt in prompts if (line := find_prompt(prompt, known)[1])}
-    return "".join(f'<p class="fine">{escape(line)}</p>' for line in lines)
+    lines = dict.fromkeys(find_prompt(prompt or "", known)[1] for prompt in dict.fromkeys(prompts))
+    return "".join(f'<p class="fine">{escape(line)}</p>' for line in lines if line)
 
 
 def named(model, picture, name):
@@ -124,7 +124,7 @@ def draw(model, s, prompt, reference, seed, *numbers):
     outside = is_outside(config, control, torch.full_like(control, torch.inf))[0]
     flags = {"outside_range": "a number lies beyond the trained range"} if outside else {}
     caption = f"{'B, ' * model.control_net.uses_reference}drawn at {describe_control(config, control[0].tolist())}"
-    said = tell_flags(flags) + tell_prompts(model, [prompt or ""])
+    said = tell_flags(flags) + tell_prompts(model, [prompt])
     yield show(png, caption) + said + offer("drawing.png", "image/png", png)
 
 
@@ -140,7 +140,7 @@ def draw_range(model, s, prompt, reference, seed, name, *numbers):
         panels[f"{name}\n{value:+.{digits}g} {config.control_units[k]}"] = drawing(control)
         yield f"<p>{len(panels)} of {s.count} drawn</p>"
     png = to_png(draw_strip(panels).savefig)
-    yield show(png) + tell_prompts(model, [prompt or ""]) + offer("strip.png", "image/png", png)
+    yield show(png) + tell_prompts(model, [prompt]) + offer("strip.png", "image/png", png)
 
 
 def read_picture(model, s, reference, target, prompt, known):

@@ -51,8 +51,8 @@ from ldm.files import find_path, fresh_folder, leave_out, whole_folder
 from ldm.pictures import check_pictures
 
 PICTURES = "resultData"
-MADE = PICTURES, "pictures", TRAINING_FILE, VALIDATION_FILE, "targets.json", CONTROLS_FILE  # by any script: a dataset
-# replaces all of an older one
+# by any script; a dataset replaces all of an older one
+MADE = PICTURES, "pictures", TRAINING_FILE, VALIDATION_FILE, "targets.json", CONTROLS_FILE
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
 VIEW = ("rotation", "zoom", "exposure", "blur")  # what is random in a view
