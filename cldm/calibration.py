@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from scipy.special import stdtrit
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -37,8 +38,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     """Read pictures whose controls are known, and keep what that tells in the control's config.
 
     error_scale, error_floor, and those of a Proposal and of fits, where there are some: such that 90% of each number
-    lie in their 90% intervals, at the rank of split conformal prediction; residual variances are averaged with their
-    median, as they tell the errors' only roughly.
+    lie in their 90% intervals, as nine_in_ten has it; residual variances are averaged with their median, as they tell
+    the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained; the first is None with a reference, since
     losses of pairs differ more by what is shown than by what is explained. probes: as choose_probes has them.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
@@ -105,10 +106,16 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     return truth, reading, drawn
 
 
-def nine_in_ten(values):
-    """values: (N, ...). Returns: (...), what nine in ten stay below, at the rank of split conformal prediction."""
-    rank = min(len(values), math.ceil(0.9 * (len(values) + 1)))
-    return values.sort(0).values[rank - 1]
+def nine_in_ten(sizes):
+    """sizes: (N, ...), of errors. Returns: (...), what nine in ten stay below.
+
+    At the rank of split conformal prediction. Fewer than 9 have none: then the largest counts or, where it is further,
+    what they tell by Student's t if errors are normal.
+    """
+    rank = math.ceil(0.9 * (len(sizes) + 1))
+    if rank <= len(sizes):
+        return sizes.sort(0).values[rank - 1]
+    return torch.maximum(sizes.amax(0), stdtrit(len(sizes), 0.95) * sizes.square().mean(0).sqrt())
 
 
 def moderate(missing, claimed):
@@ -119,7 +126,7 @@ def moderate(missing, claimed):
     typical = claimed.median(0).values
     moderated = (claimed + typical) / 2
     shares = torch.where(moderated > 0, missing / moderated, 0)  # 0: a number without any effect
-    scale = (nine_in_ten(shares).clamp_min(0) / 2).sqrt()
+    scale = nine_in_ten(shares.clamp_min(0).sqrt()) / 2**0.5
     return scale, scale * typical.sqrt()
 
 

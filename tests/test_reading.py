@@ -368,6 +368,14 @@ def test_calibration_learns_how_far_errors_are_alike(opinions, alike):
         assert learned["correlation"].item() == pytest.approx(correlation, abs=0.05)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 9, 29])
+def test_few_errors_tell_what_nine_in_ten_others_stay_below(count):
+    """Of normal errors; the largest of four alone is above 80% of others."""
+    errors = torch.randn(1 + count, 200000, generator=torch.Generator().manual_seed(count), dtype=torch.float64).abs()
+    inside = errors[0] <= calibration.nine_in_ten(errors[1:])
+    assert 0.895 < inside.double().mean() < 0.93
+
+
 def test_calibration_knows_how_far_to_trust_an_opinion(opinions):
     """One that claims a third of its errors."""
     truth, reading, second = opinions
