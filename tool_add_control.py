@@ -42,7 +42,7 @@ def main(s, paths):
     periods = each(or_null(POSITIVE), s.control_dim)
     expect('setting "periods": expected', s.periods, or_null(periods))
     output = control_folder(paths[1], s.overwrite, inputs=[find_path(path) for path in (paths[0], s.encoder) if path])
-    base, config = load_base(paths[0], s.prediction_type)
+    base, config = load_base(paths[0], s.prediction_type, precision="float32")  # the copy is not rounded
     file = find_path(config.base)
     found = find_control(read_weights(file)) if file.is_file() else {}
     if any(name.startswith("mlp.") for name in found):

@@ -20,6 +20,8 @@ if __name__ == "__main__":
 import os
 from pathlib import Path
 
+import torch
+
 from cldm.conversion import export_control
 from cldm.model import load_model
 from ldm.files import find_path, fresh_folder
@@ -31,7 +33,11 @@ def main(s, paths):
         raise InputError(f"{file}: expected a name that ends in .safetensors")
     own = [file.name] if file.resolve().is_relative_to(control.resolve()) else []
     fresh_folder(file.parent, s.overwrite, only=[file.name], never=own)
-    export_control(load_model(paths[0]).control_net, file)
+    model = load_model(paths[0], dtype=torch.float32)
+    if model.own_unet:
+        what = "its UNet was trained, too (sd_locked=false), for which a control's file has no room"
+        raise InputError(f"{paths[0]}: {what}; diffusers loads both folders, as docs/stable_diffusion.md shows")
+    export_control(model.control_net, file)
     print(f"{file}: the control of {paths[0]}")
 
 

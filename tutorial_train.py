@@ -133,7 +133,7 @@ def make_model(s, data):
     """Returns: the ControlLDM to train, from resume_path or fresh, with the statistics of its data."""
     numbers, references = len(data.controls[0]), data.has_references
     if s.resume_path:
-        model = load_model(s.resume_path, dtype=torch.float32)
+        model = load_model(s.resume_path, dtype=torch.float32, precision="float32")
         if s.base != settings["base"]:
             print(f"base {s.base} is not used: resume_path has its own, {model.config.base}")
     else:
@@ -148,7 +148,9 @@ def make_model(s, data):
             how["proposals"] = PROPOSALS if references and not known else 0
         changes = references and not all(data.absolute or [False])  # what is the target's own, moves tell little of
         how["flows"] = bool(how["proposals"] and changes)
-        model = add_control(*load_base(s.base), **how)
+        model = add_control(*load_base(s.base, precision="float32"), **how)
+    frozen = s.sd_locked and not model.own_unet
+    model.base.to_precision(getattr(torch, model.config.get("precision", "float32")), model.config.base, unet=frozen)
     own = model.control_net.control_dim, model.control_net.uses_reference, list(model.control_net.config.periods)
     given = numbers, references, data.periods_beside(own[2])
     if own != given:

@@ -3,6 +3,7 @@
 import torch
 from diffusers import ControlNetModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.controlnets.controlnet import ControlNetOutput
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
@@ -228,7 +229,11 @@ class NumericControlNet(ControlNetModel):
         if self.uses_reference:
             down, right = (have // need for have, need in zip(maps.shape[2:], sample.shape[2:]))
             control = torch.cat([control, reference[:, :, ::down, ::right].to(control.dtype)], 1)
-        return super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
+        result = super().forward(sample, timestep, encoder_hidden_states, control, *args, **kwargs)
+        if not self.config.only_mid_control:
+            return result
+        down, mid = tuple(map(torch.zeros_like, result[0])), result[1]
+        return (down, mid) if isinstance(result, tuple) else ControlNetOutput(down, mid)
 
     def propose(self, target):
         """target: a Target of B pictures. Returns: what the Proposal says of them."""

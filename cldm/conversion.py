@@ -103,6 +103,8 @@ def export_control(control_net, file):
     others = {key: t for key, t in weights.items() if not key.startswith(f"{HINT}mlp.0.")}
     weights |= to_half(others)  # which would round away what a large mean leaves of a number
     weights = {CONTROL + original_key(key, config.layers_per_block): t for key, t in weights.items()}
+    if config.only_mid_control:  # which the original says elsewhere
+        weights |= {key: torch.zeros_like(t) for key, t in weights.items() if key.startswith(f"{CONTROL}zero_convs.")}
     own = json.loads(control_net.to_json_string())
     count = control_net.control_dim
     own |= {"control_mean": [0.0] * count, "control_std": [1.0] * count}

@@ -52,6 +52,7 @@ YAML = {
     "precision": one_of("float32", "float16", "bfloat16"),
 }
 REQUIRED = ("base", "image_size", "a_prompt", "n_prompt")
+SD2_EPSILON_SIZE = 512  # pixels that Stable Diffusion 2 was trained at, of the kind that predicts noise
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ class ControlLDM(nn.Module):
             return_dict=False,
         )
         dtype = self.base.unet.dtype
-        down = [torch.zeros_like(r) if self.control_net.config.only_mid_control else r.to(dtype) for r in down]
-        return decode_unet(self.base.unet, encoded, down, mid.to(dtype)).to(latents.dtype)
+        return decode_unet(self.base.unet, encoded, [r.to(dtype) for r in down], mid.to(dtype)).to(latents.dtype)
 
     @torch.no_grad()
     def encode(self, prompts, pictures=None, references=None, a_prompt=None, n_prompt=None):
@@ -196,11 +196,12 @@ def read_model_yaml(path):
     return config
 
 
-def load_base(path, prediction_type=None):
+def load_base(path, prediction_type=None, precision=None):
     """Read a base from its YAML (models/cldm_v15.yaml), its folder in diffusers' layout, or its single file.
 
     A folder or file that no YAML in models/ names gets the settings of the YAML with the same architecture.
-    prediction_type: what its UNet predicts; None: as the YAML says.
+    prediction_type: what its UNet predicts; precision: of its weights in memory, which its config does not take over;
+    None: as the YAML says.
     Returns: (LatentDiffusion, Settings).
     """
     path = find_path(path)
@@ -209,38 +210,45 @@ def load_base(path, prediction_type=None):
     else:
         place = path.resolve()
         place = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place  # so that the whole can be moved
-        config = Settings(describe(path) | {"base": str(place)})
+        config = Settings(describe(path, prediction_type) | {"base": str(place)})
     if prediction_type:
         config.prediction_type = prediction_type
-    base = LatentDiffusion.from_pretrained(config.base, **{key: config[key] for key in config if key not in REQUIRED})
+    given = config | ({"precision": precision} if precision else {})
+    base = LatentDiffusion.from_pretrained(config.base, **{key: given[key] for key in given if key not in REQUIRED})
     if config.image_size is None:
-        config.image_size = base.unet.config.sample_size * base.downsampling
+        if not isinstance(size := base.unet.config.sample_size, int):
+            raise InputError(f"{path}: its UNet's sample_size is {size}; name it in a YAML that says image_size")
+        config.image_size = size * base.downsampling
     if config.image_size % base.downsampling:
         expected = f"a multiple of {base.downsampling}"
         raise InputError(f"{path}: image_size must be {expected} with this base, got {config.image_size}")
     return base, config
 
 
-def describe(path):
-    """Returns: the Settings of the YAML in models/ that names the base `path`, else of one with its architecture."""
+def describe(path, prediction_type=None):
+    """Returns: the Settings of the YAML in models/ that names the base `path`, else of one with its architecture.
+
+    prediction_type: of a single file, where it is known.
+    """
     configs = {file.stem: read_model_yaml(file) for file in sorted((ROOT / "models").glob("*.yaml"))}
     for config in configs.values():
         if find_path(config.base).resolve() == path.resolve():
             return config
     if path.is_file():
         name = "cldm_v21" if identify(read_weights(path)) == SD2 else "cldm_v15"
-        return configs[name] | {"prediction_type": None}
+        smaller = {"image_size": SD2_EPSILON_SIZE} if name == "cldm_v21" and prediction_type == "epsilon" else {}
+        return configs[name] | {"prediction_type": None} | smaller
     text = path / "text_encoder" / "config.json"
     width = read_config(text).get("hidden_size") if text.is_file() else None
     name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
     return configs[name] | {"image_size": None, "prediction_type": None}
 
 
-def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
+def load_model(path, *, base=None, dtype=None, precision=None, device="cpu", save_memory=False):
     """Read a control's folder and the base it names.
 
     base: that LatentDiffusion, where it is in memory already. dtype: of what the folder holds; None: what its YAML's
-    `precision` says. save_memory: as ControlLDM has it.
+    `precision` says. precision: of the base's weights, likewise. save_memory: as ControlLDM has it.
     Returns: ControlLDM, frozen, in eval mode.
     Raises: InputError if the folder, or its base, is missing or incomplete, or if they do not belong together.
     """
@@ -248,7 +256,8 @@ def load_model(path, *, base=None, dtype=None, device="cpu", save_memory=False):
     if not (path / MODEL_YAML).is_file():
         raise InputError(f"model_path {path}: no {MODEL_YAML} in it, expected the out_dir of a training")
     check_control(path / "config.json")
-    base, config = (base, read_model_yaml(path / MODEL_YAML)) if base else load_base(path / MODEL_YAML)
+    file = path / MODEL_YAML
+    base, config = (base, read_model_yaml(file)) if base else load_base(file, precision=precision)
     dtype = dtype or getattr(torch, config.get("precision", "float32"))  # a UNet that was trained is in another now
     control_net = load_part(NumericControlNet, path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     check_finite(control_net.to_precision(dtype), path)

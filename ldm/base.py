@@ -52,7 +52,8 @@ def load_part(cls, folder, **kwargs):
         check_download(file)
     whole = [re.sub(r"-\d+-of-\d+", "", file.name) for file in files]  # of what is split into several files
     variants = {".".join(name.split(".")[1:-1]) for name in whole}
-    variant = min(variants, key=lambda name: (name not in VARIANTS, len(name), name), default="")
+    known = {name: place for place, name in enumerate(VARIANTS)}
+    variant = min(variants, key=lambda name: (known.get(name, len(known)), len(name), name), default="")
     options = dict(local_files_only=True, output_loading_info=True, variant=variant or None)
     try:
         part, info = cls.from_pretrained(folder, **options, **kwargs)
@@ -154,6 +155,8 @@ class LatentDiffusion(nn.Module):
                 raise InputError(f'base {path}: "architecture" must be a folder like models/sd15, got {architecture}')
             parts = load_single_file(path, folder, use_ema, prediction_type)
         else:
+            if use_ema:
+                raise InputError(f'base {path}: "use_ema" is of a single file with both kinds of weights; leave it out')
             folder, options = path, dict(torch_dtype=dtype, low_cpu_mem_usage=False)
             parts = (
                 load_vae(path / "vae", **options),
@@ -162,10 +165,14 @@ class LatentDiffusion(nn.Module):
             )
         schedule = load_scheduler(folder, prediction_type, overrule=path.is_file())
         check_parts(path, *parts)
-        for part in parts:
+        return cls(*parts, schedule).to_precision(dtype, path)
+
+    def to_precision(self, dtype, where, unet=True):
+        """Convert all weights, or all but the UNet's, in place. Returns: self. Raises: InputError if one overflows."""
+        for part in (self.vae, self.text_encoder, *[self.unet] * unet):
             nn.Module.to(part, dtype)  # without the warnings of diffusers' own `to`
-            check_finite(part, path)
-        return cls(*parts, schedule)
+            check_finite(part, where)
+        return self
 
     @property
     def device(self):

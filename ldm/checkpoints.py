@@ -18,15 +18,20 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from ldm.schema import InputError, read_config, reason
 
 SD1, SD2 = "Stable Diffusion 1.x", "Stable Diffusion 2.x"
+DIFFERENCES = "a ControlNet's differences from Stable Diffusion"  # which a key of this name marks
 CONTROL = "control_model."  # prefix of a ControlNet's keys in the original layout
 HINT = "controlnet_cond_embedding."
+# Of the text encoder of 2.x; newer trainers name it as the first of several, of which Stable Diffusion XL has a second.
+SD2_TEXT, FIRST_TEXT = "cond_stage_model.model.", r"^conditioner\.embedders\.0\.model\."
+SECOND_TEXT = "conditioner.embedders.1."
 
 # What a file may hold -> parts of keys that give it away. The first match counts.
 KINDS = {
+    DIFFERENCES: ("difference",),
     "a LoRA": ("lora_", ".lora"),
     "Stable Diffusion XL": ("conditioner.embedders.",),
     "unCLIP or an upscaler": ("diffusion_model.label_emb.",),
-    SD2: ("cond_stage_model.model.",),
+    SD2: (SD2_TEXT,),
     SD1: ("cond_stage_model.transformer.",),
     "a ControlNet in the original layout": (CONTROL, "input_hint_block.", "zero_convs.", "mlp.fc1."),
     "a ControlNet in diffusers' layout": ("controlnet_cond_embedding.",),
@@ -72,8 +77,9 @@ def read_weights(file):
         else:
             what = f"truncated, or no file of weights ({reason(error)}); expected .safetensors or .ckpt"
         raise InputError(f"{file}: {what}") from None
-    while isinstance(weights, dict) and (inner := [key for key in AROUND if isinstance(weights.get(key), dict)]):
-        weights = weights[inner[0]]
+    for _ in AROUND:
+        inner = [key for key in AROUND if isinstance(weights, dict) and isinstance(weights.get(key), dict)]
+        weights = weights[inner[0]] if inner else weights
     tensors = weights.items() if isinstance(weights, dict) else ()
     tensors = {key: tensor for key, tensor in tensors if isinstance(key, str) and isinstance(tensor, torch.Tensor)}
     if not tensors:
@@ -82,6 +88,8 @@ def read_weights(file):
     for start in WRAPPED:
         if all(key.startswith(start) for key in tensors):
             tensors = {key.removeprefix(start): tensor for key, tensor in tensors.items()}
+    if not any(key.startswith(SECOND_TEXT) for key in tensors):
+        tensors = {re.sub(FIRST_TEXT, SD2_TEXT, key): tensor for key, tensor in tensors.items()}
     return tensors
 
 
@@ -160,6 +168,8 @@ def find_control(weights):
 
     Returns: {name in the original, without "control_model.": tensor}; empty if there is none.
     """
+    if identify(weights) == DIFFERENCES:
+        return {}
     found = {key.removeprefix(CONTROL): tensor for key, tensor in weights.items() if key.startswith(CONTROL)}
     return found or (weights if identify(weights) == "a ControlNet in the original layout" else {})
 
