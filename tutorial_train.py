@@ -126,7 +126,8 @@ def read(s):
         return read_data(find_path(s.data_root))
     files, ranges = leave_out(find_pictures(s.pairs), s.get("out_dir")), choose_changes(s.controls)
     held_out = find_pictures("validation") if "train" in s.pairs.split(",") else files[5::10] or files[2:3]
-    return read_photos([file for file in files if file not in held_out], held_out, ranges, s.seed)
+    seen = {*held_out}
+    return read_photos([file for file in files if file not in seen], held_out, ranges, s.seed)
 
 
 def make_model(s, data):
@@ -198,8 +199,8 @@ def train(s, model, data, datasets, out_dir):
 
 def finish(model, data, dataset, out_dir):
     """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
-    config, seen = model.control_net.config, not data.validation
     control, reading, drawn = calibrate(model, out_dir, dataset)
+    config, seen = model.control_net.config, not data.validation
     print(*describe_asked(config, control, reading, drawn, seen), describe_bars(config, dataset, seen), sep="\n")
     write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
 
@@ -240,7 +241,7 @@ def main(s):
     if rank_zero_only.rank == 0:
         trained = load_model(out_dir, base=model.base, device="auto", save_memory=s.save_memory)
         finish(trained, data, validation or rows, out_dir)
-    print(f"the control: {out_dir} (give it to test5.py as model_path={s.out_dir})")
+    print(f"the control: {out_dir} (give it to invert.py as model_path={s.out_dir})")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from benchmarks.odd_cases import sorts, write_case
 from ldm.files import ROOT
 
 ERRORS = 3.0  # standard errors
+NAMING = "no_effect", "guess"  # flags that name the numbers that they are said of
 ENDS = ("right", "flagged", "refused", "wrong")
 
 
@@ -80,7 +81,7 @@ def read_rows_of(model, rows, folder, name):
 def judge(case, result):
     """Returns: how a reading ended, as read_cases has it."""
     flags, faults = result["flags"], []
-    if set(flags) - {"no_effect"}:  # that flag excuses only the numbers that it names
+    if set(flags) - {*NAMING}:  # those excuse only the numbers that they name
         return dict(ended="flagged", flags=flags, reading=result)
     if case.truth is None:
         faults = [] if flags else ["no control explains it"]
@@ -94,7 +95,7 @@ def judge(case, result):
             true = case.truth.get(name, found)
             hidden = name in case.unseen
             off = high - low < half if hidden else abs(found - true) > ERRORS * std and not low <= true <= high
-            if off and name not in result.get("no_effect", ()):
+            if off and not any(name in result.get(flag, ()) for flag in NAMING):
                 what = "which cannot be seen" if hidden else f"for {true:.3f}"
                 faults.append(f"{name} {found:.3f} ± {std:.3f} {what}")
     ended = "wrong" if faults else "flagged" if flags else "right"

@@ -29,6 +29,7 @@ BATCH = 12  # read together
 UNEXPLAINED, UNDRAWN = 1.3, (3.0, 1.5)
 PROFILED = 6  # pictures whose loss is profiled along every number to choose the number of probes
 MOST_PROBES, IN_A_VALLEY = 64, 4  # probes at most, and in the narrowest valley
+GUESSED = 0.7  # share of the error of a guess, the middle of the range, above which nothing is read
 SCALED = 20  # times that bars are scaled until nine in ten lie within them
 MOST, ALIKE = 3.0, 0.95  # standard deviations that an error counts for, and correlation of errors, at most
 SAMPLING = Sampling(ddim_steps=16)  # to learn how well the model draws the pictures
@@ -41,7 +42,8 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     lie in their 90% intervals, as nine_in_ten has it; residual variances are averaged with their median, as they tell
     the errors' only roughly.
     explained_loss, sampling_loss: limits above which a target is unexplained; the first is None with a reference, since
-    losses of pairs differ more by what is shown than by what is explained. probes: as choose_probes has them.
+    losses of pairs differ more by what is shown than by what is explained. probes: as choose_probes has them. guessed:
+    which numbers are read no better than by a guess.
     model: ControlLDM, trained. folder: its control's. dataset: a ControlDataset, best of pictures not trained on.
     pictures: how many of it are read, if it has so many. The share of others that intervals hold varies by about
     0.3 / sqrt(N), one standard deviation, of N independent ones: 5% of 36, 1.5% of 400.
@@ -97,6 +99,7 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
         explained_loss=None if model.control_net.uses_reference else UNEXPLAINED * read,
         sampling_loss=UNDRAWN[model.control_net.uses_reference] * undrawn,
         probes=probes,
+        guessed=find_guessed(config, reading, truth),
     )
     register(**limits, **{key: own.tolist() for key, own in learned.items()})
     config = json.loads(model.control_net.to_json_string())
@@ -104,6 +107,19 @@ def calibrate(model, folder, dataset, pictures=PICTURES):
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_whole(find_path(folder) / "config.json", lambda partial: partial.write_text(text))
     return truth, reading, drawn
+
+
+def median_errors(config, reading, control):
+    """Returns: (d,), the median absolute error of each number of a Reading; control: (B, d), the truth."""
+    return wrap(reading.control - control, config.periods).abs().quantile(0.5, 0)  # median() takes the lower of two
+
+
+def find_guessed(config, reading, control):
+    """As median_errors. Returns: d bools, whether saying the middle of all would be about as good."""
+    guesses = wrap(control - control.median(0).values, config.periods).abs().quantile(0.5, 0)
+    quarter = (guesses.new_tensor(config.control_high) - guesses.new_tensor(config.control_low)) / 4
+    guesses = torch.where(guesses > 0, guesses, quarter)  # where half of the pictures or more share a number
+    return (median_errors(config, reading, control) > GUESSED * guesses).tolist()
 
 
 def nine_in_ten(sizes):

@@ -12,13 +12,15 @@ Z90 = 1.645  # half of a normal distribution's 90% interval, in standard deviati
 OUTSIDE = 0.05  # share of the trained range beyond which a control is outside, however unsure it is
 AMBIGUOUS = 0.1  # a second valley whose loss is higher by less than this share explains the target as well
 NOTHING = 1.001  # share of the loss without a control: if more is left, it explains less than nothing, bar rounding
+GUESS = 0.9  # of the trained range: the width of a 90% interval of which a guess would be as sure
 NO_EFFECT = 1e-6  # share of the loss: a number that changes the loss by less, over its range, has no effect
 
 # What may be wrong with a reading, and what that means.
 FLAGS = {
-    "outside_range": "the best control lies beyond the trained range",
-    "ambiguous": "another control explains the target about as well",
+    "outside_range": "the number lies beyond the trained range",
+    "ambiguous": "another number explains the target about as well",
     "no_effect": "the pictures look the same at quite different values",
+    "guess": "a guess would do as well: it is not to be seen, or this control has not learned to read it",
     "unexplained": "the numbers do not explain this target: they mean nothing",
     "unlike_shapes": "A and B are cut to squares that may show different parts",
     "unsettled": "the iterations ran out before the control settled",
@@ -195,6 +197,13 @@ def standard_errors(found, paired, width):
     noise = noise.masked_fill(idle[:, :, None] | idle[:, None], 0) + torch.diag_embed(idle.to(noise))
     units = width[:, None] * width
     return (noise * units).to(width), (loss[:, :, None] * inverse * units).to(width)
+
+
+def is_guess(config, reading):
+    """Returns: (B, d) bool, of a calibrated Reading, which numbers a guess would tell as well."""
+    low, high = (reading.margin.new_tensor(ends) for ends in (config.control_low, config.control_high))
+    never = torch.tensor(config.guessed or [False] * len(low), device=low.device)
+    return ((2 * replace(reading, reach=None).margin >= GUESS * (high - low)) | never) & ~reading.given
 
 
 def is_outside(config, control, std):

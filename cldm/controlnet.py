@@ -63,6 +63,7 @@ def check_control(file):
         "fit_correlation": or_null(number(0, 1)),
         "explained_loss": or_null(number(0)),
         "sampling_loss": or_null(number(0)),
+        "guessed": or_null(each(FLAG, control_dim)),
         "probes": or_null(POSITIVE),
         "prompts": or_null(each(TEXT)),
         "only_mid_control": FLAG,
@@ -98,8 +99,8 @@ class NumericControlNet(ControlNetModel):
     trained range, None before training. Of a periodic number these are the middle, spread and ends of a whole circle,
     in which it is told. prompts: those of training, distinct, the most frequent first. error_scale, error_floor,
     proposal_scale, proposal_floor, proposal_correlation, fit_scale, fit_floor, fit_correlation, explained_loss,
-    sampling_loss, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on the UNet's
-    middle alone.
+    sampling_loss, guessed, probes: what cldm.calibration.calibrate found, None before. only_mid_control: act on the
+    UNet's middle alone.
     The rest are ControlNetModel's own.
     """
 
@@ -134,6 +135,7 @@ class NumericControlNet(ControlNetModel):
         fit_correlation: float | None = None,
         explained_loss: float | None = None,
         sampling_loss: float | None = None,
+        guessed: tuple[bool, ...] | None = None,
         probes: int | None = None,
         only_mid_control: bool = False,
         **kwargs,

@@ -40,8 +40,18 @@ GOLDEN = 0.618034  # fraction of the golden ratio: its multiples modulo 1 are sp
 FEW = 512  # pictures that are encoded at every start, in full precision, and kept in memory
 EMBEDDED = 512  # prompts whose embeddings are kept in memory
 HASHED = 10_000  # rows whose pictures are told apart by content; beyond, by size and time of last change
-DECODE = json.JSONDecoder().decode  # as json.loads, which asks more of each text first
 FITTED = 64  # pictures whose sizes are told where not all are looked at
+
+
+def make_object(pairs):
+    """Returns: the dict of a JSON object's (key, value) pairs. Raises: ValueError if one comes twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError("it has a key twice")
+    return result
+
+
+DECODE = json.JSONDecoder(object_pairs_hook=make_object).decode  # as json.loads, which asks more of each text first
 
 
 def is_text(value):
@@ -210,10 +220,11 @@ def parse_control(source):
         return (source,)
     values = source if isinstance(source, (list, tuple)) else [source]
     try:
-        control = tuple(math.nan if isinstance(value, bool) else float(value) for value in values)
+        control = tuple(map(float, values))
     except (TypeError, ValueError, OverflowError):
         control = ()
-    if not control or not all(map(math.isfinite, control)):
+    odd = any(isinstance(value, bool) or isinstance(value, str) and "_" in value for value in values)  # True, "1_0"
+    if odd or not control or not all(map(math.isfinite, control)):
         raise ValueError("must be a finite number or a list of them")
     whole = [int(v) for v in values if isinstance(v, int) or isinstance(v, str) and v.strip().lstrip("+-").isdigit()]
     if any(number != float(number) for number in whole):
@@ -262,6 +273,8 @@ def _scan(file, known=True, like=None, problems=None):
         with file.open(encoding="utf-8-sig") as lines:
             for number, text in enumerate(lines, 1):
                 if text.strip():
+                    if text.lstrip()[0] == "[" and not first:
+                        raise InputError(f"{file}: a JSON list; expected one JSON object a line, without [ and commas")
                     try:
                         line = _read_line(text, file, number, known)
                         _check_alike(file, line, like or first or line)
@@ -351,11 +364,18 @@ def split_rows(data_root):
     return rows[~held_out], rows[held_out]
 
 
+def list_names(rows, key):
+    """Yields: of Rows, each one's path in a column, the same for all ways to write it."""
+    folder, texts = f"{rows.file.parent.absolute()}{os.sep}", rows.columns[key]
+    for place in rows.places:
+        text = texts[place]
+        yield os.path.normpath(text if os.path.isabs(text) else folder + text)
+
+
 def count_shared(rows, others):
     """Returns: how many of Rows show what some of other Rows show."""
-    targets = {os.path.normpath(rows.columns["target"][place]) for place in rows.places}
-    texts = others.columns["target"]
-    found = {others[i].shown for i, place in enumerate(others.places) if os.path.normpath(texts[place]) in targets}
+    targets = {*list_names(rows, "target")}
+    found = {others[i].shown for i, name in enumerate(list_names(others, "target")) if name in targets}
     return sum(row.shown in found for row in rows) if found else 0  # of a million, none need be made
 
 
@@ -369,15 +389,12 @@ def find_subjects(rows):
     if "reference" not in rows.columns:
         return np.zeros(len(rows), int)
 
-    def list_names(key):
-        return (os.path.normpath(rows.columns[key][place]) for place in rows.places)
-
     contents = {}  # of references
-    for name in set(list_names("reference")) if len(rows) <= HASHED else ():
-        with suppress(OSError, ValueError), open(rows.file.parent / name, "rb") as file:  # else, it is told later
+    for name in set(list_names(rows, "reference")) if len(rows) <= HASHED else ():
+        with suppress(OSError, ValueError), open(name, "rb") as file:  # else, it is told later
             contents[name] = hashlib.file_digest(file, "sha256").digest()
     names = [
-        np.fromiter((hash(contents.get(name, name)) for name in list_names(key)), np.int64, len(rows))
+        np.fromiter((hash(contents.get(name, name)) for name in list_names(rows, key)), np.int64, len(rows))
         for key in ("target", "reference")
     ]
     pictures, ends = np.unique(names, return_inverse=True)
@@ -390,8 +407,7 @@ def find_subjects(rows):
 
 def name_pictures(rows):
     """Returns: (N,) a number for the pictures of each of Rows, the same for a pair and its reverse."""
-    columns = [rows.columns[key] for key in PICTURES & {*rows.columns}]
-    shown = (frozenset(os.path.normpath(own[place]) for own in columns) for place in rows.places)
+    shown = map(frozenset, zip(*(list_names(rows, key) for key in PICTURES & {*rows.columns})))
     return np.fromiter(map(hash, shown), np.int64, len(rows))
 
 

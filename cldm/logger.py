@@ -134,10 +134,11 @@ class PictureLogger(pl.Callback):
         if not trainer.is_global_zero or mid_step(trainer, batch_index) or not due:
             return
         drawn = []
-        for start in range(0, len(self.rows), self.batch):
-            some = {key: part[start : start + self.batch].to(module.device) for key, part in self.items.items()}
-            target = Target(some["embeddings"], reference=some.get("reference"))
-            drawn += draw_pictures(module.model, target, some["control"])
+        with module.averaged():
+            for start in range(0, len(self.rows), self.batch):
+                some = {key: part[start : start + self.batch].to(module.device) for key, part in self.items.items()}
+                target = Target(some["embeddings"], reference=some.get("reference"))
+                drawn += draw_pictures(module.model, target, some["control"])
         figure = self.compose(module.model.control_net.config, drawn)
         write_whole(self.folder / f"{step:06d}.png", partial(figure.savefig, format="png"))
         trainer.logger.experiment.add_figure("target, VAE, generation", figure, step)

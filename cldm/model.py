@@ -37,6 +37,7 @@ CALIBRATED = (
     "fit_correlation",
     "explained_loss",
     "sampling_loss",
+    "guessed",
     "probes",
 )
 

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
 
-from cldm.calibration import load_batch, spread_out
+from cldm.calibration import find_guessed, load_batch, median_errors, spread_out
 from cldm.hints import wrap
 from cldm.reading import read_controls
 from cldm.report import BLUE, label, make_panels, plain
@@ -20,18 +20,12 @@ RESPONSE_EVERY = 100  # steps
 RESPONSE_LEVELS = 0.5, 0.75  # of the noise schedule
 CAUGHT = 0.02  # the response from which on a control has caught
 BY_HEART = 2.0  # times the response of validation pictures, that of training pictures which are known by heart
-GUESSED = 0.7  # share of the error of a guess, the middle of the range, above which nothing is read
 
 
 def tell_errors(config, errors):
     """errors: d absolute errors. Returns: them with names and units, in words."""
     numbers = zip(config.control_names, errors, config.control_units)
     return ", ".join(f"{name} to {float(f'{error:.2g}'):g} {unit}".rstrip() for name, error, unit in numbers)
-
-
-def median_errors(config, reading, control):
-    """Returns: (d,), the median absolute error of each number of a Reading; control: (B, d), the truth."""
-    return wrap(reading.control - control, config.periods).abs().quantile(0.5, 0)  # median() takes the lower of two
 
 
 def take_handful(model, dataset):
@@ -65,15 +59,13 @@ def describe_asked(config, control, reading, drawn, seen):
     training saw the pictures. Returns: a line on how well they are read; lines on numbers that are not.
     """
     errors, shown = (median_errors(config, own, control) for own in (reading, drawn))
-    kind = "training" if seen else "validation"
+    kind, guessed = "training" if seen else "validation", find_guessed(config, reading, control)
     lines = [f"reads {tell_errors(config, errors.tolist())} (median of {len(control)} {kind} pictures)"]
-    lines.append(f"draws {tell_errors(config, shown.tolist())}, as read back from drawings at those numbers: asked.png")
-    middle = control.median(0).values
-    guesses = wrap(control - middle, config.periods).abs().quantile(0.5, 0)
-    quarter = guesses.new_tensor(config.control_high).sub(guesses.new_tensor(config.control_low)) / 4
-    guesses = torch.where(guesses > 0, guesses, quarter)  # where half of the pictures or more share a number
-    for name, error, guess in zip(config.control_names, errors.tolist(), guesses.tolist()):
-        if error > GUESSED * guess:
+    if not all(guessed):  # which would read its own noise
+        told = tell_errors(config, shown.tolist())
+        lines.append(f"draws {told}, as read back from drawings at those numbers: asked.png")
+    for name, own in zip(config.control_names, guessed):
+        if own:
             lines.append(
                 f"warning: {name} is read no better than by guessing: is it to be seen in the pictures, and told from "
                 "other things that change? If so, more steps (max_steps) or more pictures may help"

@@ -154,7 +154,7 @@ def read_picture(model, s, reference, target, prompt, known):
     result |= {key: Path(result[key]).name for key in ("reference", "target") if key in result}
     lines = zip(tell_names(config), tell_numbers(result, known), config.control_units)
     table = [[name, *cells, unit] for name, (_, *cells), unit in lines]
-    flags = describe_flags(result["flags"], result.get("no_effect", ()))
+    flags = describe_flags(result["flags"], result)
     png, text = to_png(figure(0).savefig), (json.dumps(result, indent=1) + "\n").encode()
     yield (
         tabulate(["number", "read", "± standard error", "90% interval", "unit"], table)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from cldm.changes import CHANGES, MOTIONS, draw_change, expose_picture, similarity
 from cldm.dataset import ControlDataset, Row, TrainingData
+from cldm.model import MODEL_YAML
 from ldm.base import roughly
 from ldm.pictures import check_pictures, load_picture
 from ldm.settings import InputError
@@ -32,11 +33,12 @@ OTHERS = {".arw", ".avif", ".cr2", ".dng", ".gif", ".heic", ".heif", ".jp2", ".j
 
 
 def list_pictures(folder):
-    """Returns: the pictures in a folder and below it, links followed, without hidden ones; tells of those of OTHERS.
+    """Returns: the pictures in a folder and below it, links followed, without hidden ones and those of trainings' runs;
+    tells of those, and of those of OTHERS.
 
     Raises: InputError if there are none.
     """
-    files, left, seen = [], [], set()
+    files, left, seen, runs = [], [], set(), []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         real = os.path.realpath(place)
@@ -44,10 +46,16 @@ def list_pictures(folder):
             folders.clear()
             continue
         seen.add(real)
+        if MODEL_YAML in names or "tensorboard" in folders:
+            runs.append(place)
+            folders.clear()
+            continue
         own = [Path(place, name) for name in names if not name.startswith(".")]
         files += [file for file in own if file.suffix.lower() in SUFFIXES and file.is_file()]
         left += [file.suffix.lower() for file in own if file.suffix.lower() in OTHERS]
     files.sort()
+    if runs:
+        print(f"{folder}: pictures of {len(runs)} training(s) are left out, such as {runs[0]}")
     if not files:
         raise InputError(f"{folder}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
     if left:

@@ -3,6 +3,7 @@
 import time
 from functools import partial
 
+from cldm.confidence import is_guess
 from cldm.evidence import check_evidence
 from cldm.fit import refine_reading
 from cldm.model import MODEL_YAML
@@ -49,6 +50,9 @@ def read(model, s, known, rows, loaded, figures):
     if references:
         reading = refine_reading(reading, pictures, config, known)
         reading = check_evidence(reading, pictures, config, known, [min(map(min, own)) for own in sizes])
+    if reading.calibrated:
+        for flags, guessed in zip(reading.flags, is_guess(config, reading).any(1).tolist()):
+            flags += ["guess"] * guessed
     reading.seconds = (time.perf_counter() - began) / len(rows)
 
     def draw(i):

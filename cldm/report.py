@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from cldm.confidence import FLAGS, tell_value
+from cldm.confidence import FLAGS, is_guess, tell_value
 from cldm.evidence import unseen_numbers
 from cldm.hints import wrap
 from cldm.model import Sampling
@@ -47,10 +47,21 @@ def tell_names(config):
     return [name + " of B" * own for name, own in zip(config.control_names, config.absolute or repeat(False))]
 
 
-def describe_flags(flags, unseen=()):
-    """unseen: names of the numbers that have no effect. Returns: {flag: what it says}."""
-    of = {"no_effect": f" ({', '.join(unseen)})"} if unseen else {}
+def describe_flags(flags, names=None):
+    """names: {flag: names of the numbers that it is said of}, where it is. Returns: {flag: what it says}."""
+    of = {flag: f" ({', '.join(names[flag])})" for flag in flags if names and names.get(flag)}
     return {flag: FLAGS[flag] + of.get(flag, "") for flag in flags}
+
+
+def name_flagged(config, reading, i):
+    """Returns: {flag: names of the numbers that it is said of}, of the flags of target i that say so."""
+    names = {}
+    if "no_effect" in reading.flags[i]:
+        names["no_effect"] = unseen_numbers(config, reading.control[i], reading.reach[i])
+    if "guess" in reading.flags[i]:
+        own = is_guess(config, reading)[i].tolist()
+        names["guess"] = [name for name, guessed in zip(config.control_names, own) if guessed]
+    return names
 
 
 def show_flags(figure, flags):
@@ -203,10 +214,9 @@ def describe_reading(config, reading, i, row, seed):
     control = reading.control[i].tolist()
     bars = (getattr(reading, key)[i].tolist() for key in ("std", "interval90", "covariance"))
     std, interval90, covariance = bars if reading.calibrated else (None, None, None)
-    unseen = unseen_numbers(config, reading.control[i], reading.reach[i]) if "no_effect" in reading.flags[i] else []
     result = describe_row(config, row)
     result |= dict(control=number(control), std=std and number(std), interval90=interval90, covariance=covariance)
-    result |= dict(flags=reading.flags[i]) | (dict(no_effect=unseen) if unseen else {})
+    result |= dict(flags=reading.flags[i]) | name_flagged(config, reading, i)
     result |= dict(others=reading.others[i], loss=reading.loss[i].item(), iterations=reading.iterations[i].item())
     result |= dict(unexplained_share=reading.unexplained_share[i].item(), model_calls=reading.model_calls)
     result |= dict(seconds=reading.seconds, seed=seed)
@@ -273,6 +283,5 @@ def draw_reading(config, reading, i, profiles, row, pictures):
     for axes in first:
         axes.set_ylabel("loss")
     below.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    unseen = unseen_numbers(config, control, reading.reach[i]) if "no_effect" in reading.flags[i] else ()
-    show_flags(above, describe_flags(reading.flags[i], unseen))
+    show_flags(above, describe_flags(reading.flags[i], name_flagged(config, reading, i)))
     return figure

@@ -99,7 +99,7 @@ def tell_reading(config, reading, result):
     parts = reading.control[0].tolist(), errors, reading.given[0].tolist()
     for name, unit, value, std, given in zip(tell_names(config), config.control_units, *parts):
         print(f"{name}: {tell_value(value, None if given else std)} {unit}".rstrip() + " (given)" * given)
-    for flag, text in describe_flags(result["flags"], result.get("no_effect", ())).items():
+    for flag, text in describe_flags(result["flags"], result).items():
         print(f"{flag}: {text}")
     if not result["flags"]:
         print("no flags")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -31,10 +32,12 @@ def hold_folder(out_dir, overwrite, inputs):
 
     inputs: what is read, which must not lie in it. Returns: its Path. Raises: InputError if it is held or used.
     """
-    path, _ = hold_together(out_dir)
+    path, first = hold_together(out_dir)
+    for left in (own for folder in ("", "last", CHECKPOINTS) for own in (path / folder).glob(f"{PARTIAL}*") if first):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()  # of a run that was killed as it wrote
     if not list_checkpoints(path):
         own = ["tensorboard", "pictures", "log.csv"] if (path / "tensorboard").exists() else []  # of a run killed early
-        if all(file.name.startswith(PARTIAL) for file in (path / CHECKPOINTS).glob("*")):  # as it wrote its first
+        if not any((path / CHECKPOINTS).glob("*")):  # as it wrote its first
             own.append(CHECKPOINTS)
         control_folder(path, overwrite, own=own, inputs=inputs)
     return path
@@ -92,6 +95,7 @@ def describe_run(s, model, data, trainer):
         "the controls" if data.ranges else "the rows": hashlib.sha256(repr(rows).encode()).hexdigest(),
         "the pictures": pictures,
         "latents": "float16" if s.latents_cache and not data.ranges and are_many(data.train) else None,
+        "the numbers' names": json.dumps([data.names, data.units, data.absolute]),
         "the base": json.dumps(base, sort_keys=True),
         "the control of resume_path": digest_model(s.resume_path, model.config.base) if s.resume_path else "",
     }
@@ -105,7 +109,7 @@ def list_checkpoints(out_dir):
 def find_checkpoint(out_dir, run):
     """Returns: the path of a killed run's last checkpoint in out_dir and its step; None, 0 if there is none.
 
-    Raises: InputError if it is broken, or belongs to another run than describe_run's; only max_steps may be larger.
+    Raises: InputError if it is broken, or belongs to another run than describe_run's; only max_steps may differ.
     """
     *earlier, file = list_checkpoints(out_dir) or [None]
     if not file:
@@ -125,9 +129,9 @@ def find_checkpoint(out_dir, run):
         remedy = f"choose another out_dir, or delete {CHECKPOINTS}/ and give overwrite=true to begin again"
         raise InputError(f"{file}: {problem}; start as before to go on, {remedy}")
     print(f"going on from step {step} of {file}")
-    if before["max_steps"] != run["max_steps"] and run["schedule"] == "cosine":
+    if before["max_steps"] != run["max_steps"]:
         first = min(step, run["proposal_steps"])
-        rate = half_cosine(step - first, run["max_steps"] - first)
+        rate = half_cosine(step - first, run["max_steps"] - first) if run["schedule"] == "cosine" else 1
         print(f"max_steps was {before['max_steps']}: the learning rate goes on at {rate:.0%} of its peak")
     return file, step
 
@@ -157,6 +161,9 @@ class SaveBestAndLast(pl.Callback):
         self.saved_at = time.monotonic()
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         trainer.should_stop = bool(self.patience) and self.since >= self.patience  # when started again after its end
+        if trainer.is_global_zero and self.history and not self.since and self.history[-1][0] == trainer.global_step:
+            with module.averaged():  # it may have been killed before it saved what it had validated
+                save_model(module.model, self.out_dir)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 
@@ -173,6 +180,8 @@ class SaveBestAndLast(pl.Callback):
         else:  # takes part, and writes nothing
             trainer.save_checkpoint(file)
         trainer.lightning_module.saved, self.saved_at = file, time.monotonic()
+
+    def end_if_told(self, trainer):
         if anywhere(trainer, self.signal):
             if trainer.is_global_zero:
                 name = "Ctrl-C" if self.signal == signal.SIGINT else "SIGTERM"
@@ -190,18 +199,21 @@ class SaveBestAndLast(pl.Callback):
         validated = trainer.val_dataloaders and (trainer.should_stop or validated)  # and saved after it
         if (due or trainer.should_stop) and not validated:
             self.checkpoint(trainer)
+            self.end_if_told(trainer)
 
     def on_validation_end(self, trainer, module):
         if module.untrained:
-            return self.checkpoint(trainer)
+            self.checkpoint(trainer)
+            return self.end_if_told(trainer)
         loss, base_loss = (trainer.callback_metrics[key].item() for key in ("val_loss", "base_loss"))
         error, least = self.monitor.error, min((earlier for *_, earlier in self.history), default=math.inf)
         error = error if math.isfinite(error) else math.inf
         self.since = 0 if error <= HARDLY * least else self.since + 1
+        self.history.append([trainer.global_step, loss, base_loss, error])
+        self.checkpoint(trainer)  # first, since a folder that has a control and no checkpoint is no run's
         if trainer.is_global_zero and not self.since:
             save_model(module.model, self.out_dir)
-        self.history.append([trainer.global_step, loss, base_loss, error])
-        self.checkpoint(trainer)
+        self.end_if_told(trainer)
         if self.patience and self.since >= self.patience:
             print(f"step {trainer.global_step}: {self.since} validation(s) in a row found no better control")
             trainer.should_stop = True

@@ -251,6 +251,13 @@ class ControlTraining(pl.LightningModule):
         if self.average:
             self.average.restore(self.trained.values())
 
+    @contextmanager
+    def averaged(self):
+        """While open, the weights are those that a validation judges."""
+        self.on_validation_start()
+        yield
+        self.on_validation_end()
+
     def take_average(self):
         """After the training, which may have ended before it was started again, make the average the control."""
         if self.average:

@@ -180,7 +180,7 @@ def find_pictures(photos):
         else:
             own = VALIDATION if name == "validation" else [photo.file for photo in select_photos(name).values()]
             files += map(find_photo, own + (EXTRA if name == "train" else []))
-    return files
+    return [*{os.path.realpath(file): file for file in files}.values()]  # one that is named twice is one
 
 
 def make_pairs(s, out):

@@ -129,10 +129,13 @@ def report_folder(path, report, key, *others):
 
 
 def _settle(path):
-    """Give what was written the modes that the user's umask asks for: libraries write temporary files, private ones."""
+    """See what was written onto the disk, with the modes that the user's umask asks for; libraries' are private."""
     for item in (path, *path.rglob("*")):
         with suppress(PermissionError):  # a file system without modes
             item.chmod((0o777 if item.is_dir() else 0o666) & ~UMASK)
+        if item.is_file():
+            with open(item, "rb") as written:
+                os.fsync(written)
 
 
 def write_whole(path, write):

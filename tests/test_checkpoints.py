@@ -1,5 +1,8 @@
 """Single files in the original layouts: read as what they were written from, and refused where they are not it."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -9,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from cldm.model import load_base
 from ldm.base import LatentDiffusion, check_parts, load_part
-from ldm.checkpoints import read_weights, to_half
+from ldm.checkpoints import find_control, identify, read_weights, to_half
 from ldm.settings import InputError
 from tests.conftest import build_text_encoder, build_unet, build_vae
 from tests.original_layout import build, original_weights
@@ -208,6 +211,53 @@ def test_of_several_variants_the_trained_one_in_full_is_read(tmp_path):
             part.conv_in.bias.fill_(shift)
         part.save_pretrained(tmp_path, variant=variant)
         assert load_part(type(part), tmp_path).conv_in.bias.unique().item() == shift
+
+
+def test_without_a_default_the_variant_in_full_is_read(tmp_path):
+    part = build(1)[2]
+    for variant, shift in (("bf16", 2), ("fp16", 1), ("fp32", 0)):
+        with torch.no_grad():
+            part.conv_in.bias.fill_(shift)
+        part.save_pretrained(tmp_path, variant=variant)
+    assert load_part(type(part), tmp_path).conv_in.bias.unique().item() == 0
+
+
+@pytest.mark.parametrize("version", [2], indirect=True)
+def test_2_with_its_text_encoder_as_the_first_of_several(folder, weights, tmp_path):
+    renamed = {k.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): t for k, t in weights.items()}
+    assert renamed.keys() != weights.keys()
+    found = read(write(renamed, "safetensors", tmp_path), folder)
+    torch.testing.assert_close(found.embed(["a cup"]), read(folder, None).embed(["a cup"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [2], indirect=True)
+def test_2_that_predicts_noise_is_of_512_pixels(folder, weights, tmp_path, monkeypatch):
+    file, base = write(weights, "safetensors", tmp_path), LatentDiffusion.from_pretrained(folder)
+    monkeypatch.setattr(LatentDiffusion, "from_pretrained", lambda *_, **__: base)
+    sizes = [load_base(file, predicts)[1].image_size for predicts in ("epsilon", "v_prediction")]
+    assert sizes == [512, 768]
+
+
+def test_differences_from_a_base_are_no_controlnet(tmp_path):
+    weights = {"control_model.input_blocks.0.0.weight": torch.ones(1), "difference": torch.ones(0)}
+    assert not find_control(weights) and identify(weights) == "a ControlNet's differences from Stable Diffusion"
+
+
+def test_a_file_that_holds_itself_comes_to_an_end(tmp_path):
+    weights = {"weight": torch.ones(1)}
+    weights["model"] = weights
+    torch.save(weights, tmp_path / "base.ckpt")
+    assert list(read_weights(tmp_path / "base.ckpt")) == ["weight"]
+
+
+def test_what_a_folder_does_not_say_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match='"use_ema" is of a single file'):
+        read(folder, None, use_ema=True)
+    shutil.copytree(folder, tmp_path / "base")
+    file = tmp_path / "base" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+    with pytest.raises(InputError, match="sample_size is None; name it in a YAML that says image_size"):
+        load_base(tmp_path / "base")
 
 
 def base_of(**other):

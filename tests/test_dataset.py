@@ -58,7 +58,7 @@ TOO_LONG = '"source" must have no more digits than 64 bits hold'
 BAD_ROWS = [  # a line, or what is other than in a good row (...: a missing key), and what is said of it
     *(
         ({"source": source}, NO_NUMBER)
-        for source in ("abc", "", "nan", "-inf", True, [], {}, [1, None], [[1]], ["a", 2])
+        for source in ("abc", "", "nan", "-inf", True, [], {}, [1, None], [[1]], ["a", 2], "1_0", ["1_0"])
     ),
     *(({"source": source}, NO_NUMBER) for source in (math.nan, math.inf, [False], 10**400)),
     *(({"source": source}, TOO_LONG) for source in (10**16 + 1, str(2**53 + 1))),
@@ -70,6 +70,7 @@ BAD_ROWS = [  # a line, or what is other than in a good row (...: a missing key)
     ({"time": "2019-06-21"}, 'has a "time", unlike the first row'),
     *(('{"source": 1,', "not JSON"), ("source: 1", "not JSON"), ("[" * 100_000, "not JSON")),
     ('{"source": ' + "9" * 5000 + "}", ""),
+    ('{"source": 1, "source": 2, "target": "a.png", "prompt": ""}', "it has a key twice"),
     *(("[1, 2]", r"expected a JSON object, got \[1, 2\]"), ("5", "expected a JSON object, got 5")),
 ]
 
@@ -437,6 +438,25 @@ def test_rows_that_validation_shares_with_training_are_told(write_dataset, capsy
     (folder / "validation.json").write_text(lines[0].replace('"target": "', '"target": "./'))
     split_rows(folder)
     assert "validation.json: 1 of 1 rows are training's, too" in capsys.readouterr().out
+    (folder / "validation.json").write_text(lines[0].replace('"target": "', f'"target": "{folder}/'))
+    split_rows(folder)
+    assert "validation.json: 1 of 1 rows are training's, too" in capsys.readouterr().out
+
+
+def test_a_picture_is_held_out_however_its_path_is_written(write_dataset):
+    folder = write_dataset(list(range(12)))
+    lines = (folder / "prompt.json").read_text().splitlines()
+    lines += [line.replace('"target": "', f'"target": "{folder}/') for line in lines]
+    (folder / "prompt.json").write_text("\n".join(lines))
+    train, validation = ({row.target.resolve() for row in rows} for rows in split_rows(folder))
+    assert validation and not train & validation
+
+
+def test_a_json_list_is_told_in_one_line(write_dataset):
+    file = write_dataset([1, 2]) / "prompt.json"
+    file.write_text("[" + ",\n".join(file.read_text().splitlines()) + "]")
+    with pytest.raises(InputError, match="prompt.json: a JSON list; expected one JSON object a line"):
+        list(iterate_rows(file, problems=[]))
 
 
 def test_a_subject_that_most_rows_show_is_not_held_out(write_dataset):

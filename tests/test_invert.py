@@ -409,6 +409,16 @@ def test_without_calibration_there_are_no_bars(one, tmp_path, capsys):
     assert "±" not in printed and "uncalibrated: this control was never calibrated" in printed
 
 
+def test_what_a_guess_would_tell_as_well_is_told(one, tmp_path, capsys):
+    model = load_model(tmp_path / "control")
+    model.control_net.register_to_config(guessed=[True])
+    save_model(model, tmp_path / "control")
+    run(*one, "figures=false")
+    result, name = json.loads((tmp_path / "out" / "result.json").read_text()), model.control_net.config.control_names[0]
+    assert "guess" in result["flags"] and result["guess"] == [name]
+    assert re.search(rf"^guess: a guess would do as well.* \({name}\)$", capsys.readouterr().out, re.M)
+
+
 def test_targets_that_are_none_are_named(arguments, tmp_path, fails_in_one_line):
     line = fails_in_one_line(invert.main, invert.settings, [*arguments, f"targets={tmp_path / '*.jpg'}"])
     assert "*.jpg: not there; expected a folder" in line

@@ -579,6 +579,18 @@ def test_pictures_of_other_kinds_are_not_left_out_silently(photos, capsys):
     )
 
 
+def test_photographs_count_once_and_those_of_trainings_not(photos, capsys):
+    good = make_dataset.find_pictures(str(photos))
+    for name in ("run/pictures/1.png", "early/pictures/1.png"):
+        (photos / name).parent.mkdir(parents=True)
+        (photos / name).write_bytes((photos / "a.png").read_bytes())
+    (photos / "run" / "model.yaml").touch()
+    (photos / "early" / "tensorboard").mkdir()
+    (photos / "link.png").symlink_to(photos / "a.png")
+    assert len(make_dataset.find_pictures(f"{photos},{photos.parent}/./photos")) == len(good) == 3
+    assert "pictures of 2 training(s) are left out" in capsys.readouterr().out
+
+
 def test_broken_pictures_are_found_before_the_first_step(photos, tmp_path):
     """Where what a file lacks is at its end, too; what is hidden, or is no file, is no picture."""
     for name in ("._a.png", ".thumbnails/x.png", "__MACOSX/._b.jpg"):

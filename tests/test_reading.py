@@ -10,7 +10,7 @@ from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import calibration, denoising, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
-from cldm.confidence import Reading, decimals, is_ambiguous, is_outside, standard_errors, tell_value, widen
+from cldm.confidence import Reading, decimals, is_ambiguous, is_guess, is_outside, standard_errors, tell_value, widen
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
@@ -401,6 +401,16 @@ def test_bars_hold_nine_in_ten_though_noise_is_a_part_of_them(opinions):
     both = calibration.hear(reading, second, std, judged)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.005)
+
+
+def test_an_interval_as_wide_as_the_range_is_a_guess():
+    """Neither of a number that was given, nor where it is pixels that leave it open, which is told otherwise."""
+    config = SimpleNamespace(control_low=[0.0, 0.0, 0.0], control_high=[10.0, 10.0, 10.0], guessed=[False, True, False])
+    known = torch.diag_embed(torch.tensor([[2.7, 0.1, 0.0], [2.8, 0.1, 0.1]]).double().square())
+    reading = Reading(torch.full((2, 3), 5.0).double(), known, 0 * known, *[None] * 4, *torch.zeros(2, 3).double())
+    expected = [[False, True, False], [True, True, False]]
+    assert is_guess(config, reading).tolist() == expected
+    assert is_guess(config, replace(reading, reach=torch.full((2, 3), 9.0))).tolist() == expected
 
 
 @pytest.mark.parametrize(

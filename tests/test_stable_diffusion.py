@@ -19,12 +19,13 @@ import tool_export_control
 import tutorial_train
 from cldm.controlnet import NumericControlNet
 from cldm.conversion import add_control, export_control, fit_statistics
+from cldm.dataset import read_data
 from cldm.model import Sampling, Target, load_base, load_model, save_model
 from ldm.base import LatentDiffusion
 from ldm.checkpoints import original_key, read_weights
 from ldm.files import ROOT
 from ldm.schema import read_config, write_yaml
-from ldm.settings import InputError, Settings, run_script
+from ldm.settings import InputError, Settings, override, run_script
 from tests.conftest import randomize_zero_convolutions
 from tests.original_layout import original_weights
 
@@ -286,6 +287,50 @@ def test_what_the_original_cannot_compute_is_not_exported(model, hint, tmp_path,
         lambda s: tool_export_control.main(s, paths), tool_export_control.settings, []
     )
     assert not (tmp_path / "control.safetensors").exists()
+
+
+@pytest.mark.parametrize("version", [1], indirect=True)
+def test_what_is_trained_begins_as_the_base_has_it(model, folder, write_dataset, tmp_path):
+    """And goes out so, whatever the precision of what stays frozen."""
+    write_yaml(model.config | {"base": str(folder), "precision": "bfloat16"}, tmp_path / "base.yaml")
+    add(tmp_path / "base.yaml", tmp_path / "control", hint="original")
+    weights = tutorial_train.make_model(
+        override(tutorial_train.settings, [f"resume_path={tmp_path / 'control'}", "sd_locked=false"]),
+        read_data(write_dataset([1.0, 2.0])),
+    )
+    exact = LatentDiffusion.from_pretrained(folder).unet
+    assert weights.base.vae.dtype == torch.bfloat16
+    assert all(torch.equal(t, exact.state_dict()[name]) for name, t in weights.base.unet.state_dict().items())
+    own = weights.control_net.state_dict()
+    half = exact.conv_in.weight.half()
+    assert torch.equal(own["conv_in.weight"], half.float()) and not torch.equal(half, half.bfloat16().half())
+    exported = read_weights(export(weights, tmp_path, "out"))
+    assert torch.equal(exported["control_model.input_blocks.0.0.weight"], half)
+
+
+@pytest.mark.parametrize("version", [1], indirect=True)
+def test_only_the_middle_acts_outside_too(model, tmp_path, normal):
+    own = add_control(model.base, Settings(model.config | {"image_size": 40}), hint="original")
+    randomize_zero_convolutions(own.control_net)
+    own.control_net.register_to_config(only_mid_control=True)
+    inputs = dict(encoder_hidden_states=normal(1, 77, 16), controlnet_cond=torch.tensor([[3.0]]))
+    for as_dict in (True, False):
+        result = own.control_net(normal(1, 4, 5, 5), 500, **inputs, return_dict=as_dict)
+        down, mid = result.to_tuple() if as_dict else result
+        assert not any(part.any() for part in down) and mid.any()
+    weights = read_weights(export(own, tmp_path))
+    assert not any(t.any() for key, t in weights.items() if "zero_convs" in key)
+    assert weights["control_model.middle_block_out.0.weight"].any()
+
+
+@pytest.mark.parametrize("version", [1], indirect=True)
+def test_a_control_whose_unet_was_trained_is_not_exported(model, tmp_path, fails_in_one_line):
+    own = add_control(model.base, Settings(model.config | {"image_size": 40}), hint="original")
+    own.own_unet = True
+    save_model(own, tmp_path / "control")
+    paths = [str(tmp_path / "control"), str(tmp_path / "control.safetensors")]
+    line = fails_in_one_line(lambda s: tool_export_control.main(s, paths), tool_export_control.settings, [])
+    assert "its UNet was trained, too" in line and not (tmp_path / "control.safetensors").exists()
 
 
 @pytest.mark.parametrize("version", [1], indirect=True)

@@ -198,6 +198,25 @@ def test_killed_training_goes_on_as_if_it_had_not_been(train, tmp_path, ema):
         assert resumed.keys() == whole.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", ["null", "0.9"])
+def test_a_run_killed_before_it_saved_its_best_goes_on(train, monkeypatch, tmp_path, ema):
+    whole, out = train("max_steps=3", f"ema={ema}"), f"out_dir={tmp_path / 'killed' / 'out'}"
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr("cldm.runs.save_model", Mock(side_effect=RuntimeError("killed")))
+        train("max_steps=3", f"ema={ema}", out)
+    folder = tmp_path / "killed" / "out"
+    assert steps_done(folder) == 2 and not (folder / "config.json").exists()
+    (folder / "checkpoints" / f"{PARTIAL}00000002.ckpt").write_bytes(b"half")
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(ControlTraining, "squared_errors", Mock(side_effect=RuntimeError("killed")))
+        train("max_steps=3", f"ema={ema}", out)
+    assert not list(folder.rglob(f"{PARTIAL}*"))
+    assert load_model(folder).control_net.config.control_names == ["angle", "zoom"]  # saved at the start
+    train("max_steps=3", f"ema={ema}", out)
+    assert not changed(load_model(whole).control_net, load_model(folder).control_net)
+
+
 def test_checkpoints_come_by_steps_and_by_the_clock_and_the_last_are_kept(train, monkeypatch, tmp_path):
     def kept(*arguments):
         return [int(file.stem) for file in sorted((train(*arguments) / "checkpoints").iterdir())]
@@ -320,6 +339,11 @@ def test_used_out_dir_refuses_another_run(train, base_yaml, tmp_path):
     with pytest.raises(InputError, match="the rows"):
         train("max_steps=1")
     (data / "prompt.json").write_text(rows)
+    names = (data / "controls.yaml").read_text()
+    (data / "controls.yaml").write_text(names.replace("angle", "size"))
+    with pytest.raises(InputError, match="the numbers' names"):
+        train("max_steps=1")
+    (data / "controls.yaml").write_text(names)
     (data / "validation.json_0.png").write_bytes((data / "validation.json_1.png").read_bytes())
     with pytest.raises(InputError, match="the pictures"):
         train("max_steps=1")
@@ -387,8 +411,10 @@ def test_loss_that_is_not_finite_ends_training_and_nothing_good_is_lost(train, m
             value.register_hook(lambda gradient: gradient * math.inf)
         return value * math.nan if ill and (what == "val_loss") != self.training else value
 
-    kept, save = {}, SaveBestAndLast.checkpoint
-    monkeypatch.setattr(SaveBestAndLast, "checkpoint", lambda *args: save(*args) or kept.update(files(args[0].out_dir)))
+    kept, go_on = {}, SaveBestAndLast.end_if_told  # after both were saved
+    monkeypatch.setattr(
+        SaveBestAndLast, "end_if_told", lambda *args: go_on(*args) or kept.update(files(args[0].out_dir))
+    )
     monkeypatch.setattr(ControlTraining, "squared_errors", loss)
     named = "" if what == "val_loss" else r"\(of prompt.json_\d.png, prompt.json_\d.png\)"
     with pytest.raises(InputError, match=rf"^step [234]: the .* is not finite ?{named}: .*0*2.ckpt; .* below 0.001 "):
@@ -882,10 +908,14 @@ def test_of_pictures_that_share_a_number_the_guess_is_of_the_range(make_model):
     config = model.control_net.config
     control = torch.tensor([[6.0, 90.0]] * 3).double()
     assert across(model.control_net, control).tolist() == [[0.0, -90.0]] * 3
-    for error, warned in (1.0, False), (2.0, True):
-        reading = SimpleNamespace(control=control + torch.tensor([error, 40.0]))
+    for errors, warned in ((1.0, 40.0), 0), ((2.0, 40.0), 1), ((2.0, 80.0), 2):
+        reading = SimpleNamespace(control=control + torch.tensor(errors))
         lines = describe_asked(config, control, reading, reading, False)
         assert [line.split()[1] for line in lines if "by guessing" in line] == ["control"] * warned
+        drawn = (
+            f"draws control 1 to {errors[0]:g}, control 2 to 40, as read back from drawings at those numbers: asked.png"
+        )
+        assert [line for line in lines if line.startswith("draws ")] == [drawn] * (warned < 2)
 
 
 def test_a_plot_of_one_number_has_room(make_model, recwarn):
@@ -910,10 +940,12 @@ def test_training_tells_what_it_does(train, capsys, monkeypatch, tmp_path):
         r"val_loss [\d.]+ on pictures that were not trained on .* [\d.]+ without the control\)$",
         "warning: the numbers are ignored ",
         r"reads angle to [\d.]+ degrees, zoom to [\d.]+ \(median of 2 validation pictures\)",
-        r"draws angle to [\d.]+ degrees, zoom to [\d.]+, as read back from drawings at those numbers: asked.png",
+        "warning: angle is read no better than by guessing",
+        "warning: zoom is read no better than by guessing",
         r"error bars come from 2 validation picture\(s\) of 2 different value\(s\): too few",
     ):
         assert len([line for line in lines if re.match(text, line)]) == 1
+    assert not any(line.startswith("draws ") for line in lines)  # by a control that reads nothing
     told = [line.split(",")[0] for line in lines if line.startswith("step ") and "val_loss" not in line]
     assert told == ["step 1 of 3", "step 2 of 3", "step 3 of 3"] and not any("\r" in line for line in lines)
     assert (
