@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -162,8 +163,10 @@ class SaveBestAndLast(pl.Callback):
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         trainer.should_stop = bool(self.patience) and self.since >= self.patience  # when started again after its end
         if trainer.is_global_zero and self.history and not self.since and self.history[-1][0] == trainer.global_step:
-            with module.averaged():  # it may have been killed before it saved what it had validated
-                save_model(module.model, self.out_dir)
+            saved = [file for file in (self.out_dir / "config.json", module.saved) if file.exists()]
+            if max(saved, key=os.path.getmtime) == module.saved:  # killed between the checkpoint and its control
+                with module.averaged():
+                    save_model(module.model, self.out_dir)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 
