@@ -1,6 +1,5 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# Python compiles what it imports; pip would compile all.
-INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 
 demo: .venv/installed  ## read the change between two pictures with the shipped control
 	.venv/bin/python invert.py out_dir=outputs/demo
