@@ -199,8 +199,8 @@ def train(s, model, data, datasets, out_dir):
 
 def finish(model, data, dataset, out_dir):
     """Learn the error bars of the control that is kept; tell how well it reads and draws, and leave asked.png."""
-    control, reading, drawn = calibrate(model, out_dir, dataset)
     config, seen = model.control_net.config, not data.validation
+    control, reading, drawn = calibrate(model, out_dir, dataset)
     print(*describe_asked(config, control, reading, drawn, seen), describe_bars(config, dataset, seen), sep="\n")
     write_whole(out_dir / "asked.png", partial(draw_asked(config, control, drawn).savefig, format="png"))
 

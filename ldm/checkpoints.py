@@ -168,10 +168,11 @@ def find_control(weights):
 
     Returns: {name in the original, without "control_model.": tensor}; empty if there is none.
     """
-    if identify(weights) == DIFFERENCES:
+    kind = identify(weights)
+    if kind == DIFFERENCES:
         return {}
     found = {key.removeprefix(CONTROL): tensor for key, tensor in weights.items() if key.startswith(CONTROL)}
-    return found or (weights if identify(weights) == "a ControlNet in the original layout" else {})
+    return found or (weights if kind == "a ControlNet in the original layout" else {})
 
 
 def fill_control(control_net, weights, file, keep=()):
