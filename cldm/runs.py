@@ -162,13 +162,19 @@ class SaveBestAndLast(pl.Callback):
         self.saved_at = time.monotonic()
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         trainer.should_stop = bool(self.patience) and self.since >= self.patience  # when started again after its end
-        if trainer.is_global_zero and self.history and not self.since and self.history[-1][0] == trainer.global_step:
-            saved = [file for file in (self.out_dir / "config.json", module.saved) if file.exists()]
-            if max(saved, key=os.path.getmtime) == module.saved:  # killed between the checkpoint and its control
-                with module.averaged():
-                    save_model(module.model, self.out_dir)
+        if trainer.is_global_zero and self.lacks_best(trainer):
+            with module.averaged():
+                save_model(module.model, self.out_dir)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
+
+    def lacks_best(self, trainer):
+        """Returns: whether the weights are the best control's, and out_dir's older: killed before they were saved."""
+        if not self.history or self.since or self.history[-1][0] != trainer.global_step:
+            return False
+        *_, checkpoint = list_checkpoints(self.out_dir)
+        control = self.out_dir / "config.json"
+        return not control.exists() or os.path.getmtime(control) < os.path.getmtime(checkpoint)
 
     def receive(self, number, _):
         self.signal = number

@@ -193,8 +193,9 @@ def whole_folder(path, removes=()):
 
 def _swap(path, new, old, removes):
     """Move all items of the folder `new` into `path`, those that were there into `old`; on an error, all back."""
-    moves = [(path / name, old / name) for name in {*removes, *(item.name for item in new.iterdir())}]
-    moves += [(item, path / item.name) for item in new.iterdir()]
+    names = sorted(item.name for item in new.iterdir())  # config.json, by which a control is known: last in, first out
+    moves = [(path / name, old / name) for name in sorted({*removes, *names})]
+    moves += [(new / name, path / name) for name in reversed(names)]
     try:
         for source, target in moves:
             if os.path.lexists(source):

@@ -365,6 +365,22 @@ class TestWriting:
             after = {str(name): text for name, text in snapshot(tmp_path).items()}
             assert after == {"a": False, "a/new": b"new", "b": b"new", "c": b"new", "other": b"old"}
 
+    def test_a_control_is_known_only_while_all_of_it_is_there(self, tmp_path, monkeypatch):
+        """Wherever a swap is killed: the file by which a control is known is there with all the others, or is not."""
+        names, seen, replace = ["config.json", "diffusion_pytorch_model.safetensors", "model.yaml"], [], os.replace
+
+        def watched(source, target):
+            replace(source, target)
+            seen.append({name: (tmp_path / name).read_text() for name in names if (tmp_path / name).exists()})
+
+        monkeypatch.setattr(os, "replace", watched)
+        for text in ("old", "new"):
+            with whole_folder(tmp_path) as folder:
+                for name in names:
+                    (folder / name).write_text(text)
+        known = [files for files in seen if "config.json" in files]
+        assert known == [dict.fromkeys(names, "old"), dict.fromkeys(names, "new")] and len(seen) == 9
+
     WRITERS = {
         "text": lambda file: file.write_text("x" * 10**5),
         "picture": lambda file: Image.effect_noise((99, 99), 99).save(file, "png"),

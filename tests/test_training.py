@@ -200,20 +200,25 @@ def test_killed_training_goes_on_as_if_it_had_not_been(train, tmp_path, ema):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", ["null", "0.9"])
-def test_a_run_killed_before_it_saved_its_best_goes_on(train, monkeypatch, tmp_path, ema):
-    whole, out = train("max_steps=3", f"ema={ema}"), f"out_dir={tmp_path / 'killed' / 'out'}"
+@pytest.mark.parametrize("steps, earlier", [(3, 0), (2, 0), (4, 1)])
+def test_a_run_killed_before_it_saved_its_best_goes_on(train, monkeypatch, tmp_path, ema, steps, earlier):
+    """In a validation after two steps, or in the last, where an earlier one's best may be there."""
+    monkeypatch.setattr("cldm.runs.HARDLY", math.inf)  # so that every validation saves
+    settings, folder = [f"max_steps={steps}", f"ema={ema}"], tmp_path / "killed" / "out"
+    whole, out = train(*settings), f"out_dir={folder}"
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
-        patched.setattr("cldm.runs.save_model", Mock(side_effect=RuntimeError("killed")))
-        train("max_steps=3", f"ema={ema}", out)
-    folder = tmp_path / "killed" / "out"
-    assert steps_done(folder) == 2 and not (folder / "config.json").exists()
+        kept = Mock(side_effect=[save_model] * earlier + [RuntimeError("killed")])
+        patched.setattr("cldm.runs.save_model", lambda *given: kept()(*given))
+        train(*settings, out)
+    assert steps_done(folder) == 2 + 2 * earlier and (folder / "config.json").exists() == earlier
     (folder / "checkpoints" / f"{PARTIAL}00000002.ckpt").write_bytes(b"half")
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+    ends = pytest.raises(RuntimeError, match="killed") if steps == 3 else contextlib.nullcontext()
+    with monkeypatch.context() as patched, ends:
         patched.setattr(ControlTraining, "squared_errors", Mock(side_effect=RuntimeError("killed")))
-        train("max_steps=3", f"ema={ema}", out)
+        train(*settings, out)
     assert not list(folder.rglob(f"{PARTIAL}*"))
     assert load_model(folder).control_net.config.control_names == ["angle", "zoom"]  # saved at the start
-    train("max_steps=3", f"ema={ema}", out)
+    train(*settings, out)
     assert not changed(load_model(whole).control_net, load_model(folder).control_net)
 
 
