@@ -190,7 +190,7 @@ def train(s, model, data, datasets, out_dir):
     module.take_average()
     module.zero_grad()
     if trainer.is_global_zero:
-        for folder in [out_dir / "last"] + [out_dir] * (not saver.history or saver.lacks_best(trainer)):
+        for folder in [out_dir / "last"] + [out_dir] * (not saver.history or saver.is_best(trainer)):
             save_model(model, folder)
     seen = rows if data.validation and not s.pairs else None
     losses = describe_losses(saver.history, bool(data.validation), bool(monitor.caught))

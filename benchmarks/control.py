@@ -141,13 +141,16 @@ def draw(report, file):
 def main(s):
     check_numbers(s, int, count=(2, 10**4), ddim_steps=(1, 1000), seed=(0, 2**63 - 1))
     check_numbers(s, minutes=(1e-3, 1e4))
-    out, root = start_report(s.out_dir, REPORT, "controls", PLOT, DRAWINGS), find_path(s.data_root)
-    model, data, report = load_model(s.model_path), read_data(root), json.loads((out / REPORT).read_text())
+    path, root = find_path(s.model_path).resolve(), find_path(s.data_root)
+    model, data = load_model(path), read_data(root)
     check_fits(model, data, root)
     config, validation = model.control_net.config, data.validation
     if len(validation) < FEWEST:
         raise InputError(f"data_root {root}: expected at least {FEWEST} rows for validation, found {len(validation)}")
-    name = find_path(s.model_path).resolve().name
+    out = start_report(s.out_dir, REPORT, "controls", PLOT, DRAWINGS)
+    name, report = path.name, json.loads((out / REPORT).read_text())["controls"] or {}
+    if (there := report.get(name, {}).get("path", str(path))) != str(path):
+        raise InputError(f"{out / REPORT}: has another control of the name {name}, {there}; choose another out_dir")
     folder = out / DRAWINGS / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -163,7 +166,8 @@ def main(s):
     found["other"] = with_bars(read, rows, judged, validation, config)
     ranges = [*zip(config.control_low, config.control_high)]
     told = dict(names=tell_names(config), units=config.control_units, periods=config.periods, ranges=ranges)
-    controls = (report["controls"] or {}) | {name: told | found | dict(asked=rows.controls.tolist())}
+    told |= dict(path=str(path), asked=rows.controls.tolist())
+    controls = report | {name: told | found}
     save_json(out / REPORT, {"controls": controls})
     tell(found, rows, judged, validation, config)
     draw(controls, out / PLOT)

@@ -169,9 +169,11 @@ def judge_opinion(reading, second, std, truth, moderated=True):
     correlation = F.cosine_similarity(*relative, dim=0).clamp(0, ALIKE)
     own = dict(error_scale=reading.error_scale, error_floor=reading.error_floor, scale=scale, floor=floor)
     own["factor"] = torch.ones_like(scale)
-    for _ in range(SCALED):  # the noise, which is part of the bars, stays as it is
+    for k in range(SCALED):  # the noise, which is part of the bars, stays as it is
         joined = hear(reading, second, std, own | {"correlation": correlation})
         factor = nine_in_ten(wrap(joined.control - truth, reading.periods).abs() / joined.margin)
+        if k:  # an opinion that is trusted too much when bars shrink would come and go
+            factor = factor.clamp_min(1)
         own = {key: factor * value for key, value in own.items()}
     return own | {"correlation": correlation}
 

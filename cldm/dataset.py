@@ -356,8 +356,10 @@ def split_rows(data_root):
     subjects = find_subjects(rows)
     held_out = subjects % 10 == 10 * (0.5 + GOLDEN * (subjects // 10)) % 10 // 1  # others of every ten
     if subjects.max() + 1 < FEW_SUBJECTS or held_out.mean() > MOST_HELD_OUT:
-        _, first, which = np.unique(name_pictures(rows), return_index=True, return_inverse=True)
-        held_out = hold_out(rows.controls[first], rows.prompt_index[first], periods)[which]
+        order = np.lexsort(rows.controls.T[::-1])[::-1]  # of a pair there and back, the larger stands for both
+        _, first, which = np.unique(name_pictures(rows)[order], return_index=True, return_inverse=True)
+        first = order[first]
+        held_out[order] = hold_out(rows.controls[first], rows.prompt_index[first], periods)[which]
     else:
         kept = len(np.unique(subjects[held_out]))
         print(f"pairs show {subjects.max() + 1} subjects, of which {kept} are kept for validation as a whole")

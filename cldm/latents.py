@@ -17,6 +17,7 @@ from ldm.settings import InputError
 
 LOADERS = 8  # threads that load pictures
 PATIENCE = 60  # seconds to wait for another process that writes
+BROKEN = sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR  # what a file is that has no such table
 
 
 class CachedLatents:
@@ -48,8 +49,10 @@ class CachedLatents:
             with self.lock:
                 yield
         except sqlite3.Error as error:
-            what = f"cannot be used ({error}), expected a table of latents"
-            raise InputError(f"{self.file}: {what}; delete it, or choose another latents_cache") from None
+            what, remedy = f"cannot be used ({error})", "make room, or"
+            if (getattr(error, "sqlite_errorcode", 0) & 0xFF) in BROKEN:
+                what, remedy = f"{what}, expected a table of latents", "delete it, or"
+            raise InputError(f"{self.file}: {what}; {remedy} choose another latents_cache") from None
 
     def __getitem__(self, which):
         rows = [self.rows[i] for i in which]

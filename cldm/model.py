@@ -242,7 +242,9 @@ def describe(path, prediction_type=None):
     text = path / "text_encoder" / "config.json"
     width = read_config(text).get("hidden_size") if text.is_file() else None
     name = {768: "cldm_v15", 1024: "cldm_v21"}.get(width, "tiny")
-    return configs[name] | {"image_size": None, "prediction_type": None}
+    config = configs[name] | {"image_size": None, "prediction_type": None}
+    config.pop("use_ema", None)  # of a file
+    return config
 
 
 def load_model(path, *, base=None, dtype=None, precision=None, device="cpu", save_memory=False):

@@ -36,7 +36,7 @@ from ldm.pictures import load_picture
 from ldm.schema import InputError, Settings, expect, number
 
 BATCH = 4  # pictures read between two signs of progress
-NAMED = 10  # files that are told not to be read
+NAMED = 10  # files that are told not to be read, prompts that are told not to be known
 UNPACKED = 20  # times max_upload_mb that a zip may come to
 
 
@@ -83,9 +83,10 @@ def tell_flags(flags):
 
 
 def tell_prompts(model, prompts):
-    """Returns: HTML of what is said of prompts that training did not know."""
+    """Returns: HTML of what is said of prompts that training did not know, NAMED at most."""
     known = tuple(model.control_net.config.prompts or ())
-    lines = dict.fromkeys(find_prompt(prompt or "", known)[1] for prompt in dict.fromkeys(prompts))
+    unknown = [prompt for prompt in dict.fromkeys(prompt or "" for prompt in prompts) if prompt not in known]
+    lines = dict.fromkeys(find_prompt(prompt, known)[1] for prompt in unknown[:NAMED])
     return "".join(f'<p class="fine">{escape(line)}</p>' for line in lines if line)
 
 

@@ -25,6 +25,7 @@ LONGEST = 2048  # pixels of a photograph's longer side; larger ones are scaled d
 PHOTOS = 256  # kept in memory, each as it is and scaled down
 CORNERS = [[-0.5, 0.5, -0.5, 0.5], [-0.5, -0.5, 0.5, 0.5], [1, 1, 1, 1]]  # of the square that a frame cuts
 TRIES = 100_000  # to find squares inside a photograph, at least
+HOPEFUL = 1000  # of these, before it is asked whether any photograph is large enough
 POOL, PASSES = 512, 4  # pairs drawn at once in training; how often each is used on average, with other noise
 VALIDATION_PAIRS, VALIDATION_ROWS = 144, 1000  # at most
 STATISTICS = 10_000  # random changes from which the mean and spread of each number are taken
@@ -46,7 +47,7 @@ def list_pictures(folder):
             folders.clear()
             continue
         seen.add(real)
-        if MODEL_YAML in names or "tensorboard" in folders:
+        if place != os.fspath(folder) and (MODEL_YAML in names or "tensorboard" in folders):
             runs.append(place)
             folders.clear()
             continue
@@ -111,8 +112,9 @@ def draw_views(rng, files, size, ranges, count):
     files: photographs, of which one is drawn. size: pixels of the pictures. ranges: as choose_changes returns them.
     Returns: the reference (PIL); `count` targets (PIL), each with its change from the reference, {name: number}.
     """
-    possible = any(min(open_photo(file).size) > SMALLEST * size for file in files)
-    for _ in range(possible * (TRIES + 1000 * len(files))):
+    for attempt in range(TRIES + 1000 * len(files)):
+        if attempt == HOPEFUL and all(min(open_photo(file).size) <= SMALLEST * size for file in files):
+            break
         file, changes = rng.choice(files), [draw_change(rng, ranges) for _ in range(count)]
         width, height = open_photo(file).size
         largest = min(width, height)

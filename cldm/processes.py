@@ -57,22 +57,26 @@ def start_trainer(s, **options):
 
 @contextmanager
 def together(trainer):
-    """While open, an error ends the processes that this one started; the end of another is an InputError."""
+    """While open, an error or SIGTERM ends the processes that this one started; the end of another is an InputError."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # until they all have begun
     try:
         yield
     except BaseException as error:
+        unwatch(trainer)
         if launcher := trainer.strategy.launcher:
-            unwatch(launcher)
             launcher.kill(signal.SIGKILL)
         if isinstance(error, RuntimeError) and LOST.search(str(error)):
             raise InputError("another process has ended, perhaps with a line of its own; start again") from None
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def unwatch(launcher):
+def unwatch(trainer):
     """Stop Lightning from killing this process, before it can say why, once one that it started has ended."""
-    watched, launcher.procs = launcher.procs, [*launcher.procs]
-    watched.clear()
+    if launcher := trainer.strategy.launcher:
+        watched, launcher.procs = launcher.procs, [*launcher.procs]
+        watched.clear()
 
 
 class SharedReading(pl.LightningModule):
@@ -99,7 +103,7 @@ class SharedReading(pl.LightningModule):
 
     def on_predict_start(self):
         self.group = dist.new_group(backend="gloo", timeout=SLOWEST)  # on a GPU, too: it notices when a process is gone
-        unwatch(self.trainer.strategy.launcher)
+        unwatch(self.trainer)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers would wait for all processes
             signal.signal(number, self.stop)
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -16,7 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from cldm.dataset import are_many
 from cldm.model import control_folder, save_model
-from cldm.processes import hold_together, start_trainer
+from cldm.processes import hold_together, start_trainer, unwatch
 from cldm.results import digest_model
 from cldm.training import Method, anywhere, half_cosine, mid_step
 from ldm.base import has_bfloat16
@@ -38,7 +37,7 @@ def hold_folder(out_dir, overwrite, inputs):
         shutil.rmtree(left) if left.is_dir() else left.unlink()  # of a run that was killed as it wrote
     if not list_checkpoints(path):
         own = ["tensorboard", "pictures", "log.csv"] if (path / "tensorboard").exists() else []  # of a run killed early
-        if not any((path / CHECKPOINTS).glob("*")):  # as it wrote its first
+        if all(file.name.startswith(PARTIAL) for file in (path / CHECKPOINTS).glob("*")):  # as it wrote its first
             own.append(CHECKPOINTS)
         control_folder(path, overwrite, own=own, inputs=inputs)
     return path
@@ -162,19 +161,16 @@ class SaveBestAndLast(pl.Callback):
         self.saved_at = time.monotonic()
         *_, module.saved = [None, *list_checkpoints(self.out_dir)]
         trainer.should_stop = bool(self.patience) and self.since >= self.patience  # when started again after its end
-        if trainer.is_global_zero and self.lacks_best(trainer):
+        if trainer.is_global_zero and self.is_best(trainer):  # it may have been killed before it saved that
             with module.averaged():
                 save_model(module.model, self.out_dir)
+        unwatch(trainer)
         for number in (signal.SIGINT, signal.SIGTERM):  # Lightning's own handlers neither save nor say anything
             signal.signal(number, self.receive)
 
-    def lacks_best(self, trainer):
-        """Returns: whether the weights are the best control's, and out_dir's older: killed before they were saved."""
-        if not self.history or self.since or self.history[-1][0] != trainer.global_step:
-            return False
-        *_, checkpoint = list_checkpoints(self.out_dir)
-        control = self.out_dir / "config.json"
-        return not control.exists() or os.path.getmtime(control) < os.path.getmtime(checkpoint)
+    def is_best(self, trainer):
+        """Returns: whether the weights are the best control's."""
+        return bool(self.history) and not self.since and self.history[-1][0] == trainer.global_step
 
     def receive(self, number, _):
         self.signal = number

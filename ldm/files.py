@@ -128,12 +128,13 @@ def report_folder(path, report, key, *others):
     return path
 
 
-def _settle(path):
-    """See what was written onto the disk, with the modes that the user's umask asks for; libraries' are private."""
+def _settle(path, synced=True):
+    """Give what was written the modes that the user's umask asks for, libraries' being private; synced: see it onto the
+    disk."""
     for item in (path, *path.rglob("*")):
         with suppress(PermissionError):  # a file system without modes
             item.chmod((0o777 if item.is_dir() else 0o666) & ~UMASK)
-        if item.is_file():
+        if synced and item.is_file():
             with open(item, "rb") as written:
                 os.fsync(written)
 
@@ -167,11 +168,11 @@ def append_whole(path, text):
 
 
 @contextmanager
-def whole_folder(path, removes=()):
+def whole_folder(path, removes=(), synced=True):
     """Fill a folder whole or not at all: `with whole_folder(path) as folder:` writes beside it, then both are swapped.
 
     Items of the same names are replaced, and those that `removes` names are removed, only once all the new ones are
-    written. Everything else stays.
+    written, and synced: are on the disk, which takes long of thousands. Everything else stays.
     """
     path = Path(os.path.expanduser(path))
     made = not path.exists()
@@ -183,7 +184,7 @@ def whole_folder(path, removes=()):
                 new.mkdir()
                 old.mkdir()
                 yield new
-                _settle(new)
+                _settle(new, synced)
                 _swap(path, new, old, removes)
     finally:
         if made:

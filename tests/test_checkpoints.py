@@ -10,10 +10,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cldm.model import load_base
+from cldm.model import load_base, read_model_yaml
 from ldm.base import LatentDiffusion, check_parts, load_part
 from ldm.checkpoints import find_control, identify, read_weights, to_half
-from ldm.settings import InputError
+from ldm.settings import InputError, Settings
 from tests.conftest import build_text_encoder, build_unet, build_vae
 from tests.original_layout import build, original_weights
 
@@ -258,6 +258,11 @@ def test_what_a_folder_does_not_say_is_named(folder, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
     with pytest.raises(InputError, match="sample_size is None; name it in a YAML that says image_size"):
         load_base(tmp_path / "base")
+
+
+def test_what_a_yaml_says_of_a_single_file_is_not_said_of_folders(folder, monkeypatch):
+    monkeypatch.setattr("cldm.model.read_model_yaml", lambda path: Settings(read_model_yaml(path) | {"use_ema": True}))
+    load_base(folder)
 
 
 def base_of(**other):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import numpy as np
 import pytest
@@ -386,6 +387,20 @@ def test_a_pair_and_its_reverse_are_held_out_together(write_dataset):
     train, validation = ({tuple(row.pictures) for row in own} for own in split_rows(folder))
     assert validation and not train & {pair[::-1] for pair in validation} and len(train) + len(validation) == len(rows)
     assert len(validation) < 0.25 * len(rows)
+
+
+def test_no_number_is_trained_on_that_is_held_out_whatever_the_order_of_the_rows(write_dataset):
+    """Of five subjects' twenty turns, there and back."""
+    folder = write_dataset([0])
+    rows = [(k, n, back) for k in range(5) for n in range(1, 21) for back in (False, True)]
+    random.Random(0).shuffle(rows)
+    texts = []
+    for k, n, back in rows:
+        one, other = f"{k}_0.png", f"{k}_{n}.png"
+        texts.append(dict(target=[other, one][back], reference=[one, other][back], source=[n, -n][back], prompt=""))
+    (folder / "prompt.json").write_text("\n".join(map(json.dumps, texts)))
+    train, validation = ({*own.controls.flatten()} for own in split_rows(folder))
+    assert len(validation) == 4 and not train & validation
 
 
 def test_of_a_picture_with_several_captions_none_is_trained_on_if_one_is_held_out(write_dataset):

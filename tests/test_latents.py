@@ -98,6 +98,12 @@ def test_a_damaged_file_is_named(cached, tmp_path):
         cached()
 
 
+def test_a_full_disk_is_no_damage(rows, base, small_disk, tmp_path):
+    latents = CachedLatents(rows, base, 32, tmp_path / "latents")
+    with small_disk(), pytest.raises(InputError, match="sqlite: cannot be used .*; make room, or choose another"):
+        latents.keep({k.to_bytes(16): torch.zeros(latents.shape, dtype=torch.float16) for k in range(9)})
+
+
 def fill(rows, base, folder, start):
     """Write latents that tell their key, one after the other."""
     latents = CachedLatents(rows, base, 32, folder)

@@ -65,6 +65,16 @@ def test_pairs_are_not_cut_from_what_was_made_before(tmp_path):
     assert digest([tmp_path / "pairs"]) == before
 
 
+def test_an_older_dataset_is_replaced_and_nothing_else(tmp_path):
+    for name in ("pictures/own.jpg", "targets.json", "resultData/old.png", "validation.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    run("angles=[1]", "photos=coffee", "image_size=16", f"out_dir={tmp_path}", "overwrite=true")
+    made = {"controls.yaml", "prompt.json", "resultData"}
+    assert {file.name for file in tmp_path.iterdir()} == made | {"pictures", "targets.json"}
+    assert (tmp_path / "pictures" / "own.jpg").exists() and len([*(tmp_path / "resultData").iterdir()]) == 1
+
+
 def test_numbers_with_many_digits_have_names_of_their_own(tmp_path):
     run("angles=[123.4567,123.4568]", "photos=coffee", "image_size=16", f"out_dir={tmp_path}")
     rows = read(tmp_path / "prompt.json")

@@ -80,6 +80,7 @@ def test_a_prompt_that_training_did_not_know_is_told(s, folder, picture):
         ):
             assert ("not one of the 1 that this control was trained with" in html) != known
     last(page.read_picture(model, s, None, str(picture), None, ""))
+    assert page.tell_prompts(model, ["a cup", *map(str, range(99))]).count("not one of") == page.NAMED
 
 
 def test_a_strip_over_a_circle_has_no_number_twice(make_model, s, monkeypatch):

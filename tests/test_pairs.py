@@ -589,6 +589,7 @@ def test_photographs_count_once_and_those_of_trainings_not(photos, capsys):
     (photos / "link.png").symlink_to(photos / "a.png")
     assert len(make_dataset.find_pictures(f"{photos},{photos.parent}/./photos")) == len(good) == 3
     assert "pictures of 2 training(s) are left out" in capsys.readouterr().out
+    assert len(list_pictures(photos / "run")) == 1  # whoever names it, means it
 
 
 def test_broken_pictures_are_found_before_the_first_step(photos, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from unittest.mock import Mock
 
 import numpy as np
@@ -169,6 +170,19 @@ def test_a_stopped_process_stops_all_and_they_go_on_as_if_it_had_not(training, t
     codes, out, errors = finish(start(tmp_path, *arguments))
     assert (codes, errors) == ([0], []) and out.count("going on from step 3") == 1
     assert same(trained_state(tmp_path / "out"), trained_state(two / "out"))
+
+
+@pytest.mark.slow
+def test_processes_that_are_stopped_as_they_start_leave_none_behind(training, tmp_path):
+    first = start(tmp_path, *training, "devices=2", "strategy=ddp", "batch_size=2")
+    with open(f"/proc/{first.pid}/task/{first.pid}/children") as children:
+        while not (second := children.read().split()):
+            assert first.poll() is None
+            time.sleep(0.1)
+            children.seek(0)
+    time.sleep(1)  # so that the first waits for the second
+    first.terminate()
+    assert finish(first)[0] == [143] and not os.path.exists(f"/proc/{second[0]}")
 
 
 def free_port():

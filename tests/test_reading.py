@@ -10,7 +10,17 @@ from conftest import CHANNELS, LATENT_SIZE
 
 from cldm import calibration, denoising, reading
 from cldm.calibration import MOST_PROBES, calibrate, choose_probes, valley_width
-from cldm.confidence import Reading, decimals, is_ambiguous, is_guess, is_outside, standard_errors, tell_value, widen
+from cldm.confidence import (
+    Z90,
+    Reading,
+    decimals,
+    is_ambiguous,
+    is_guess,
+    is_outside,
+    standard_errors,
+    tell_value,
+    widen,
+)
 from cldm.denoising import DenoisingObjective
 from cldm.hints import wrap
 from cldm.model import Target, load_model, save_model
@@ -401,6 +411,21 @@ def test_bars_hold_nine_in_ten_though_noise_is_a_part_of_them(opinions):
     both = calibration.hear(reading, second, std, judged)
     inside = wrap(both.control - truth, reading.periods).abs() <= both.margin
     assert inside.double().mean(0).tolist() == pytest.approx([0.9, 0.9], abs=0.005)
+
+
+def test_bars_settle_where_an_opinion_would_be_trusted_too_much():
+    """It errs alike and more; if bars shrink as they grow, 42% of errors lie within them at last, or all, by turns."""
+    drawn = torch.randn(36, 2, 1, generator=torch.Generator().manual_seed(113), dtype=torch.float64)
+    errors, second = drawn[:, 0], 4.56 * (0.95 * drawn[:, 0] + math.sqrt(1 - 0.95**2) * drawn[:, 1])
+    noise, residual = (torch.full((36, 1, 1), std**2, dtype=torch.float64) for std in (2.75, 1.08))
+    reading = Reading(errors, noise, residual, *[None] * 4, *torch.tensor([[1.0], [0.0]]).double(), periods=(None,))
+    scale, floor = calibration.moderate((errors / Z90).square() - noise[:, 0], residual[:, 0])
+    reading = replace(reading, error_scale=scale, error_floor=floor)
+    std, truth = torch.full_like(second, 2.49), torch.zeros_like(second)
+    judged = calibration.judge_opinion(reading, second, std, truth, moderated=False)
+    both = calibration.hear(reading, second, std, judged)
+    assert (both.control.abs() <= both.margin).double().mean() >= 0.88
+    assert both.control.square().mean() < 2 * errors.square().mean()
 
 
 def test_an_interval_as_wide_as_the_range_is_a_guess():

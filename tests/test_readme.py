@@ -76,6 +76,8 @@ def test_the_tour_can_be_taken():
     names, (_, strip, figure, said) = run_cells(json.loads(TOUR.read_text(encoding="utf-8")))
     low, high = said[2][0]
     assert low < 2 < high and said[0] == pytest.approx(2, abs=0.2) and said[3] == []
+    stored = TOUR.read_text(encoding="utf-8")
+    assert all(f"size={picture.width}x{picture.height}" in stored for picture in (strip, figure))
     assert len(names["drawn"]) == 4 and strip.width > strip.height and figure.width > figure.height
 
 
