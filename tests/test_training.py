@@ -199,9 +199,8 @@ def test_killed_training_goes_on_as_if_it_had_not_been(train, tmp_path, ema):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ema", ["null", "0.9"])
-@pytest.mark.parametrize("steps, earlier", [(3, 0), (2, 0), (4, 1)])
-def test_a_run_killed_before_it_saved_its_best_goes_on(train, monkeypatch, tmp_path, ema, steps, earlier):
+@pytest.mark.parametrize("steps, earlier, ema", [(3, 0, "null"), (3, 0, "0.9"), (2, 0, "0.9"), (4, 1, "null")])
+def test_a_run_killed_before_it_saved_its_best_goes_on(train, monkeypatch, tmp_path, steps, earlier, ema):
     """In a validation after two steps, or in the last, where an earlier one's best may be there."""
     monkeypatch.setattr("cldm.runs.HARDLY", math.inf)  # so that every validation saves
     settings, folder = [f"max_steps={steps}", f"ema={ema}"], tmp_path / "killed" / "out"
