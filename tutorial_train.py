@@ -190,7 +190,8 @@ def train(s, model, data, datasets, out_dir):
     module.take_average()
     module.zero_grad()
     if trainer.is_global_zero:
-        for folder in [out_dir / "last"] + [out_dir] * (not saver.history or saver.is_best(trainer)):
+        unsaved = not saver.history or trainer.global_step == step and saver.is_best(trainer)  # killed before it was
+        for folder in [out_dir / "last"] + [out_dir] * unsaved:
             save_model(model, folder)
     seen = rows if data.validation and not s.pairs else None
     losses = describe_losses(saver.history, bool(data.validation), bool(monitor.caught))

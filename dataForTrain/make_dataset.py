@@ -51,7 +51,6 @@ from ldm.files import find_path, fresh_folder, leave_out, whole_folder
 from ldm.pictures import check_pictures
 
 PICTURES = "resultData"
-MADE = PICTURES, TRAINING_FILE, VALIDATION_FILE, CONTROLS_FILE
 TRAIN_ANGLES = list(range(-5, 6))  # degrees
 VALIDATION_ANGLES = [-3.5, 0.5, 2.5]
 VIEW = ("rotation", "zoom", "exposure", "blur")  # what is random in a view
@@ -232,7 +231,7 @@ def main(s):
     names = list(choose_changes(s.controls) if s.pairs else VIEW if s.views else ["angle"])
     units = [CHANGES[name][0] if name in CHANGES else "degrees" for name in names]
     lines = {}
-    with whole_folder(out_dir, removes=MADE, synced=False) as out:
+    with whole_folder(out_dir, removes=[VALIDATION_FILE], synced=False) as out:
         (out / PICTURES).mkdir()
         for file, row in (make_pairs if s.pairs else make_views)(s, out):
             lines.setdefault(file, []).append(json.dumps(row))

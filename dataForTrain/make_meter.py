@@ -44,7 +44,6 @@ from ldm.pictures import check_pictures
 from ldm.schema import expect, one_of
 
 READINGS, PICTURES, TARGETS_FILE = "readings.csv", "pictures", "targets.json"
-MADE = PICTURES, TRAINING_FILE, TARGETS_FILE, CONTROLS_FILE, VALIDATION_FILE  # the last by others, for other pictures
 COLUMNS = "file", "dial", "time", "value", "value_from_next_dial"
 PERIOD = 10  # a dial goes from 0 to 10, where it is at 0 again
 
@@ -149,7 +148,7 @@ def main(s):
         raise InputError(f'setting "folder": expected a folder of photographs and {READINGS}, got "{s.folder}"')
     out_dir, dials = fresh_folder(s.out_dir, s.overwrite, inputs=[folder]), read_readings(folder)
     lines = {TRAINING_FILE: [], TARGETS_FILE: []}
-    with whole_folder(out_dir, removes=MADE, synced=False) as out:
+    with whole_folder(out_dir, removes=[VALIDATION_FILE], synced=False) as out:  # that would be of other pictures
         (out / PICTURES).mkdir()
         for dial, own in dials.items():
             known = [photograph for photograph in own if photograph.value is not None]
